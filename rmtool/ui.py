@@ -87,7 +87,9 @@ class _PlainBar:
         elapsed = time.monotonic() - self.start
         rate = self.done / elapsed if elapsed else 0.0
         of = f"/{self.total}" if self.total is not None else ""
-        left = f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate and self.done < self.total else ""
+        left = (
+            f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate and self.done < self.total else ""
+        )
         note = f"  {self.note}" if self.note else ""
         self.ui.say(f"{self.label}: {self.done}{of} {self.unit} ({_short(rate)}/s, {elapsed:.0f} s{left}){note}")
 

@@ -1,0 +1,72 @@
+"""Which models may compute a prompt once for all its responses.
+
+In: a model as transformers built it, and a function that runs it both ways. Out: None, or the reason for running
+padded instead. Three gates, because each alone lets wrong rewards through: what the model declares (llama4 looks right
+otherwise), what its attention asks for (see `attention.py`), and a trial on made-up ids (only that catches phimoe,
+whose positions depend on the longest sequence of the batch).
+Cost: one short forward, of a few hundred tokens, or as many as the sliding window holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from rmtool.attention import UnsupportedAttentionError
+from rmtool.tree import TokenTree, build_tree
+
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# Largest difference allowed between shared and one-by-one rewards, relative to the rewards' spread. fp32 models that
+# may share differ by about 1e-6; half precision rounds each activation to 8 or 11 bits.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+def declared_reason(backbone: PreTrainedModel) -> str | None:
+    """Why the model, by what it declares, cannot share prompts; None if it might."""
+    if not getattr(backbone, "_supports_attention_backend", False):
+        return f"{backbone.config.model_type} does not support attention backends"
+    config = backbone.config.get_text_config()
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS)
+    if strange:
+        return f"{config.model_type} has layers of the kind {', '.join(strange)}"
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        return f"{config.model_type} attends in both directions"
+    if any(getattr(module, "is_causal", True) is False for module in backbone.modules()):
+        return f"{config.model_type} has attention that is not causal"
+    return None
+
+
+def trial_trees(vocab_size: int, window: int | None, max_length: int) -> list[TokenTree]:
+    """Made-up trees with a prompt longer than the sliding window (where sequences can reach it) and odd lengths."""
+    rng = np.random.default_rng(0)
+    prompt_length = 37 if window is None or window >= max_length else window + 5
+    trees = []
+    for length, responses in ((prompt_length, (9, 4, 17)), (11, (6, 1))):
+        prompt = rng.integers(0, vocab_size, length)
+        trees.append(build_tree([np.concatenate((prompt, rng.integers(0, vocab_size, n))) for n in responses]))
+    return trees
+
+
+def trial_reason(
+    trees: Sequence[TokenTree],
+    shared: Callable[[Sequence[TokenTree]], torch.Tensor],
+    single: Callable[[Sequence[TokenTree]], torch.Tensor],
+    dtype: torch.dtype,
+) -> str | None:
+    """Run `shared` on all trees at once and `single` on each sequence alone; both return rewards, float32[N].
+
+    Returns why the difference rules sharing out, or None if the rewards agree.
+    """
+    alone = torch.cat([single([build_tree([sequence])]) for tree in trees for sequence in tree.sequences()])
+    try:
+        together = shared(trees)
+    except UnsupportedAttentionError as reason:
+        return str(reason)
+    scale = max(float(alone.std()), 1e-6)
+    error = float((together - alone).abs().max()) / scale
+    if not error <= TOLERANCE[dtype]:
+        return f"shared and one-by-one rewards differ by {error:.1e} of their spread"
+    return None

@@ -1,0 +1,219 @@
+"""Rows of a file or a Hub dataset, each with its place.
+
+In: a source: a JSONL, JSON or parquet file (the first two also gzipped), or a Hub id, with `:split` if not the default.
+Out: `Row`s, as they were written: nothing is cast, nothing is filled in.
+Cost: JSONL and parquet are streamed; a JSON array is read whole. An own JSONL reader, because the libraries' readers
+name no line, turn dates into objects and fill missing fields with None.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rmtool.errors import Place, RmtoolError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+KNOWN_SPLITS = {"allenai/reward-bench": "filtered", "allenai/reward-bench-2": "test"}
+MAX_LINE_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One object of the source. Lines (or items, where there are no lines) count from 1."""
+
+    place: Place
+    data: dict[str, Any]
+
+
+def read_rows(source: str) -> Iterator[Row]:
+    """The rows of `source`, in order.
+
+    Raises:
+        RmtoolError: E0201 no such file, E0301 a malformed row, E0302 no rows at all, E0701 the Hub is not reachable.
+    """
+    empty = True
+    for row in _reader(source):
+        empty = False
+        yield row
+    if empty:
+        raise RmtoolError("E0302", "there are no rows", "give a file with at least one row", Place(source))
+
+
+def _reader(source: str) -> Iterator[Row]:
+    path = Path(source)
+    if path.is_dir():
+        raise RmtoolError("E0201", f"{source} is a folder", f"name a file in it ({', '.join(SUFFIXES)})")
+    if not path.exists():
+        if _looks_local(source):
+            raise RmtoolError("E0201", f"there is no file {source}", "check the path")
+        return _hub(source)
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return _parquet(path)
+    if name.endswith((".json", ".json.gz")):
+        return _json(path)
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return _jsonl(path)
+    raise RmtoolError("E0201", f"{source} is of no known kind", f"name a file that ends in {', '.join(SUFFIXES)}")
+
+
+def _looks_local(source: str) -> bool:
+    """A Hub id is `name` or `owner/name`, without a data file's ending."""
+    name = source.partition(":")[0]
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(SUFFIXES)
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        with open(path, "rb") as probe:
+            packed = probe.read(2) == b"\x1f\x8b"
+        return gzip.open(path, "rb") if packed else open(path, "rb")  # type: ignore[return-value]
+    except PermissionError as error:
+        raise RmtoolError("E0501", f"{path} may not be read", "change its permissions", Place(str(path))) from error
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    try:
+        with _open(path) as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                place = Place(str(path), number)
+                if len(line) > MAX_LINE_BYTES:
+                    raise _bad(place, f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield Row(place, _object(_parse(line, place), place))
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise _bad(Place(str(path)), f"the gzip data is damaged ({error})") from error
+
+
+def _json(path: Path) -> Iterator[Row]:
+    with _open(path) as file:
+        content = file.read().removeprefix(b"\xef\xbb\xbf")
+    items = _parse(content, Place(str(path), 1))
+    if not isinstance(items, list):
+        raise _bad(
+            Place(str(path), 1), "a .json file holds one array of objects", "rename it to .jsonl if each line is one"
+        )
+    for number, item in enumerate(items, 1):
+        place = Place(f"{path}[{number}]")
+        yield Row(place, _object(item, place))
+
+
+def _parse(line: bytes, place: Place) -> Any:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _bad(_at(place, error.start + 1), "this is not UTF-8") from error
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        where = Place(place.file, (place.line or 1) + error.lineno - 1, error.colno)
+        raise _bad(where, f"this is not JSON ({error.msg})") from error
+    except (_FieldError, RecursionError) as error:
+        raise _bad(place, str(error) or "this is nested too deeply") from error
+    if "\\u" in text:
+        _refuse_surrogates(value, place)
+    return value
+
+
+class _FieldError(Exception):
+    pass
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _FieldError(f'the field "{twice}" stands there twice')
+    return fields
+
+
+def _no_constant(name: str) -> Any:
+    raise _FieldError(f"{name} is not JSON")
+
+
+def _refuse_surrogates(value: Any, place: Place) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _bad(place, "there is half a surrogate pair (\\ud800 to \\udfff), which is no character") from error
+
+
+def _object(value: Any, place: Place) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _bad(place, f"a row is an object {{...}}, this is {json_kind(value)}")
+    return value
+
+
+def json_kind(value: Any) -> str:
+    """What to call a value in an error."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _at(place: Place, column: int) -> Place:
+    return Place(place.file, place.line, column)
+
+
+def _bad(place: Place, what: str, hint: str = "mend or remove this row") -> RmtoolError:
+    return RmtoolError("E0301", what, hint, place)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for item in batch.to_pylist():
+                number += 1
+                yield Row(Place(f"{path}[{number}]"), item)
+    except pyarrow.ArrowException as error:
+        raise _bad(Place(str(path)), f"this is no readable parquet file ({error})", "write it again") from error
+
+
+def _hub(source: str) -> Iterator[Row]:
+    import datasets
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    name, _, split = source.partition(":")
+    split = split or KNOWN_SPLITS.get(name, "train")
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except ValueError as error:  # an unknown split or configuration
+        raise RmtoolError(
+            "E0203", f"{source}: {str(error).splitlines()[0]}", "write the split as owner/name:split"
+        ) from error
+    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RmtoolError(
+            "E0701",
+            f"the dataset {name} is neither a file here nor to be had from the Hub",
+            "check the name and the network, or give a local file",
+            found=reason,
+        ) from error
+    for number, item in enumerate(rows, 1):
+        yield Row(Place(f"{source}[{number}]"), dict(item))
+
+
+def read_all(sources: Iterable[str], shape: Callable[[Row], Any], advance: Callable[[], None]) -> list[Any]:
+    """`shape` of every row of every source, in order; calls `advance` once per row."""
+    shaped = []
+    for source in sources:
+        for row in read_rows(source):
+            shaped.append(shape(row))
+            advance()
+    return shaped

@@ -1,0 +1,186 @@
+"""The one place where tokenizer, weights, head and layout come together, to train or to use a reward model.
+
+In: a checkpoint folder and, to train, a recipe. Out: a `Loaded`: model, encoder, and what the user should know of it.
+Cost: reads the weights once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmtool import model as models
+from rmtool.checkpoint import Manifest, read_manifest
+from rmtool.config import LoraConfig, Recipe
+from rmtool.data.encode import Encoder
+from rmtool.errors import Place, RmtoolError
+from rmtool.model import HEAD, PRECISIONS, RewardModel
+from rmtool.tokenizer import ensure_pad_token, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`notices` are sentences for the user; `manifest` is None for a checkpoint that rmtool did not write."""
+
+    model: RewardModel
+    encoder: Encoder
+    manifest: Manifest | None
+    notices: tuple[str, ...]
+
+
+def load_for_use(
+    folder: Path,
+    *,
+    precision: str | None = None,
+    max_length: int | None = None,
+    on_long: str = "error",
+    on_empty: str | None = None,
+    chat_template: str | None = None,
+) -> Loaded:
+    """A trained reward model, ready to give rewards. Arguments that are None follow the checkpoint's manifest.
+
+    Raises:
+        RmtoolError: E0401 no score head, E0403 the tokenizer reads otherwise than in training, E0402 and E0404 to
+            E0408 as the functions called here say.
+    """
+    manifest = read_manifest(folder)
+    notices = []
+    tokenizer = load_tokenizer(folder, chat_template)
+    drop_tail = _pad_that_is_eos(tokenizer)
+    if drop_tail is not None and manifest is None:
+        notices.append(
+            f"the pad token of this checkpoint is its eos token {tokenizer.eos_token}: rewards are read before it, "
+            "as transformers does, so an answer that stops and one that does not look alike"
+        )
+    encoder = Encoder(
+        tokenizer,
+        max_length or (manifest.max_length if manifest else _longest(folder)),
+        on_long,
+        on_empty or (manifest.on_empty if manifest else "error"),
+        drop_tail,
+    )
+    if manifest and not chat_template:
+        _check_fingerprint(encoder, manifest, folder)
+    precision = precision or (manifest.precision if manifest else "fp32")
+    classifier, has_head = models.build_classifier(folder, dtype=_dtype_for_use(precision))
+    if not has_head:
+        raise RmtoolError(
+            "E0401",
+            f"{folder} has no score head: it is a language model, not a reward model",
+            f"train one from it: rmtool train --recipe smollm2-135m --model {folder}",
+        )
+    models.turn_dropout_off(classifier)
+    getattr(classifier, HEAD).float()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    model = RewardModel(classifier, pad, precision).to(default_device()).eval()
+    reason = models.choose_layout(model, model, encoder.max_length)
+    if reason:
+        notices.append(f"prompts are computed once per response, not shared: {reason}")
+    return Loaded(model, encoder, manifest, tuple(notices))
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype_for_use(precision: str) -> torch.dtype:
+    """bfloat16 weights where they are used in bfloat16 on a GPU; on a CPU autocast casts them anyway."""
+    return PRECISIONS[precision] if default_device().type == "cuda" else torch.float32
+
+
+def _pad_that_is_eos(tokenizer: Any) -> int | None:
+    same = tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id
+    return tokenizer.pad_token_id if same else None
+
+
+def _longest(folder: Path) -> int:
+    """The positions that the model was made for: the limit where no manifest gives one."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 2048)
+
+
+def _check_fingerprint(encoder: Encoder, manifest: Manifest, folder: Path) -> None:
+    if encoder.fingerprint() != manifest.fingerprint:
+        raise RmtoolError(
+            "E0403",
+            "this tokenizer and chat template read conversations otherwise than those the model was trained with",
+            "restore the checkpoint's tokenizer files, or pass --chat-template to use another template on purpose",
+            Place(str(folder)),
+        )
+
+
+# ------------------------------------------------------------------------------------------------- to train
+
+
+def training_encoder(recipe: Recipe, folder: Path) -> tuple[Encoder, list[str]]:
+    """The encoder of a training run, its pad token settled; and what to tell the user."""
+    tokenizer = load_tokenizer(folder, recipe.model.chat_template)
+    change = ensure_pad_token(tokenizer)
+    data = recipe.data
+    encoder = Encoder(tokenizer, data.max_length, data.on_long, data.on_empty)
+    return encoder, [f"pad token: {change}"] if change else []
+
+
+def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[RewardModel, list[str]]:
+    """The model of a training run: fp32 weights, new or kept head, no dropout; and what to tell the user."""
+    notices = []
+    train = recipe.train
+    # Random weights and adapters must not depend on what was drawn before.
+    torch.manual_seed(train.seed)
+    random_weights = recipe.model.weights == "random"
+    classifier, has_head = models.build_classifier(folder, dtype=torch.float32, random_weights=random_weights)
+    models.set_pad_token(classifier, encoder.tokenizer.pad_token_id, len(encoder.tokenizer))
+    models.turn_dropout_off(classifier)
+    if has_head and recipe.model.head == "auto":
+        notices.append("score head: kept from the checkpoint (model.head=new draws a new one)")
+    else:
+        models.draw_head(classifier, train.seed)
+    if train.liger == "auto" and torch.cuda.is_available():
+        models.apply_liger(classifier)
+        notices.append("Liger kernels: on")
+    if train.gradient_checkpointing:
+        classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.lora.rank:
+        add_adapters(classifier, recipe.lora)
+    return RewardModel(classifier, encoder.tokenizer.pad_token_id, train.precision), notices
+
+
+def add_adapters(classifier: Any, lora: LoraConfig) -> None:
+    """Freeze `classifier` and put LoRA adapters into it, in place; the score head stays trainable as it is."""
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    config = PeftConfig(
+        task_type="SEQ_CLS",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+        exclude_modules=[HEAD],
+        lora_dropout=0.0,
+    )
+    try:
+        inject_adapter_in_model(config, classifier)
+    except ValueError as error:
+        raise RmtoolError(
+            "E0205", f"lora.targets: {models.first_line(error)}", "name linear layers of the model"
+        ) from error
+    # Not a `modules_to_save` copy: the head is one parameter, trained and saved under its own name.
+    for parameter in getattr(classifier, HEAD).parameters():
+        parameter.requires_grad_(True)
+
+
+def merge_adapters(classifier: Any) -> None:
+    """Fold LoRA adapters into the weights, in place: what is saved is an ordinary checkpoint."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(classifier.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(classifier.get_submodule(parent), child, module.get_base_layer())

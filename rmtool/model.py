@@ -1,0 +1,275 @@
+"""The reward model: a transformers `*ForSequenceClassification` with one label, read at each response's last token.
+
+In: a folder with a causal LM (to train) or with a checkpoint that has its score head (to use). Out: a `RewardModel`,
+whose forward takes a `Batch` and returns rewards, float32[N]; backbone and head run inside that one forward, so that
+engines which gather parameters by hooks see both. What is inside stays an ordinary transformers model.
+Cost: the weights, once; choosing the layout takes a few short forwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from rmtool import attention, compat
+from rmtool.errors import RmtoolError
+from rmtool.packing import Batch, PackedBatch, pack, pad, plan_packs
+from rmtool.tree import TokenTree
+from rmtool.ui import Bar
+
+HEAD = "score"  # transformers' name for the last-token head of every decoder-only *ForSequenceClassification
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RewardModel(nn.Module):
+    """Rewards of packed or padded batches.
+
+    Args:
+        classifier: a `*ForSequenceClassification` with a bias-free one-row `score` head.
+        pad_id: what fills the right side of padded batches.
+        precision: "fp32", or "bf16" for bfloat16 autocast around the backbone. The head always runs in the dtype of
+            its weights without autocast: in bfloat16 rewards near 4 would be 0.03 apart.
+    """
+
+    def __init__(self, classifier: PreTrainedModel, pad_id: int, precision: str = "fp32"):
+        super().__init__()
+        self.classifier = classifier
+        self.pad_id = pad_id
+        self.precision = precision
+        self.stock_attention = classifier.config._attn_implementation
+        self.shares_prompts = False
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        return getattr(self.classifier, self.classifier.base_model_prefix)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Rewards float32[N], in the order in which `pack` or `pad` laid the responses."""
+        half = self.precision != "fp32"
+        with torch.autocast(self.device.type, dtype=PRECISIONS[self.precision], enabled=half):
+            states = self._last_states(batch)
+        with torch.autocast(self.device.type, enabled=False):
+            head = getattr(self.classifier, HEAD)
+            return head(states.to(next(head.parameters()).dtype))[:, 0].float()
+
+    def _last_states(self, batch: Batch) -> torch.Tensor:
+        """Hidden states of each response's last token, [N, hidden]."""
+        if isinstance(batch, PackedBatch):
+            output = self.backbone(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, packed=batch.layout, use_cache=False
+            )
+            return output.last_hidden_state[0, batch.reward_index]
+        output = self.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        rows = torch.arange(len(batch.reward_index), device=batch.reward_index.device)
+        return output.last_hidden_state[rows, batch.reward_index]
+
+    def share_prompts(self, shares: bool) -> None:
+        """Switch between packed batches (True) and padded ones (False)."""
+        self.shares_prompts = shares
+        self.classifier.set_attn_implementation(attention.NAME if shares else self.stock_attention)
+
+    def collate(self, trees: Sequence[TokenTree]) -> Batch:
+        """The batch that this model's layout wants, on its device."""
+        batch = pack(trees) if self.shares_prompts else pad(trees, self.pad_id)
+        return batch.to(self.device)
+
+    def plan(self, trees: Sequence[TokenTree], budget: int, multiple: int = 1) -> list[list[int]]:
+        """`plan_packs` for this model's layout."""
+        return plan_packs(trees, budget, multiple, padded=not self.shares_prompts)
+
+
+def choose_layout(model: RewardModel, run: nn.Module, max_length: int) -> str | None:
+    """Let `model` share prompts if all gates of `compat` agree; else return why it runs padded.
+
+    Args:
+        run: what to call for a forward: the model, or the engine wrapped around it (the same on every rank).
+    """
+    reason = compat.declared_reason(model.backbone)
+    if reason is None:
+        config = model.backbone.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        trees = compat.trial_trees(config.vocab_size, window, max_length)
+        training = model.training
+        run.eval()
+
+        def rewards(shares: bool, trees: Sequence[TokenTree]) -> torch.Tensor:
+            model.share_prompts(shares)
+            with torch.no_grad():
+                return run(model.collate(trees))
+
+        reason = compat.trial_reason(trees, lambda t: rewards(True, t), lambda t: rewards(False, t), trial_dtype(model))
+        run.train(training)
+    model.share_prompts(reason is None)
+    return reason
+
+
+def trial_dtype(model: RewardModel) -> torch.dtype:
+    """The coarser of the weights' dtype and the precision."""
+    half = [
+        dtype
+        for dtype in (PRECISIONS[model.precision], next(model.backbone.parameters()).dtype)
+        if dtype != torch.float32
+    ]
+    return half[0] if half else torch.float32
+
+
+@torch.no_grad()
+def compute_rewards(model: RewardModel, trees: Sequence[TokenTree], budget: int, bar: Bar) -> list[list[float]]:
+    """Rewards of every response of every tree, in the order given; `bar` advances by trees."""
+    model.eval()
+    rewards: list[list[float]] = [[] for _ in trees]
+    for items in model.plan(trees, budget):
+        flat = iter(model(model.collate([trees[item] for item in items])).tolist())
+        for item in items:
+            rewards[item] = [next(flat) for _ in trees[item].responses]
+        bar.advance(len(items))
+    return rewards
+
+
+# ---------------------------------------------------------------------------------------------------- building
+
+
+def build_classifier(folder: Path, *, dtype: torch.dtype, random_weights: bool = False) -> tuple[PreTrainedModel, bool]:
+    """A one-label classifier from `folder`, and whether its score head came from the checkpoint.
+
+    Args:
+        random_weights: draw all weights from the folder's config.json instead of loading them.
+
+    Raises:
+        RmtoolError: E0402 more than one label, E0404 not loadable, E0406 not a decoder with a last-token head.
+    """
+    config = _config(folder)
+    if (
+        not random_weights
+        and getattr(config, "architectures", None)
+        and _is_classifier(config)
+        and config.num_labels != 1
+    ):
+        raise RmtoolError(
+            "E0402",
+            f"{folder} has {config.num_labels} labels; a reward model has one",
+            "use a checkpoint with num_labels = 1, or train one from its causal LM",
+        )
+    config.num_labels = 1
+    if random_weights:
+        classifier, loaded = AutoModelForSequenceClassification.from_config(config, dtype=dtype), False
+    else:
+        classifier, loaded = _load(folder, config, dtype)
+    head = getattr(classifier, HEAD, None)
+    if not isinstance(head, nn.Linear) or head.bias is not None or classifier.config.is_encoder_decoder:
+        raise RmtoolError(
+            "E0406",
+            f"{type(classifier).__name__} does not read its score at the last token",
+            "use a decoder-only model (Llama, Qwen, Mistral, Gemma, OLMo, ...)",
+        )
+    return classifier, loaded
+
+
+def _is_classifier(config: Any) -> bool:
+    return any("SequenceClassification" in name for name in config.architectures)
+
+
+def _config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise RmtoolError(
+            "E0404", f"the model's config cannot be read: {first_line(error)}", f"look at {folder}/config.json"
+        ) from error
+
+
+def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[PreTrainedModel, bool]:
+    if not list(folder.glob("*.safetensors")):
+        raise RmtoolError(
+            "E0407",
+            f"{folder} has no safetensors weights",
+            "save the model with save_pretrained (pickled .bin files can run code and are not read)",
+        )
+    try:
+        classifier, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise RmtoolError(
+            "E0404", f"the model cannot be loaded: {first_line(error)}", f"check the files in {folder}"
+        ) from error
+    missing = {key for key in info["missing_keys"] if not key.startswith(f"{HEAD}.")}
+    if missing:
+        raise RmtoolError(
+            "E0404",
+            f"{len(missing)} weights are missing from {folder}, {min(missing)} the first",
+            "download or save the checkpoint again",
+        )
+    return classifier, f"{HEAD}.weight" not in info["missing_keys"]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, for ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def draw_head(classifier: PreTrainedModel, seed: int) -> None:
+    """Draw the score head from N(0, 1/(hidden_size + 1)), std = 1/sqrt(hidden_size + 1) (Stiennon et al.,
+    arXiv 2009.01325, p. 11), also where ZeRO-3 has cut the parameter up.
+    """
+    weight = getattr(classifier, HEAD).weight
+    std = 1 / math.sqrt(hidden_size(classifier) + 1)
+    generator = torch.Generator().manual_seed(seed)
+    with gathered(weight):
+        # Drawn on the CPU, so that every device and number of ranks starts from the same head.
+        weight.data.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+
+def hidden_size(classifier: PreTrainedModel) -> int:
+    return int(classifier.config.get_text_config().hidden_size)
+
+
+def gathered(parameter: nn.Parameter) -> Any:
+    """A context in which a ZeRO-3 parameter is whole, and is cut up again, changed, at its end."""
+    if not hasattr(parameter, "ds_id"):
+        return torch.no_grad()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters(parameter, modifier_rank=0)
+
+
+def turn_dropout_off(classifier: PreTrainedModel) -> None:
+    """No dropout anywhere (Ziegler et al., arXiv 1909.08593, p. 3), for training too: modules, attention, config."""
+    for module in classifier.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    config = classifier.config.get_text_config()
+    for name, value in vars(config).items():
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def set_pad_token(classifier: PreTrainedModel, pad_id: int, vocabulary: int) -> None:
+    """Write the pad id into the config (batched scoring in transformers reads it there) and make room for new tokens."""
+    config = classifier.config.get_text_config()
+    if vocabulary > classifier.get_input_embeddings().num_embeddings:
+        # The new rows belong to the pad token, which nothing attends to; a costly fit of their mean buys nothing.
+        classifier.resize_token_embeddings(vocabulary, mean_resizing=False)
+    config.pad_token_id = classifier.config.pad_token_id = pad_id
+
+
+def apply_liger(classifier: PreTrainedModel) -> None:
+    """Liger's kernels for norms, rotary embedding and MLP. Its fused cross entropy would put a causal-LM forward, which
+    reads an `lm_head` that a reward model has not, in place of the model's own.
+    """
+    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(classifier, fused_linear_cross_entropy=False, cross_entropy=False)

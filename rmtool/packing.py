@@ -1,0 +1,190 @@
+"""Token trees laid end to end in one row, and what attention must know to keep them apart.
+
+In: `TokenTree`s and a budget of unique tokens. Out: a plan (which trees share a pack, on which rank) and, per pack, a
+`PackedBatch` for the shared forward or a `PaddedBatch` for models that cannot share.
+Cost: planning sorts the trees, O(n log n); a batch costs one copy of its tokens.
+Shapes: T unique tokens of a pack, S nodes (a prompt or a response is a node), N responses, L longest sequence.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from rmtool.tree import TokenTree
+
+NO_PARENT = -1
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """How attention reads a pack. Node s asks with its own tokens; its keys are its parent's tokens, then its own.
+
+    lengths:      S ints, tokens of each node; the nodes lie in this order in the pack
+    parents:      S ints, the index of the prompt node, or NO_PARENT
+    cu_seqlens_q: int32[S + 1], running sum of lengths
+    cu_seqlens_k: int32[S + 1], running sum of key lengths (parent and own)
+    kv_index:     int64[cu_seqlens_k[-1]], where in the pack each key stands
+    """
+
+    lengths: tuple[int, ...]
+    parents: tuple[int, ...]
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    kv_index: torch.Tensor
+    max_q: int
+    max_k: int
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """input_ids, position_ids int64[1, T]; reward_index int64[N]: the pack position of each response's last token."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    reward_index: torch.Tensor
+    layout: PackLayout
+
+    def to(self, device: torch.device) -> PackedBatch:
+        layout = replace(
+            self.layout,
+            cu_seqlens_q=self.layout.cu_seqlens_q.to(device),
+            cu_seqlens_k=self.layout.cu_seqlens_k.to(device),
+            kv_index=self.layout.kv_index.to(device),
+        )
+        return PackedBatch(
+            self.input_ids.to(device), self.position_ids.to(device), self.reward_index.to(device), layout
+        )
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """input_ids, attention_mask int64[N, L], padded on the right; reward_index int64[N]: each row's last real token."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    reward_index: torch.Tensor
+
+    def to(self, device: torch.device) -> PaddedBatch:
+        return PaddedBatch(self.input_ids.to(device), self.attention_mask.to(device), self.reward_index.to(device))
+
+
+Batch = PackedBatch | PaddedBatch
+
+
+def pack(trees: Sequence[TokenTree]) -> PackedBatch:
+    """Lay the trees end to end; rewards come out in the order of the trees, then of their responses."""
+    pieces: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    parents: list[int] = []
+    rewards: list[int] = []
+    end = 0
+    for tree in trees:
+        prompt_node = NO_PARENT
+        if len(tree.prompt):
+            prompt_node = len(pieces)
+            pieces.append(tree.prompt)
+            positions.append(np.arange(len(tree.prompt)))
+            parents.append(NO_PARENT)
+            end += len(tree.prompt)
+        for response in tree.responses:
+            pieces.append(response)
+            positions.append(np.arange(len(tree.prompt), len(tree.prompt) + len(response)))
+            parents.append(prompt_node)
+            end += len(response)
+            rewards.append(end - 1)
+    return PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate(pieces).astype(np.int64))[None],
+        position_ids=torch.from_numpy(np.concatenate(positions))[None],
+        reward_index=torch.tensor(rewards),
+        layout=_layout([len(piece) for piece in pieces], parents),
+    )
+
+
+def _layout(lengths: list[int], parents: list[int]) -> PackLayout:
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    keys = []
+    for node, parent in enumerate(parents):
+        own = np.arange(starts[node], starts[node + 1])
+        keys.append(
+            own if parent == NO_PARENT else np.concatenate((np.arange(starts[parent], starts[parent + 1]), own))
+        )
+    key_lengths = [len(key) for key in keys]
+    return PackLayout(
+        lengths=tuple(lengths),
+        parents=tuple(parents),
+        cu_seqlens_q=torch.from_numpy(starts.astype(np.int32)),
+        cu_seqlens_k=torch.from_numpy(np.concatenate(([0], np.cumsum(key_lengths))).astype(np.int32)),
+        kv_index=torch.from_numpy(np.concatenate(keys)),
+        max_q=max(lengths),
+        max_k=max(key_lengths),
+    )
+
+
+def pad(trees: Sequence[TokenTree], pad_id: int) -> PaddedBatch:
+    """One row per response, padded on the right with `pad_id`; rewards in the same order as `pack`."""
+    rows = [row for tree in trees for row in tree.sequences()]
+    width = max(len(row) for row in rows)
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    return PaddedBatch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(mask.sum(1) - 1))
+
+
+def plan_packs(trees: Sequence[TokenTree], budget: int, multiple: int = 1, padded: bool = False) -> list[list[int]]:
+    """Cut trees into packs of at most `budget` tokens each, their number a multiple of `multiple` (the ranks).
+
+    A tree over the budget gets a pack of its own: the budget bounds memory as far as cutting can. Where there are
+    fewer trees than packs, the last packs stay empty; the caller runs something in them with weight zero.
+    `padded` counts a pack as rows times its longest row, as `pad` will build it, instead of unique tokens.
+
+    Returns each pack's tree indices in ascending order: a plan depends on nothing but its arguments.
+    """
+    packs = _by_length(trees, budget) if padded else _evenly(trees, budget, multiple)
+    packs += [[] for _ in range(-len(packs) % multiple)]
+    return [sorted(items) for items in packs]
+
+
+def _evenly(trees: Sequence[TokenTree], budget: int, multiple: int) -> list[list[int]]:
+    """Longest first, each to the lightest pack, with as few packs as keep the budget: ranks then finish together."""
+    costs = [tree.unique_tokens for tree in trees]
+    order = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
+    count = _round_up(max(1, -(-sum(costs) // budget)), multiple)
+    packs = _spread(costs, order, count)
+    while any(len(items) > 1 and sum(costs[item] for item in items) > budget for items in packs):
+        count += multiple
+        packs = _spread(costs, order, count)
+    return packs
+
+
+def _spread(costs: Sequence[int], order: Sequence[int], count: int) -> list[list[int]]:
+    packs: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, index) for index in range(count)]
+    for item in order:
+        load, lightest = heapq.heappop(heap)
+        packs[lightest].append(item)
+        heapq.heappush(heap, (load + costs[item], lightest))
+    return packs
+
+
+def _by_length(trees: Sequence[TokenTree], budget: int) -> list[list[int]]:
+    """Neighbours in length share a pack, so that little of it is padding."""
+    packs: list[list[int]] = []
+    rows = longest = 0
+    for item in sorted(range(len(trees)), key=lambda index: (-trees[index].longest, index)):
+        rows += len(trees[item].responses)
+        if not packs or rows * longest > budget:
+            packs.append([])
+            rows, longest = len(trees[item].responses), trees[item].longest
+        packs[-1].append(item)
+    return packs
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

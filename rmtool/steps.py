@@ -1,0 +1,88 @@
+"""Which pairs make up which optimiser step: a pure function of the records, the seed, the epoch and the batch size.
+
+In: records with preferences. Out: per step, the units (a record's tree and its preferences in this step).
+No number of processes and no memory budget enters here, so none can change what a step learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rmtool.data.formats import Record
+from rmtool.tree import TokenTree
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one record gives to one step: the responses used, and (winner, loser, margin) by index among them."""
+
+    record: Record
+    tree: TokenTree
+    preferences: tuple[tuple[int, int, float], ...]
+
+
+def count_pairs(records: Sequence[Record]) -> int:
+    return sum(len(record.preferences) for record in records)
+
+
+def steps_per_epoch(pairs: int, batch_size: int) -> int:
+    """The last step of an epoch may have fewer pairs; its loss is divided by what it has."""
+    return -(-pairs // batch_size)
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of `count` records in this epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def epoch_steps(
+    records: Sequence[Record], trees: Sequence[TokenTree], seed: int, epoch: int, batch_size: int
+) -> Iterator[list[Unit]]:
+    """The steps of one epoch. A record with several preferences stays together unless a step boundary cuts it."""
+    pairs = [
+        (index, preference)
+        for index in epoch_order(seed, epoch, len(records))
+        for preference in range(len(records[index].preferences))
+    ]
+    for start in range(0, len(pairs), batch_size):
+        chosen: dict[int, list[int]] = {}
+        for index, preference in pairs[start : start + batch_size]:
+            chosen.setdefault(int(index), []).append(preference)
+        yield [unit_of(records[index], trees[index], preferences) for index, preferences in chosen.items()]
+
+
+def unit_of(record: Record, tree: TokenTree, preferences: Sequence[int]) -> Unit:
+    """The unit of some of a record's preferences; only the responses they name are computed."""
+    used = sorted({response for index in preferences for response in record.preferences[index]})
+    place = {response: position for position, response in enumerate(used)}
+    return Unit(
+        record,
+        tree if len(used) == len(tree.responses) else tree.keep(used),
+        tuple(
+            (place[record.preferences[i][0]], place[record.preferences[i][1]], record.margins[i] or 0.0)
+            for i in preferences
+        ),
+    )
+
+
+def hold_out(records: Sequence[Record], pairs: int, seed: int) -> tuple[list[Record], list[Record]]:
+    """(training records, held-out records): `pairs` pairs held out by prompt, so that no prompt stands on both sides.
+
+    Prompts are taken in a random order; one with more pairs than are still wanted is passed over.
+    """
+    groups: dict[object, list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault(record.prompt, []).append(index)
+    members = list(groups.values())
+    held: set[int] = set()
+    wanted = pairs
+    for group in np.random.default_rng([seed, 2**31]).permutation(len(members)):
+        size = count_pairs([records[index] for index in members[group]])
+        if size <= wanted:
+            held.update(members[group])
+            wanted -= size
+    keep = [record for index, record in enumerate(records) if index not in held]
+    return keep, [records[index] for index in sorted(held)]

@@ -1,0 +1,77 @@
+"""The tokenizer of a reward model: its chat template, and a pad token that is never its eos token.
+
+In: a checkpoint folder. Out: a transformers tokenizer, ready for `data.encode.Encoder`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from rmtool.errors import Place, RmtoolError
+
+# Pad tokens that model families reserve and do not set; taken before a new one is added.
+RESERVED_PADS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endofpad|>")
+NEW_PAD = "<|pad|>"
+
+# The template that Tulu and Open Instruct use, for models that come without one (arXiv 2411.15124).
+TULU_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% if not loop.last %}{{ '\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
+)
+
+
+def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
+    """The folder's tokenizer, padding on the right, with its own chat template or the one named.
+
+    Args:
+        chat_template: "tulu" or the path of a Jinja file; None keeps the tokenizer's own.
+
+    Raises:
+        RmtoolError: E0404 no tokenizer, E0405 no chat template, E0201 no such template file.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise RmtoolError("E0404", "the tokenizer cannot be loaded", f"look at the files in {folder}") from error
+    tokenizer.padding_side = "right"
+    if chat_template:
+        tokenizer.chat_template = _template(chat_template)
+    if not tokenizer.chat_template:
+        raise RmtoolError(
+            "E0405",
+            "the tokenizer has no chat template, so nobody knows how the model wants to read a conversation",
+            "give one: --set model.chat_template=tulu (or a .jinja file) to train, --chat-template to eval or score",
+            Place(str(folder)),
+        )
+    return tokenizer
+
+
+def _template(name: str) -> str:
+    if name == "tulu":
+        return TULU_TEMPLATE
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RmtoolError("E0201", f"the chat template {name} cannot be read", "name a Jinja file, or tulu") from error
+
+
+def ensure_pad_token(tokenizer: Any) -> str | None:
+    """Give the tokenizer a pad token of its own; returns what was done, or None if it had one.
+
+    With pad == eos a model cannot see whether a response ended: transformers reads the reward before the padding.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return None
+    before = "it had none" if tokenizer.pad_token_id is None else f"it was the eos token {tokenizer.eos_token}"
+    vocabulary = tokenizer.get_vocab()
+    reserved = next((token for token in RESERVED_PADS if token in vocabulary and token != tokenizer.eos_token), None)
+    tokenizer.add_special_tokens({"pad_token": reserved or NEW_PAD})
+    verb = "taken as" if reserved else "added as"
+    return f"{tokenizer.pad_token} (id {tokenizer.pad_token_id}) is {verb} the pad token; {before}"

@@ -1,0 +1,332 @@
+"""One training process: what `accelerate launch` starts, once per device.
+
+In: a run folder with config.yaml. Out, in the same folder: metrics.jsonl, held_out.jsonl, curves.png, model/, and
+exit-RANK.json, since launchers lose a child's exit code.
+Cost per step: one forward and backward over the step's unique tokens, cut into packs of at most tokens_per_pack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from rmtool import evaluate as evaluation
+from rmtool import model as models
+from rmtool.checkpoint import Manifest, resolve_checkpoint, write_folder, write_manifest
+from rmtool.config import Recipe, as_dict, load_recipe, resolve
+from rmtool.data.encode import Encoded, Encoder, encode_all
+from rmtool.data.formats import Message, Record, preference_record
+from rmtool.data.rows import read_all
+from rmtool.errors import ExitCode, RmtoolError
+from rmtool.loading import merge_adapters, training_encoder, training_model
+from rmtool.loss import bradley_terry
+from rmtool.metrics import PairSums
+from rmtool.model import PRECISIONS, RewardModel
+from rmtool.optim import build_optimizer, schedule_factor, set_learning_rate
+from rmtool.steps import Unit, count_pairs, epoch_steps, hold_out, steps_per_epoch
+from rmtool.tracking import Tracker, draw_curves
+from rmtool.ui import Bar, Ui, worker_ui
+
+CONFIG_FILE = "config.yaml"
+HELD_OUT_FILE = "held_out.jsonl"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Encoded training and held-out pairs."""
+
+    train: Encoded
+    held_out: Encoded
+
+
+def load_split(recipe: Recipe, encoder: Encoder, ui: Ui) -> Split:
+    """Read, shape, split and encode a recipe's data.
+
+    Raises:
+        RmtoolError: E0302 nothing is left to train on; E03xx as reading and encoding say.
+    """
+    data = recipe.data
+
+    def read(sources: Sequence[str]) -> list[Record]:
+        with ui.progress(f"Reading {', '.join(Path(source).name for source in sources)}", None, "rows") as bar:
+            return read_all([resolve(source) for source in sources], preference_record, bar.advance)
+
+    def encode(records: Sequence[Record], label: str) -> Encoded:
+        with ui.progress(f"Tokenising {label} pairs", len(records), "pairs") as bar:
+            encoded = encode_all(encoder, records, data.on_identical, bar.advance)
+        for reason, count in sorted(encoded.counts.items()):
+            ui.say(f"{label} pairs {_FATES[reason]}: {count} of {len(records)}")
+        return encoded
+
+    train, held_out = read(data.train), read(data.eval) if data.eval else []
+    if data.holdout:
+        train, held_out = hold_out(train, data.holdout, recipe.train.seed)
+    split = Split(encode(train, "training"), encode(held_out, "held-out") if held_out else Encoded())
+    if not split.train.records:
+        raise RmtoolError("E0302", "no training pairs are left", "check data.holdout, data.on_long and data.max_length")
+    return split
+
+
+_FATES = {
+    "long": "dropped, over data.max_length",
+    "truncated": "with their prompt cut on the left, over data.max_length",
+    "empty": "dropped, a response is empty",
+    "identical": "dropped, chosen and rejected are the same",
+}
+
+
+@dataclass
+class Trainer:
+    """What a step needs. `engine` is `model` as accelerate wrapped it."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: RewardModel
+    engine: Any
+    optimizer: Any
+
+    def step(self, units: Sequence[Unit]) -> tuple[PairSums, float]:
+        """One optimiser step's gradients: the sums over all ranks' pairs, and the gradient norm before clipping.
+
+        The loss is the sum over the step's pairs divided by their number, however they are cut into packs and ranks.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        trees = [unit.tree for unit in units]
+        packs = self.model.plan(trees, self.recipe.train.tokens_per_pack, world)[rank::world]
+        pairs = sum(len(unit.preferences) for unit in units)
+        sums = PairSums()
+        for number, items in enumerate(packs, 1):
+            last = number == len(packs)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.engine):
+                # A rank without work in this round runs a unit with weight zero: all ranks must take part.
+                pack_sums, loss = self._pack([units[item] for item in items] or units[:1])
+                weight = world / pairs if items else 0.0  # engines average gradients over ranks
+                self.accelerator.backward(loss * weight)
+            if items:
+                sums += pack_sums
+        total = self.accelerator.reduce(sums.vector().to(self.accelerator.device), "sum").cpu()
+        limit = self.recipe.train.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        return PairSums.from_vector(total), float(norm)
+
+    def _pack(self, units: Sequence[Unit]) -> tuple[PairSums, torch.Tensor]:
+        rewards = self.engine(self.model.collate([unit.tree for unit in units]))
+        start, winners, losers, margins = 0, list[int](), list[int](), list[float]()
+        for unit in units:
+            for winner, loser, margin in unit.preferences:
+                winners.append(start + winner)
+                losers.append(start + loser)
+                margins.append(margin)
+            start += len(unit.tree.responses)
+        chosen, rejected = rewards[winners], rewards[losers]
+        margin = rewards.new_tensor(margins) if self.recipe.train.use_margins else None
+        losses = bradley_terry(chosen, rejected, margin)
+        return PairSums.of(chosen, rejected, losses), losses.sum()
+
+    def evaluate(self, held_out: Encoded, bar: Bar) -> dict[str, float]:
+        """The eval metrics; each rank scores its share, and the sums are added up."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        records, trees = held_out.records[rank::world], held_out.trees[rank::world]
+        budget = self.recipe.train.tokens_per_pack
+        sums = evaluation.evaluate(self.model, records, trees, budget, bar).total if records else PairSums()
+        self.model.train()
+        total = self.accelerator.reduce(sums.vector().to(self.accelerator.device), "sum").cpu()
+        return PairSums.from_vector(total).report(evaluation.PREFIX)
+
+
+def train_loop(trainer: Trainer, split: Split, tracker: Tracker | None, ui: Ui) -> dict[str, float]:
+    """All steps of all epochs; returns the last eval metrics (empty without held-out pairs)."""
+    train, records, trees = trainer.recipe.train, split.train.records, split.train.trees
+    pairs = count_pairs(records)
+    total = plan_steps(train.epochs, train.max_steps, pairs, train.batch_size)
+    step, episode, metrics = 0, 0, dict[str, float]()
+    trainer.model.train()
+    with ui.progress("Training", total, "steps") as bar:
+        for epoch in range(train.epochs):
+            for units in epoch_steps(records, trees, train.seed, epoch, train.batch_size):
+                if step == total:
+                    break
+                rate = train.learning_rate * schedule_factor(train, step, total)
+                set_learning_rate(trainer.optimizer, rate)
+                started = time.monotonic()
+                sums, norm = trainer.step(units)
+                require_finite_step(sums, norm, step + 1, units)
+                trainer.optimizer.step()
+                trainer.optimizer.zero_grad()
+                step, episode = step + 1, episode + int(sums.pairs)
+                numbers = {
+                    "step": step,
+                    "episode": episode,
+                    "epoch": episode / pairs,
+                    **sums.report("train/rm"),
+                    "train/rm/lr": rate,
+                    "grad_norm": norm,
+                    "step_seconds": time.monotonic() - started,
+                    "unique_tokens": sum(unit.tree.unique_tokens for unit in units),
+                }
+                bar.advance(1, f"loss {numbers['train/rm/loss']:.3f} acc {numbers['train/rm/accuracy']:.2f}")
+                if split.held_out.records and (step == total or (train.eval_every and step % train.eval_every == 0)):
+                    metrics = run_eval(trainer, split.held_out, ui)
+                    ui.say(f"step {step}: {describe(metrics)}")
+                    numbers |= metrics
+                if tracker:
+                    tracker.log(numbers)
+    return metrics
+
+
+def plan_steps(epochs: int, max_steps: int | None, pairs: int, batch_size: int) -> int:
+    """Optimiser steps of a run."""
+    total = epochs * steps_per_epoch(pairs, batch_size)
+    return total if max_steps is None else min(total, max_steps)
+
+
+def run_eval(trainer: Trainer, held_out: Encoded, ui: Ui) -> dict[str, float]:
+    with ui.progress("Evaluating", len(held_out.records[:: trainer.accelerator.num_processes]), "pairs") as bar:
+        return trainer.evaluate(held_out, bar)
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """Eval metrics as one line of words."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def require_finite_step(sums: PairSums, norm: float, step: int, units: Sequence[Unit]) -> None:
+    """Stop before a bad gradient reaches the weights."""
+    if math.isfinite(sums.loss) and math.isfinite(norm):
+        return
+    places = ", ".join(str(unit.record.place) for unit in units[:4])
+    raise RmtoolError(
+        "E0802",
+        f"step {step}: the loss ({sums.loss / max(sums.pairs, 1)}) or the gradient norm ({norm}) is not a finite number",
+        "lower train.learning_rate, or set train.precision=fp32; the rows of this step are named above",
+        found=f"rows {places}{', ...' if len(units) > 4 else ''}",
+    )
+
+
+def save_model(trainer: Trainer, encoder: Encoder, base_model: str, folder: Path, metrics: dict[str, float]) -> None:
+    """Write model/: an ordinary transformers checkpoint, and the manifest."""
+    recipe, model = trainer.recipe, trainer.model
+    if recipe.lora.rank:
+        merge_adapters(model.classifier)
+    model.share_prompts(False)  # back to the stock attention, which any tool knows
+    classifier = model.classifier.to(PRECISIONS[recipe.train.save_dtype])
+
+    def fill(target: Path) -> None:
+        classifier.save_pretrained(target)
+        encoder.tokenizer.save_pretrained(target)
+        write_manifest(target, _manifest(recipe, encoder, base_model, metrics))
+
+    write_folder(folder / "model", fill)
+
+
+def _manifest(recipe: Recipe, encoder: Encoder, base_model: str, metrics: dict[str, float]) -> Manifest:
+    packages = ("rmtool", "torch", "transformers", "accelerate", "peft")
+    return Manifest(
+        fingerprint=encoder.fingerprint(),
+        max_length=encoder.max_length,
+        precision=recipe.train.precision,
+        on_empty="keep" if encoder.on_empty == "keep" else "error",
+        recipe=recipe.name,
+        base_model=base_model,
+        train_data=list(recipe.data.train),
+        settings=as_dict(recipe)["train"] | {"lora": as_dict(recipe)["lora"]},
+        metrics=metrics,
+        versions={name: metadata.version(name) for name in packages},
+    )
+
+
+def write_held_out(path: Path, records: Sequence[Record]) -> None:
+    """The held-out pairs as rows that `rmtool eval` reads back."""
+
+    def messages(items: Sequence[Message]) -> list[dict[str, str]]:
+        return [item._asdict() for item in items]
+
+    with open(path, "w", encoding="utf-8") as file:
+        for record in records:
+            for (winner, loser), margin in zip(record.preferences, record.margins, strict=True):
+                row: dict[str, Any] = {
+                    "chosen": messages((*record.prompt, *record.responses[winner])),
+                    "rejected": messages((*record.prompt, *record.responses[loser])),
+                    "source": str(record.place),
+                }
+                extra = {"margin": margin, "subset": record.subset}
+                row |= {name: value for name, value in extra.items() if value is not None}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def run(folder: Path, accelerator: Accelerator, ui: Ui) -> None:
+    """Train as config.yaml in `folder` says."""
+    recipe = load_recipe(str(folder / CONFIG_FILE))
+    source = resolve_checkpoint(resolve(recipe.model.path), recipe.model.revision, ui)
+    encoder, notices = training_encoder(recipe, source)
+    split = load_split(recipe, encoder, ui)
+    model, more = training_model(recipe, source, encoder)
+    optimizer = build_optimizer(model, recipe.train)
+    engine, optimizer = accelerator.prepare(model, optimizer)
+    reason = models.choose_layout(model, engine, encoder.max_length)
+    sharing = f"padded, because {reason}" if reason else "computed once for both responses of a pair"
+    for notice in (*notices, *more, f"prompts: {sharing}", describe_data(split)):
+        ui.say(notice)
+    main = accelerator.is_main_process
+    if main:
+        write_held_out(folder / HELD_OUT_FILE, split.held_out.records)
+    tracker = Tracker(folder, recipe.track, as_dict(recipe), ui) if main else None
+    trainer = Trainer(recipe, accelerator, model, engine, optimizer)
+    try:
+        metrics = train_loop(trainer, split, tracker, ui)
+    finally:
+        if tracker:
+            tracker.close()
+    if main:
+        draw_curves(folder)
+        ui.say("Saving the checkpoint")
+        save_model(trainer, encoder, recipe.model.path, folder, metrics)
+    accelerator.wait_for_everyone()
+
+
+def describe_data(split: Split) -> str:
+    """Pairs, and the tokens that sharing saves."""
+    trees = split.train.trees
+    unique = sum(tree.unique_tokens for tree in trees)
+    whole = sum(len(sequence) for tree in trees for sequence in tree.sequences())
+    pairs, held = count_pairs(split.train.records), count_pairs(split.held_out.records)
+    return (
+        f"data: {pairs:,} training pairs, {held:,} held out; {unique / pairs:.0f} unique tokens per pair "
+        f"({whole / pairs:.0f} without sharing the prompt)"
+    )
+
+
+def main() -> None:
+    """Entry of a worker process: `python -m rmtool.train RUN_FOLDER`."""
+    folder = Path(sys.argv[1])
+    accelerator = Accelerator()
+    ui = worker_ui(accelerator.is_main_process)
+    status: dict[str, Any] = {"exit": int(ExitCode.OK), "error": None}
+    try:
+        run(folder, accelerator, ui)
+    except RmtoolError as error:
+        status = {"exit": int(error.exit_code), "error": error.as_dict()}
+    except Exception:  # noqa: BLE001 - the last line of defence: said, written down, and passed on as a bug
+        traceback.print_exc()
+        status = {"exit": int(ExitCode.BUG), "error": None}
+    temporary = folder / f".exit-{accelerator.process_index}.json"
+    temporary.write_text(json.dumps(status), encoding="utf-8")
+    os.replace(temporary, folder / f"exit-{accelerator.process_index}.json")
+    sys.exit(status["exit"])
+
+
+if __name__ == "__main__":
+    main()
