@@ -34,6 +34,8 @@ ALLOWED = (
     *("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *(CARD, MANIFEST, "LICENSE*"),
 )
+LOGIN = "run `hf auth login` or set HF_TOKEN, with a token that may write"
+AGAIN = "push again later"
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ def _select(folder: Path) -> dict[str, Path]:
     leading_out = [name for name, path in found.items() if not _stays_inside(path, root)]
     if leading_out:
         what = f"links lead to files that a push does not send: {', '.join(leading_out)}"
-        raise RmtoolError("E0272", what, "put a copy of the file in the link's place", Place(str(folder / leading_out[0])))
+        raise RmtoolError(
+            "E0272", what, "put a copy of the file in the link's place", Place(str(folder / leading_out[0]))
+        )
     return {name: path for name, path in found.items() if path.is_file()}
 
 
@@ -183,8 +187,10 @@ def _describe(upload: Upload, repo_id: str, private: bool, dry_run: bool, ui: Ui
 
 
 def _push(upload: Upload, repo_id: str, private: bool, ui: Ui) -> str:
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token, set_client_factory
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token, is_offline_mode, set_client_factory
 
+    if is_offline_mode():
+        raise RmtoolError("E0278", f"{repo_id} cannot be pushed while HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
     set_client_factory(_client)  # for the rest of the process: the library has no way back, and none is needed
     token = get_token()
     if token is None:
@@ -223,7 +229,10 @@ def _client() -> Any:
 
 def _limit(request: Any) -> None:
     # Not the client's own timeout: some of the library's calls ask for none by name (repo_info), which outdoes it.
-    request.extensions = {**request.extensions, "timeout": dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT_S)}
+    request.extensions = {
+        **request.extensions,
+        "timeout": dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT_S),
+    }
 
 
 def _end_busy_loop(response: Any) -> None:
@@ -254,8 +263,6 @@ def _library_speaks_through(ui: Ui) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------------------- what went wrong
 
-LOGIN = "run `hf auth login` or set HF_TOKEN, with a token that may write"
-AGAIN = "push again later"
 ADVICE = {
     404: "check the repo id",
     409: "something else changes the repo; wait until it is done and push again",
@@ -276,7 +283,7 @@ def _library_errors() -> tuple[type[Exception], ...]:
 def explain(error: BaseException, repo_id: str) -> RmtoolError:
     """What an error that huggingface_hub raised during a push to `repo_id` means for the user."""
     import httpx2
-    from huggingface_hub.errors import BadRequestError, DeviceCodeError, HfHubHTTPError, OfflineModeIsEnabled, OIDCError
+    from huggingface_hub.errors import BadRequestError, DeviceCodeError, HfHubHTTPError, OIDCError
 
     if isinstance(error, RuntimeError) and error.__cause__:  # how the library wraps what happened to one file
         return explain(error.__cause__, repo_id)
@@ -284,13 +291,12 @@ def explain(error: BaseException, repo_id: str) -> RmtoolError:
         return _explain_status(error, repo_id)
     if isinstance(error, OSError) and error.filename:
         return _unreadable(error)
-    if isinstance(error.__cause__, BadRequestError):
-        error = error.__cause__
+    if isinstance(error.__cause__, BadRequestError):  # how the library says what validate-yaml answered
+        hint = f"mend the YAML at the top of {CARD}"
+        return RmtoolError("E0277", f"push to {repo_id}: the Hub refuses the card's metadata", hint, found=_line(error))
     network = "check the network (and HF_ENDPOINT, if it is set) and push again"
     proxy = f"{AGAIN}; a proxy that answers with a page of its own has this effect, too"
     meanings: tuple[tuple[Any, str, str, str], ...] = (
-        (BadRequestError, "E0277", f"the Hub refuses the metadata in {CARD}", f"mend the YAML at the top of {CARD}"),
-        (OfflineModeIsEnabled, "E0278", "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"),
         ((OIDCError, DeviceCodeError, UnicodeEncodeError), "E0273", "the token for the Hub cannot be used", LOGIN),
         (PermissionError, "E0275", f"this token may not write to {repo_id}", LOGIN),  # from the Xet storage
         (httpx2.TimeoutException, "E0772", f"the Hub was silent for {TIMEOUT_S:g} s", AGAIN),
@@ -299,12 +305,12 @@ def explain(error: BaseException, repo_id: str) -> RmtoolError:
         ((ValueError, KeyError), "E0774", "the Hub's answer was not understood", proxy),
     )
     id, what, hint = next(meaning[1:] for meaning in meanings if isinstance(error, meaning[0]))
-    return RmtoolError(id, f"{what}: nothing was pushed to {repo_id}", hint, found=_line(error))
+    return RmtoolError(id, f"push to {repo_id}: {what}", hint, found=_line(error))
 
 
 def _explain_status(error: Any, repo_id: str) -> RmtoolError:
     status, said = error.response.status_code, _line(error.server_message or "") or None
-    if error.request.method != "PUT":  # an upload address that has run out answers 403, whatever the token
+    if error.response.request.method != "PUT":  # an upload address that has run out answers 403, whatever the token
         if status == 401:
             return RmtoolError("E0274", f"the Hub does not accept the token for a push to {repo_id}", LOGIN, found=said)
         if status == 403:
@@ -314,4 +320,5 @@ def _explain_status(error: Any, repo_id: str) -> RmtoolError:
 
 
 def _line(text: object) -> str:
-    return next(iter(str(text).strip().splitlines()), "")
+    """Another program's words as one line of ours."""
+    return " ".join(str(text).split())[:300]

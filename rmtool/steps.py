@@ -28,9 +28,10 @@ def count_pairs(records: Sequence[Record]) -> int:
     return sum(len(record.preferences) for record in records)
 
 
-def steps_per_epoch(pairs: int, batch_size: int) -> int:
-    """The last step of an epoch may have fewer pairs; its loss is divided by what it has."""
-    return -(-pairs // batch_size)
+def plan_steps(epochs: int, max_steps: int | None, pairs: int, batch_size: int) -> int:
+    """Optimiser steps of a run. The last step of an epoch may have fewer pairs; its loss is divided by what it has."""
+    total = epochs * -(-pairs // batch_size)
+    return total if max_steps is None else min(total, max_steps)
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:

@@ -36,7 +36,7 @@ from rmtool.loss import bradley_terry
 from rmtool.metrics import PairSums
 from rmtool.model import PRECISIONS, RewardModel
 from rmtool.optim import build_optimizer, schedule_factor, set_learning_rate
-from rmtool.steps import Unit, count_pairs, epoch_steps, hold_out, steps_per_epoch
+from rmtool.steps import Unit, count_pairs, epoch_steps, hold_out, plan_steps
 from rmtool.tracking import Tracker, draw_curves
 from rmtool.ui import Bar, Ui, worker_ui
 
@@ -185,12 +185,6 @@ def train_loop(trainer: Trainer, split: Split, tracker: Tracker | None, ui: Ui) 
                 if tracker:
                     tracker.log(numbers)
     return metrics
-
-
-def plan_steps(epochs: int, max_steps: int | None, pairs: int, batch_size: int) -> int:
-    """Optimiser steps of a run."""
-    total = epochs * steps_per_epoch(pairs, batch_size)
-    return total if max_steps is None else min(total, max_steps)
 
 
 def run_eval(trainer: Trainer, held_out: Encoded, ui: Ui) -> dict[str, float]:

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 from rich.console import Console
@@ -97,9 +98,9 @@ class _PlainBar:
 class TerminalUi:
     """Draws on this process's terminal, or writes plain lines where stderr is none."""
 
-    def __init__(self) -> None:
-        self.err = Console(stderr=True, highlight=False)
-        self.out = Console(highlight=False)
+    def __init__(self, out: IO[str] | None = None, err: IO[str] | None = None) -> None:
+        self.err = Console(file=err or sys.stderr, highlight=False)
+        self.out = Console(file=out or sys.stdout, highlight=False)
 
     def say(self, text: str) -> None:
         self.err.print(text, markup=False, soft_wrap=not self.err.is_terminal)
@@ -110,14 +111,25 @@ class TerminalUi:
         self.err.print(Text.assemble((label, "bold red"), ": ", (what, "bold")), soft_wrap=True)
         self.err.print(rest, markup=False, soft_wrap=True)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric_from: int = 1) -> None:
-        """One table on stdout; columns from `numeric_from` on are right-aligned."""
-        table = Table(title=title, title_justify="left", title_style="bold")
+    def result(self, text: str) -> None:
+        """Words or data that the command was asked for, on stdout."""
+        self.out.print(text, markup=False, soft_wrap=True)
+
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        numeric_from: int = 1,
+        to_stderr: bool = False,
+    ) -> None:
+        """One table, on stdout unless said otherwise; columns from `numeric_from` on are right-aligned."""
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
         for index, column in enumerate(columns):
             table.add_column(column, justify="right" if index >= numeric_from else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        self.out.print(table)
+        (self.err if to_stderr else self.out).print(table)
 
     def progress(self, label: str, total: int | None, unit: str) -> contextlib.AbstractContextManager[Bar]:
         return self._rich(label, total, unit) if self.err.is_terminal else self._plain(label, total, unit)
@@ -226,6 +238,33 @@ def worker_ui(main_process: bool) -> Ui:
     return PipeUi(open(path, "w")) if path else TerminalUi()  # noqa: SIM115 - lives as long as the process
 
 
-def print_json(data: object) -> None:
+def print_json(data: object, ui: TerminalUi) -> None:
     """A result for a script, on stdout. Not-a-number has no JSON form and must have been dealt with before."""
-    sys.stdout.write(json.dumps(data, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+    ui.out.file.write(json.dumps(data, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+    ui.out.file.flush()
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[TerminalUi]:
+    """Send everything that libraries print, at the level of file descriptors, to a log file; yield a ui that still
+    writes to the terminal. The log is $RMTOOL_LOG, else rmtool.log in the user's cache folder.
+    """
+    log_path = Path(os.environ.get("RMTOOL_LOG") or Path.home() / ".cache" / "rmtool" / "rmtool.log")
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(log_path, "ab"))
+        kept = [os.dup(1), os.dup(2)]
+        out, err = (stack.enter_context(os.fdopen(fd, "w", encoding="utf-8", buffering=1)) for fd in kept)
+        saved = [os.dup(1), os.dup(2)]
+        try:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            yield TerminalUi(out, err)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, descriptor in zip((1, 2), saved, strict=True):
+                os.dup2(descriptor, number)
+                os.close(descriptor)

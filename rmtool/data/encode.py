@@ -141,6 +141,9 @@ class Encoded:
 def encode_all(encoder: Encoder, records: Iterable[Record], on_identical: str, advance: Callable[[], None]) -> Encoded:
     """Encode preference records; calls `advance` once per record.
 
+    Args:
+        on_identical: "error", "drop" or "keep" (to evaluate: a tie) a pair whose two responses have the same ids.
+
     Raises:
         RmtoolError: as `Encoder.encode`, and E0304 for a pair whose two responses have the same ids.
     """
@@ -148,7 +151,7 @@ def encode_all(encoder: Encoder, records: Iterable[Record], on_identical: str, a
     for record in records:
         tree, event = encoder.encode(record)
         advance()
-        if tree is not None and _identical_pair(record, tree):
+        if tree is not None and on_identical != "keep" and _identical_pair(record, tree):
             if on_identical == "error":
                 raise RmtoolError(
                     "E0304",

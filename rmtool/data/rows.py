@@ -62,6 +62,11 @@ def _reader(source: str) -> Iterator[Row]:
     raise RmtoolError("E0201", f"{source} is of no known kind", f"name a file that ends in {', '.join(SUFFIXES)}")
 
 
+def is_hub_source(source: str) -> bool:
+    """Whether `source` names a Hub dataset and no file."""
+    return not Path(source).exists() and not _looks_local(source)
+
+
 def _looks_local(source: str) -> bool:
     """A Hub id is `name` or `owner/name`, without a data file's ending."""
     name = source.partition(":")[0]

@@ -1,0 +1,171 @@
+"""The commands: they parse, delegate, and end with the right exit code.
+
+Importing this module must not import torch: `rmtool --help` answers at once. What computes is imported inside the
+commands, under `captured`, so that other libraries' words and bars go to a log file and the terminal is rmtool's own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rmtool import __version__
+from rmtool.errors import ExitCode, RmtoolError
+
+app = typer.Typer(
+    name="rmtool",
+    help="Train, evaluate, score with and publish reward models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RUNS = Path("runs")
+
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one recipe value; repeatable.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+PrecisionOption = Annotated[str | None, typer.Option(help="fp32 or bf16. Default: as the model was trained.")]
+TokensOption = Annotated[int, typer.Option(min=1, help="Unique tokens per forward; bounds memory, changes no reward.")]
+MaxLengthOption = Annotated[int | None, typer.Option(min=2, help="Tokens per conversation. Default: as in training.")]
+TemplateOption = Annotated[
+    str | None, typer.Option(help="A chat template for a model without one: a .jinja file, or tulu.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"rmtool {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Option(help="A bundled recipe (debug, smollm2-135m, tulu3-8b) or a .yaml file.")
+    ] = "debug",
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the model to train. Overrides model.path.")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="File or Hub dataset to train on; repeatable.")] = None,
+    eval_data: Annotated[list[str] | None, typer.Option(help="File or Hub dataset to evaluate on; repeatable.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/RECIPE.")] = None,
+    set_: SetOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run in the run folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and the launch commands, and stop.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a reward model from preference pairs, as a recipe says."""
+    from rmtool import config
+
+    overrides: list[tuple[str, Any]] = [config.parse_set(text) for text in set_ or []]
+    if model:
+        overrides += [("model.path", model), ("model.weights", "pretrained")]
+    if data:
+        overrides.append(("data.train", data))
+    if eval_data:
+        overrides += [("data.eval", eval_data), ("data.holdout", 0)]
+    resolved = config.load_recipe(recipe, overrides)
+    from rmtool.commands import train_command
+
+    train_command(resolved, output or RUNS / resolved.name, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(name="eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="A run folder, a checkpoint folder or a Hub id.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="File or Hub dataset (owner/name:split). Default: the pairs that the model's run held out."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Sampled pairs to show.")] = 5,
+    precision: PrecisionOption = None,
+    max_length: MaxLengthOption = None,
+    on_long: Annotated[str, typer.Option(help="A pair over the limit: error, drop or truncate_prompt.")] = "error",
+    tokens_per_pack: TokensOption = 8192,
+    chat_template: TemplateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Report held-out accuracy, loss and rewards (eval/rm/*), per subset where rows name one."""
+    from rmtool.commands import Reading, eval_command
+
+    reading = Reading(precision, max_length, on_long, tokens_per_pack, chat_template)
+    eval_command(model, data, samples, reading, as_json=as_json)
+
+
+@app.command()
+def score(
+    responses: Annotated[Path, typer.Argument(help="JSONL rows with prompt and response(s), or messages.")],
+    model: Annotated[
+        str | None, typer.Option(help="Default: $RMTOOL_MODEL, else the newest run, else the Tulu 3 model.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Default: responses.scored.jsonl beside the input.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    precision: PrecisionOption = None,
+    max_length: MaxLengthOption = None,
+    on_long: Annotated[str, typer.Option(help="A conversation over the limit: error or truncate_prompt.")] = "error",
+    tokens_per_pack: TokensOption = 8192,
+    chat_template: TemplateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Add a reward to every response of a JSONL file, in input order."""
+    from rmtool.commands import Reading, score_command
+
+    reading = Reading(precision, max_length, on_long, tokens_per_pack, chat_template)
+    score_command(responses, model, output, reading, overwrite=overwrite, as_json=as_json)
+
+
+@app.command()
+def push(
+    checkpoint: Annotated[str, typer.Argument(help="A run folder or a checkpoint folder.")],
+    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and stop.")] = False,
+) -> None:
+    """Publish a checkpoint to the Hugging Face Hub, privately unless --public."""
+    from rmtool.commands import push_command
+
+    push_command(checkpoint, repo_id, public=public, dry_run=dry_run)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; errors are shown once, here, in one form."""
+    from rmtool.ui import TerminalUi, print_json
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(arguments, standalone_mode=True)
+    except RmtoolError as error:
+        if "--json" in arguments:
+            print_json({"error": error.as_dict()}, TerminalUi())
+        TerminalUi().error(error)
+        if os.environ.get("RMTOOL_DEBUG") == "1":
+            traceback.print_exc()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        TerminalUi().say("\ninterrupted")
+        sys.exit(ExitCode.INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - a bug: said in one form, with where to look
+        if os.environ.get("RMTOOL_DEBUG") == "1":
+            traceback.print_exc()
+        TerminalUi().error(
+            RmtoolError(
+                "E7001",
+                f"a bug in rmtool: {type(error).__name__}: {error}",
+                "run again with RMTOOL_DEBUG=1 and report what it shows",
+            )
+        )
+        sys.exit(ExitCode.BUG)
+
+
+if __name__ == "__main__":
+    main()
