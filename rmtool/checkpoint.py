@@ -20,6 +20,7 @@ from rmtool.errors import Place, RmtoolError
 from rmtool.ui import Ui
 
 MANIFEST = "rmtool.json"
+HELD_OUT_FILE = "held_out.jsonl"  # beside the checkpoint, in the folder of the run that made it
 DOWNLOAD = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
 DEFAULT_MODEL = "allenai/Llama-3.1-Tulu-3-8B-RM"
 
@@ -93,6 +94,11 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def public_name(source: str) -> str:
+    """A Hub id as it is, of a local path only its last part: a manifest is published with its checkpoint."""
+    return source if source.count("/") == 1 and not Path(source).exists() else Path(source).name
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -14,7 +14,6 @@ from rmtool.ui import TerminalUi, captured, print_json
 
 RUNS = Path("runs")
 DEFAULT_EVAL_DATA = "allenai/reward-bench:filtered"
-HELD_OUT_FILE = "held_out.jsonl"
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def train_command(recipe: Recipe, output: Path, *, overwrite: bool, dry_run: boo
         ui.table(f"Plan: {recipe.name}", ("", ""), plan.rows(), numeric_from=2, to_stderr=not dry_run)
         if dry_run:
             for node, command in enumerate(plan.commands):
-                ui.result(f"# node {node}\n{command}")
+                ui.result(f"\n# node {node}\n{command}")
             return
         launch.run(plan, ui)
         metrics = launch.final_metrics(output)
@@ -105,6 +104,9 @@ def eval_command(model: str, data: list[str] | None, samples: int, reading: Read
 
 
 def _default_eval_data(folder: Path) -> list[str]:
+    """The pairs that the run which made `folder` held out, if it lies in a run folder."""
+    from rmtool.checkpoint import HELD_OUT_FILE
+
     held_out = folder.parent / HELD_OUT_FILE
     return [str(held_out)] if held_out.is_file() and held_out.stat().st_size else [DEFAULT_EVAL_DATA]
 
@@ -211,4 +213,6 @@ def push_command(checkpoint: str, repo_id: str, *, public: bool, dry_run: bool) 
         if not Path(checkpoint).exists():
             raise RmtoolError("E0404", f"there is no checkpoint folder {checkpoint}", "name a run or checkpoint folder")
         folder = resolve_checkpoint(checkpoint, None, ui)
-        ui.result(push_checkpoint(folder, repo_id, private=not public, ui=ui, dry_run=dry_run))
+        url = push_checkpoint(folder, repo_id, private=not public, ui=ui, dry_run=dry_run)
+        if url:
+            ui.result(url)

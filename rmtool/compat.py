@@ -16,9 +16,11 @@ import torch
 from transformers import PreTrainedModel
 
 from rmtool.attention import UnsupportedAttentionError
+from rmtool.errors import RmtoolError
 from rmtool.tree import TokenTree, build_tree
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+BATCH_DEPENDENT_ROPE = {"longrope", "dynamic"}
 # Largest difference allowed between shared and one-by-one rewards, relative to the rewards' spread. fp32 models that
 # may share differ by about 1e-6; half precision rounds each activation to 8 or 11 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -39,6 +41,25 @@ def declared_reason(backbone: PreTrainedModel) -> str | None:
     return None
 
 
+def require_fixed_positions(backbone: PreTrainedModel, max_length: int) -> None:
+    """Refuse a model whose rotary positions change for the whole batch when its longest sequence passes a limit.
+
+    Raises:
+        RmtoolError: E0410 sequences of up to `max_length` tokens can pass that limit.
+    """
+    config = backbone.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for rope in parameters.values() if all(isinstance(item, dict) for item in parameters.values()) else [parameters]:
+        limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if rope.get("rope_type") in BATCH_DEPENDENT_ROPE and max_length > limit:
+            raise RmtoolError(
+                "E0410",
+                f"with {rope['rope_type']} positions this model reads a short text otherwise beside one over {limit} "
+                "tokens, so its rewards would depend on the batch",
+                f"set the maximum length to {limit} or less (data.max_length, or --max-length)",
+            )
+
+
 def trial_trees(vocab_size: int, window: int | None, max_length: int) -> list[TokenTree]:
     """Made-up trees with a prompt longer than the sliding window (where sequences can reach it) and odd lengths."""
     rng = np.random.default_rng(0)
@@ -46,7 +67,7 @@ def trial_trees(vocab_size: int, window: int | None, max_length: int) -> list[To
     trees = []
     for length, responses in ((prompt_length, (9, 4, 17)), (11, (6, 1))):
         prompt = rng.integers(0, vocab_size, length)
-        trees.append(build_tree([np.concatenate((prompt, rng.integers(0, vocab_size, n))) for n in responses]))
+        trees.append(build_tree([[*prompt, *rng.integers(0, vocab_size, n)] for n in responses]))
     return trees
 
 
@@ -60,7 +81,7 @@ def trial_reason(
 
     Returns why the difference rules sharing out, or None if the rewards agree.
     """
-    alone = torch.cat([single([build_tree([sequence])]) for tree in trees for sequence in tree.sequences()])
+    alone = torch.cat([single([build_tree([sequence.tolist()])]) for tree in trees for sequence in tree.sequences()])
     try:
         together = shared(trees)
     except UnsupportedAttentionError as reason:

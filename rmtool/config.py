@@ -241,7 +241,7 @@ def _value(kind: Any, value: Any, path: str, file: str) -> Any:
 
 
 def _plain(kind: Any, value: Any) -> tuple[bool, Any]:
-    """Whether `value` is of `kind`, and what it becomes. Nothing is cast but whole numbers to float, lists to tuples."""
+    """Whether `value` is of `kind`, and what it becomes: nothing is cast but whole numbers and lists (to tuples)."""
     if typing.get_origin(kind) is Literal:
         # YAML reads a bare `off` as false.
         value = "off" if value is False and "off" in typing.get_args(kind) else value

@@ -52,7 +52,8 @@ class RmtoolError(Exception):
     """
 
     def __init__(self, id: str, what: str, hint: str, place: Place | None = None, found: str | None = None):
-        assert len(id) == 5 and id[0] == "E" and id[1:].isdigit(), id
+        assert id[0] == "E", id
+        assert len(id) == 5, id
         super().__init__(what)
         self.id, self.what, self.hint, self.place, self.found = id, what, hint, place, found
         self.exit_code = ExitCode(int(id[1:3]))

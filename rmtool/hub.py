@@ -174,11 +174,10 @@ def _unreadable(error: OSError) -> RmtoolError:
 def _describe(upload: Upload, repo_id: str, private: bool, dry_run: bool, ui: Ui) -> None:
     sizes = {name: path.stat().st_size for name, path in upload.files.items()}
     verb, kind = "would push" if dry_run else "pushing", "private" if private else "public"
-    ui.say(f"{verb} {len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB, to {repo_id} ({kind})")
+    card = "" if CARD in sizes else f" and a generated {CARD}"
+    ui.say(f"{verb} {len(sizes)} files ({sum(sizes.values()) / 1e6:,.1f} MB){card} to {repo_id}, {kind}")
     for name, size in sizes.items() if dry_run else ():
         ui.say(f"  {name}  {size:,} bytes")
-    if CARD not in upload.files:
-        ui.say(f"  and a generated {CARD}")
     if upload.left_out:
         ui.say(f"not sent: {', '.join(upload.left_out)}")
 

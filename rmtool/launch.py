@@ -47,45 +47,32 @@ class Plan:
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, value) for a table."""
-        recipe, train, launch = self.recipe, self.recipe.train, self.recipe.launch
-        lora = f"LoRA rank {recipe.lora.rank}" if recipe.lora.rank else "all weights"
-        evaluation = ", ".join(recipe.data.eval) or (
-            f"{recipe.data.holdout} pairs held out" if recipe.data.holdout else "none"
-        )
-        steps = f"{self.steps:,}" if self.steps else "known when the dataset is loaded"
+        recipe, train, data, launch = self.recipe, self.recipe.train, self.recipe.data, self.recipe.launch
+        unknown = "known when the dataset is loaded"
+        weights = f"LoRA rank {recipe.lora.rank}" if recipe.lora.rank else "all weights"
+        held_out = f"{data.holdout} pairs held out" if data.holdout else "none"
+        when = f"every {train.eval_every} steps and at the end" if train.eval_every else "at the end"
+        nodes = f"{launch.nodes} node{'s' * (launch.nodes > 1)} x {launch.processes_per_node}"
+        limit = f", at most {train.max_steps}" if train.max_steps else ""
+        betas = " and ".join(f"{beta:g}" for beta in train.betas)
+        share = f"{train.batch_size / self.world_size:g} per process"
+        pushed = f", then pushed to {recipe.hub.repo_id}" if recipe.hub.repo_id else ""
         return [
-            ("model", f"{recipe.model.path} ({recipe.model.weights} weights, {lora})"),
-            ("training data", ", ".join(recipe.data.train)),
-            ("training pairs", f"{self.pairs:,}" if self.pairs is not None else "known when the dataset is loaded"),
-            (
-                "evaluation",
-                f"{evaluation}; every {train.eval_every} steps and at the end"
-                if train.eval_every
-                else f"{evaluation}; at the end",
-            ),
-            ("longest sequence", f"{recipe.data.max_length:,} tokens; longer: {recipe.data.on_long}"),
-            (
-                "processes",
-                f"{self.world_size} = {launch.nodes} nodes x {launch.processes_per_node}, {launch.engine}, {train.precision}",
-            ),
-            (
-                "pairs per step",
-                f"{train.batch_size:,} over all processes ({train.batch_size / self.world_size:g} per process)",
-            ),
-            ("tokens per pack", f"{train.tokens_per_pack:,} unique tokens per forward and process, at most"),
-            (
-                "steps",
-                f"{steps} ({train.epochs} epoch{'s' if train.epochs > 1 else ''}{f', at most {train.max_steps}' if train.max_steps else ''})",
-            ),
+            ("model", f"{recipe.model.path} ({recipe.model.weights} weights; trained: {weights})"),
+            ("training data", ", ".join(data.train)),
+            ("training pairs", unknown if self.pairs is None else f"{self.pairs:,}"),
+            ("evaluation", f"{', '.join(data.eval) or held_out}; {when}"),
+            ("longest sequence", f"{data.max_length:,} tokens; longer: {data.on_long}"),
+            ("processes", f"{self.world_size} = {nodes}, {launch.engine}, {train.precision}"),
+            ("pairs per step", f"{train.batch_size:,} over all processes ({share})"),
+            ("tokens per pack", f"at most {train.tokens_per_pack:,} unique tokens per forward and process"),
+            ("steps", f"{unknown if self.steps is None else f'{self.steps:,}'} (epochs: {train.epochs}{limit})"),
             ("learning rate", f"{train.learning_rate:g}, {train.schedule}, {train.warmup_steps} warm-up steps"),
-            (
-                "optimiser",
-                f"AdamW, betas {train.betas[0]:g} and {train.betas[1]:g}, eps {train.eps:g}, weight decay {train.weight_decay:g}",
-            ),
-            (
-                "checkpoint",
-                f"{self.output / 'model'}" + (f", then pushed to {recipe.hub.repo_id}" if recipe.hub.repo_id else ""),
-            ),
+            ("optimiser", f"AdamW, betas {betas}, eps {train.eps:g}, weight decay {train.weight_decay:g}"),
+            ("gradients", f"clipped at norm {train.max_grad_norm}" + ", checkpointed" * train.gradient_checkpointing),
+            ("seed", str(train.seed)),
+            ("tracking", f"wandb project {recipe.track.project}" if recipe.track.wandb else "the run folder only"),
+            ("checkpoint", f"{self.output / 'model'}, {train.save_dtype}{pushed}"),
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,8 +103,13 @@ def make_plan(recipe: Recipe, output: Path) -> Plan:
         pairs -= recipe.data.holdout
         steps = plan_steps(train.epochs, train.max_steps, pairs, train.batch_size)
     launch = recipe.launch
-    commands = tuple(shlex.join(launch_command(recipe, output, node)) for node in range(launch.nodes))
+    commands = tuple(_for_a_shell(launch_command(recipe, output, node)) for node in range(launch.nodes))
     return Plan(recipe, output, launch.nodes * launch.processes_per_node, pairs, steps, commands)
+
+
+def _for_a_shell(command: list[str]) -> str:
+    """The command as one line to paste; $MASTER_ADDR is left for the shell to fill in."""
+    return " ".join(part if part == "$MASTER_ADDR" else shlex.quote(part) for part in command)
 
 
 def _count_pairs(recipe: Recipe) -> int | None:
@@ -170,7 +162,8 @@ def _engine_arguments(recipe: Recipe) -> list[str]:
 
 
 def _threads(processes: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+    """One process computes on all of this machine's cores; of several, each drives a GPU."""
+    return len(os.sched_getaffinity(0)) if processes == 1 else 1
 
 
 def prepare_folder(output: Path, overwrite: bool) -> None:

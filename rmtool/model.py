@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -93,7 +95,11 @@ def choose_layout(model: RewardModel, run: nn.Module, max_length: int) -> str | 
 
     Args:
         run: what to call for a forward: the model, or the engine wrapped around it (the same on every rank).
+
+    Raises:
+        RmtoolError: E0410 the model's rewards would depend on the batch in any layout.
     """
+    compat.require_fixed_positions(model.backbone, max_length)
     reason = compat.declared_reason(model.backbone)
     if reason is None:
         config = model.backbone.config.get_text_config()
@@ -182,7 +188,7 @@ def _is_classifier(config: Any) -> bool:
 def _config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise RmtoolError(
             "E0404", f"the model's config cannot be read: {first_line(error)}", f"look at {folder}/config.json"
         ) from error
@@ -199,7 +205,7 @@ def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[PreTrainedMode
         classifier, info = AutoModelForSequenceClassification.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RmtoolError(
             "E0404", f"the model cannot be loaded: {first_line(error)}", f"check the files in {folder}"
         ) from error
@@ -258,9 +264,11 @@ def turn_dropout_off(classifier: PreTrainedModel) -> None:
 
 
 def set_pad_token(classifier: PreTrainedModel, pad_id: int, vocabulary: int) -> None:
-    """Write the pad id into the config (batched scoring in transformers reads it there) and make room for new tokens."""
+    """Write the pad id into the config, where batched scoring in transformers reads it; make room for new tokens."""
     config = classifier.config.get_text_config()
-    if vocabulary > classifier.get_input_embeddings().num_embeddings:
+    embeddings = classifier.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    if vocabulary > embeddings.num_embeddings:
         # The new rows belong to the pad token, which nothing attends to; a costly fit of their mean buys nothing.
         classifier.resize_token_embeddings(vocabulary, mean_resizing=False)
     config.pad_token_id = classifier.config.pad_token_id = pad_id

@@ -155,7 +155,7 @@ def _evenly(trees: Sequence[TokenTree], budget: int, multiple: int) -> list[list
     """Longest first, each to the lightest pack, with as few packs as keep the budget: ranks then finish together."""
     costs = [tree.unique_tokens for tree in trees]
     order = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
-    count = _round_up(max(1, -(-sum(costs) // budget)), multiple)
+    count = _round_up(min(len(costs), -(-sum(costs) // budget)), multiple)
     packs = _spread(costs, order, count)
     while any(len(items) > 1 and sum(costs[item] for item in items) > budget for items in packs):
         count += multiple

@@ -13,13 +13,13 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rmtool.data.encode import Encoder
-from rmtool.data.formats import Record, score_record
+from rmtool.data.formats import score_record
 from rmtool.data.rows import Row, read_rows
 from rmtool.errors import RmtoolError
 from rmtool.loading import Loaded

@@ -52,7 +52,7 @@ def _start_wandb(folder: Path, track: TrackConfig, config: Mapping[str, Any], ui
     import wandb
 
     online = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-    mode = os.environ.get("WANDB_MODE") or ("online" if online else "offline")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if online else "offline")
     if mode == "offline":
         ui.say("wandb: offline (no API key, or WANDB_MODE says so); upload later with `wandb sync`")
     settings = wandb.Settings(init_timeout=WANDB_TIMEOUT_S, silent=True, console="off")

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 
 from rmtool import evaluate as evaluation
 from rmtool import model as models
-from rmtool.checkpoint import Manifest, resolve_checkpoint, write_folder, write_manifest
+from rmtool.checkpoint import HELD_OUT_FILE, Manifest, public_name, resolve_checkpoint, write_folder, write_manifest
 from rmtool.config import Recipe, as_dict, load_recipe, resolve
 from rmtool.data.encode import Encoded, Encoder, encode_all
 from rmtool.data.formats import Message, Record, preference_record
@@ -41,7 +41,6 @@ from rmtool.tracking import Tracker, draw_curves
 from rmtool.ui import Bar, Ui, worker_ui
 
 CONFIG_FILE = "config.yaml"
-HELD_OUT_FILE = "held_out.jsonl"
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,8 @@ class Trainer:
                 margins.append(margin)
             start += len(unit.tree.responses)
         chosen, rejected = rewards[winners], rewards[losers]
-        margin = rewards.new_tensor(margins) if self.recipe.train.use_margins else None
-        losses = bradley_terry(chosen, rejected, margin)
+        taken_off = rewards.new_tensor(margins) if self.recipe.train.use_margins else None
+        losses = bradley_terry(chosen, rejected, taken_off)
         return PairSums.of(chosen, rejected, losses), losses.sum()
 
     def evaluate(self, held_out: Encoded, bar: Bar) -> dict[str, float]:
@@ -204,7 +203,7 @@ def require_finite_step(sums: PairSums, norm: float, step: int, units: Sequence[
     places = ", ".join(str(unit.record.place) for unit in units[:4])
     raise RmtoolError(
         "E0802",
-        f"step {step}: the loss ({sums.loss / max(sums.pairs, 1)}) or the gradient norm ({norm}) is not a finite number",
+        f"step {step}: the loss ({sums.loss / max(sums.pairs, 1)}) or gradient norm ({norm}) is not a finite number",
         "lower train.learning_rate, or set train.precision=fp32; the rows of this step are named above",
         found=f"rows {places}{', ...' if len(units) > 4 else ''}",
     )
@@ -216,7 +215,8 @@ def save_model(trainer: Trainer, encoder: Encoder, base_model: str, folder: Path
     if recipe.lora.rank:
         merge_adapters(model.classifier)
     model.share_prompts(False)  # back to the stock attention, which any tool knows
-    classifier = model.classifier.to(PRECISIONS[recipe.train.save_dtype])
+    classifier = model.classifier
+    classifier.to(dtype=PRECISIONS[recipe.train.save_dtype])  # type: ignore[call-arg]  # peft wraps its signature
 
     def fill(target: Path) -> None:
         classifier.save_pretrained(target)
@@ -234,8 +234,8 @@ def _manifest(recipe: Recipe, encoder: Encoder, base_model: str, metrics: dict[s
         precision=recipe.train.precision,
         on_empty="keep" if encoder.on_empty == "keep" else "error",
         recipe=recipe.name,
-        base_model=base_model,
-        train_data=list(recipe.data.train),
+        base_model=public_name(base_model),
+        train_data=[public_name(source) for source in recipe.data.train],
         settings=as_dict(recipe)["train"] | {"lora": as_dict(recipe)["lora"]},
         metrics=metrics,
         versions={name: metadata.version(name) for name in packages},

@@ -19,7 +19,7 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class TokenTree:
-    """`prompt` int32[P] and `responses` int32[R_i] each; R_i >= 1, so each response owns the token its reward is read at.
+    """`prompt` int32[P] and `responses` int32[R_i] each, R_i >= 1: each response owns the token its reward is read at.
 
     A tree with one response has an empty prompt: there is nothing to share.
     """

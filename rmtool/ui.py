@@ -68,8 +68,9 @@ class _RichBar:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         # An empty note keeps the one that stands there.
-        fields = {"note": note} if note else {}
-        self.progress.update(self.task, advance=count, **fields)
+        if note:
+            self.progress.update(self.task, note=note)
+        self.progress.update(self.task, advance=count)
 
 
 class _PlainBar:
@@ -235,7 +236,7 @@ def worker_ui(main_process: bool) -> Ui:
     if not main_process:
         return SilentUi()
     path = os.environ.get("RMTOOL_EVENTS")
-    return PipeUi(open(path, "w")) if path else TerminalUi()  # noqa: SIM115 - lives as long as the process
+    return PipeUi(open(path, "w")) if path else TerminalUi()
 
 
 def print_json(data: object, ui: TerminalUi) -> None:

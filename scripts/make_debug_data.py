@@ -30,8 +30,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 SEED = 20
 OUT = Path(__file__).resolve().parent.parent / "recipes" / "debug"
 
-ROWS_PER_TOPIC = 252  # a multiple of (topics - 1), so that every ordered pair of topics meets equally often
-FORMAT_PROMPTS_PER_TOPIC = 48  # half ask for a list, half for a sentence
+ROWS_PER_TOPIC = 340  # a multiple of (topics - 1), so that every ordered pair of topics meets equally often
+FORMAT_PROMPTS_PER_TOPIC = 40  # half ask for a list, half for a sentence
 SECOND_ROW_EVERY = 12  # every so many rows reuse the previous prompt: a split by prompt has something to keep together
 
 VOCAB_SIZE = 1536
@@ -45,6 +45,10 @@ CHAT_TEMPLATE = (
 )
 
 Row = dict[str, Any]
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(", "))
 
 
 @dataclass(frozen=True)
@@ -78,318 +82,249 @@ SENTENCE_ASKS = (
 TOPICS = (
     Topic(
         name="cooking",
-        subjects=(
-            "tomato soup", "vegetable curry", "mushroom risotto", "lentil stew", "fried rice", "pasta sauce",
-            "bean chili", "chicken broth", "minestrone", "ramen", "onion gravy", "seafood paella",
+        subjects=words(
+            "tomato soup, vegetable curry, mushroom risotto, lentil stew, fried rice, pasta sauce, bean chili, paella"
         ),
-        settings=("My kitchen is tiny.", "I am cooking for friends on Friday.", "I have one good pan."),
+        settings=("My kitchen is tiny.", "I only have one pan.", "I like to cook for friends."),
         asks={
-            "start": ("How do I cook {s}?", "What is an easy recipe for {s}?", "How would a beginner cook {s}?"),
-            "mistake": ("Why does my {s} taste so flat?", "What goes wrong when people cook {s}?"),
-            "improve": ("How can I give my {s} more flavour?", "Which ingredients would improve my {s}?"),
+            "start": ("How do I cook {s} in my kitchen?", "How do I cook {s} in a single pan?"),
+            "mistake": ("Why does the {s} that I cook taste flat?", "Why is there no taste when I cook {s}?"),
+            "improve": ("How can I cook {s} with more taste?", "Which spices should I cook {s} with?"),
         },
         openings={
             "start": (
-                "For {s}, chop everything before you heat the pan.",
-                "To cook {s}, begin with onions and a little oil.",
-                "A good way into {s} is to cook a small portion first.",
+                "To cook {s}, begin with a hot pan and a little oil.",
+                "Put a heavy pan and some spices out before you cook {s}.",
             ),
             "mistake": (
-                "Most people who struggle with {s} add the salt too late.",
-                "The common slip with {s} is a flame that is too high.",
+                "Most people who cook {s} add the salt too late to taste it.",
+                "The taste of {s} suffers when you cook in a pan that is too hot.",
             ),
             "improve": (
-                "You can lift {s} with fresh herbs and a squeeze of lemon.",
-                "For a richer {s}, let the onions turn golden before anything else goes in.",
+                "If you cook {s} with fresh spices, it will taste much better.",
+                "Add some salt and lemon to bring out the taste when you cook {s}.",
             ),
         },
         tips=(
-            "Taste as you cook and add salt in small pinches.",
-            "Let it simmer gently and stir now and then.",
-            "Toast the spices for a minute before they meet the liquid.",
-            "Keep some hot stock nearby in case the pan gets dry.",
-            "Use a heavy pot, so that nothing burns at the bottom.",
-            "Add delicate herbs at the very end.",
+            "Taste it as you cook and add salt in small pinches.",
+            "Cook it gently and stir the pan now and then.",
+            "Toast the spices in the pan.",
+            "Keep some hot stock near the pan.",
+            "Taste it again before you leave the kitchen.",
+            "Clean the kitchen while you cook.",
         ),
-        closings=("Enjoy your meal!", "Leftovers taste even better the next day."),
+        closings=("Enjoy the taste!", "Happy cooking in your kitchen!"),
     ),
     Topic(
         name="gardening",
-        subjects=(
-            "strawberries", "lavender", "sunflowers", "lettuce", "roses", "carrots", "runner beans", "mint",
-            "pumpkins", "tulips", "blueberries", "sweet peas",
-        ),
-        settings=("My garden is small.", "The soil here is heavy clay.", "I only have a sunny balcony."),
+        subjects=words("strawberries, lavender, sunflowers, lettuce, roses, carrots, runner beans, tulips"),
+        settings=("My garden is small.", "The soil here is heavy clay.", "I love to plant things."),
         asks={
-            "start": ("How do I plant {s}?", "When should I plant {s} in my garden?", "How do I grow {s} in a pot?"),
-            "mistake": ("What do gardeners get wrong when they grow {s}?", "How do people end up with wilting {s}?"),
-            "improve": ("How can I grow healthier {s}?", "How do I get more out of the {s} in my garden?"),
+            "start": ("How do I plant {s} in my garden?", "Which garden soil is best for {s}?"),
+            "mistake": (
+                "Why do my plants look weak when I grow {s} in the garden?",
+                "What do people get wrong when they plant {s} in a garden?",
+            ),
+            "improve": (
+                "How can I grow healthier {s} in my garden soil?",
+                "How do I improve the soil before I plant {s}?",
+            ),
         },
         openings={
             "start": (
                 "Plant {s} in loose soil once the last frost is over.",
-                "Choose a bright bed for {s} and dig in some compost.",
-                "For {s}, a deep pot with drainage holes works well.",
+                "Choose a bright garden bed for {s} and dig compost into the soil.",
             ),
             "mistake": (
-                "Many gardeners give {s} too much water and too little light.",
-                "The usual trouble with {s} is soil that never drains.",
+                "Many people plant {s} in garden soil that never drains.",
+                "Plants in garden beds with {s} often get too much water and too little compost.",
             ),
             "improve": (
-                "You will grow stronger {s} if you feed the soil with compost each spring.",
-                "To help {s} along, pull the weeds while they are small.",
+                "To grow stronger {s}, feed the garden soil with compost each spring.",
+                "Plant {s} with some compost and keep weeds out of the garden.",
             ),
         },
         tips=(
-            "Water the roots in the morning and keep the leaves dry.",
-            "Spread mulch around the plants to hold the moisture.",
-            "Check under the leaves for slugs and snails.",
-            "Leave enough space between the plants for air to move.",
-            "Loosen the soil with a fork before you plant.",
-            "Move young seedlings outdoors a few hours at a time.",
+            "Water your garden plants in the morning.",
+            "Spread compost around the plants to keep the soil moist.",
+            "Check your plants for slugs.",
+            "Loosen the soil before you plant.",
+            "Pull weeds out of the soil while they are small.",
+            "Leave some space between the plants.",
         ),
-        closings=("Happy planting!", "Your garden will thank you by summer."),
+        closings=("Happy planting!", "Enjoy your garden!"),
     ),
     Topic(
         name="astronomy",
-        subjects=(
-            "Jupiter", "Saturn", "Mars", "the Orion Nebula", "the Andromeda Galaxy", "the Pleiades", "comets",
-            "the Milky Way", "double stars", "the Ring Nebula", "the Perseids", "globular clusters",
+        subjects=words(
+            "Jupiter, Saturn, Mars, the Orion Nebula, the Andromeda Galaxy, the Pleiades, the Milky Way, "
+            "the Ring Nebula"
         ),
-        settings=("I live far from the city lights.", "I own a pair of binoculars.", "The sky is clear tonight."),
+        settings=("The sky is dark here.", "I own a small telescope.", "I love to watch the stars."),
         asks={
-            "start": ("How do I find {s} in the night sky?", "How can I observe {s} for the first time?",
-                      "Where in the sky should I look for {s}?"),
-            "mistake": ("Why can I never spot {s} at night?", "What do new stargazers miss when they look for {s}?"),
-            "improve": ("How do I get a better view of {s}?", "How can I see more when I observe {s}?"),
+            "start": ("How do I find {s} in the night sky?", "Where in the sky do I look for {s} tonight?"),
+            "mistake": (
+                "Why can I never see {s} in the night sky?",
+                "Why is it so hard to find {s} among the stars at night?",
+            ),
+            "improve": (
+                "How do I get a better view of {s} in the night sky?",
+                "Would a telescope and a dark sky show me more of {s}?",
+            ),
         },
         openings={
             "start": (
-                "Use a star chart to find {s} and start with the naked eye.",
-                "To observe {s}, wait for a clear and moonless night.",
-                "A sky map will show you when {s} can be seen from your home.",
+                "Use a star map to find {s} in the night sky.",
+                "To see {s}, wait for a clear sky and a dark night.",
             ),
             "mistake": (
-                "Most stargazers who miss {s} are looking under bright street lamps.",
-                "People often search for {s} before their eyes have adapted to the dark.",
+                "Most people miss {s} because their night sky is too bright.",
+                "Many look at the sky for {s} before their eyes are used to the dark.",
             ),
             "improve": (
-                "You will see {s} best when high in the sky, far from the horizon's haze.",
-                "For a sharper look at {s}, let the telescope cool down outside.",
+                "You will see {s} best on a dark night with a clear sky.",
+                "Look for {s} in a dark sky, when the stars are sharp.",
             ),
         },
         tips=(
-            "Give your eyes twenty minutes to adapt to the dark.",
-            "Use a red torch to read your star chart.",
-            "Begin with binoculars before you reach for a telescope.",
-            "Look on nights when the Moon is thin or has set.",
-            "Note the constellations nearby, so that you can find the place again.",
-            "Dress warmly, because clear nights get cold.",
+            "Give your eyes some time in the dark to see faint stars.",
+            "Use a red lamp to read your star map at night.",
+            "Let the telescope cool down in the night air.",
+            "Choose a night when no Moon is in the sky.",
+            "Note the stars nearby to find the place again.",
+            "Dress warmly for a clear night.",
         ),
-        closings=("Clear skies!", "The stars will still be there tomorrow night."),
+        closings=("Enjoy the stars!", "Clear and dark skies!"),
     ),
     Topic(
         name="music",
-        subjects=(
-            "the piano", "the guitar", "the violin", "the cello", "the flute", "the clarinet", "the trumpet",
-            "the ukulele", "the saxophone", "the accordion", "the harp", "the banjo",
-        ),
-        settings=("I cannot read sheet music yet.", "My lessons begin next month.", "I love old songs."),
+        subjects=words("the piano, the guitar, the violin, the cello, the flute, the clarinet, the trumpet, the banjo"),
+        settings=("I cannot read music yet.", "My music lessons begin soon.", "I love old songs."),
         asks={
-            "start": ("How do I learn to play {s}?", "What song should I learn first on {s}?",
-                      "How should a beginner practise {s}?"),
-            "mistake": ("Why do my melodies on {s} sound uneven?", "Which bad habits do new players of {s} have?"),
-            "improve": ("How can I play {s} with a better rhythm?", "How do I make my songs on {s} sound smoother?"),
+            "start": ("How do I learn a song on {s}?", "How should I practise a new song on {s}?"),
+            "mistake": (
+                "Why do my songs on {s} lose their rhythm?",
+                "What goes wrong when people practise songs on {s}?",
+            ),
+            "improve": (
+                "How can I keep the rhythm in a song on {s}?",
+                "How should I practise {s} to make my music sound better?",
+            ),
         },
         openings={
             "start": (
-                "Start on {s} with one slow song that you already know.",
-                "To learn {s}, practise short scales every day.",
-                "A teacher can show you how to hold yourself while playing {s}.",
+                "Start on {s} with one slow song and a simple rhythm.",
+                "To learn songs on {s}, practise a little every day.",
             ),
             "mistake": (
-                "Most new players of {s} rush through the hard notes.",
-                "Beginners on {s} often forget to count the beat.",
+                "Most people practise songs on {s} too fast and lose the rhythm.",
+                "Songs on {s} sound uneven if you practise without counting the rhythm.",
             ),
             "improve": (
-                "You will sound smoother on {s} if you practise with a metronome.",
-                "Record yourself playing {s} and listen to the rhythm.",
+                "Practise {s} with a metronome to keep the rhythm of the song.",
+                "Record a song on {s} and listen to the sound and the rhythm.",
             ),
         },
         tips=(
-            "Practise the melody slowly until every note is even.",
-            "Set a metronome and raise the tempo a little each week.",
-            "Hum the tune before you play a single note.",
-            "Repeat the hard bars on their own, then play the whole song.",
-            "Warm up with scales for five minutes.",
-            "Play along with a recording to feel the rhythm.",
+            "Practise the song slowly until the notes sound even.",
+            "Practise with a metronome and count the rhythm.",
+            "Sing the song before you practise it.",
+            "Practise the hard notes on their own.",
+            "Warm up before you practise your songs.",
+            "Tap the rhythm with your foot.",
         ),
-        closings=("Have fun with your music!", "Soon you will play for your friends."),
+        closings=("Enjoy the music!", "Soon your friends will hear a song!"),
     ),
     Topic(
         name="cycling",
-        subjects=(
-            "hill climbs", "gravel rides", "night rides", "winter rides", "a weekend tour", "a daily commute",
-            "forest trails", "coastal roads", "mountain passes", "group rides", "long descents", "a charity ride",
+        subjects=words(
+            "gravel tracks, steep hills, winter roads, forest trails, coastal roads, mountain passes, country lanes, "
+            "cobbled streets"
         ),
-        settings=("My bike is ten years old.", "I have not cycled since school.", "I ride alone most days."),
+        settings=("My bike is ten years old.", "I ride alone.", "I am a slow cyclist."),
         asks={
-            "start": ("How do I get my bike ready for {s}?", "How should a new cyclist prepare for {s}?",
-                      "Which bicycle suits {s}?"),
-            "mistake": ("What do cyclists get wrong about {s}?", "Why do my legs hurt so much after {s}?"),
-            "improve": ("How can I ride faster on {s}?", "How do I feel safer on my bike during {s}?"),
+            "start": ("Which bike should I ride on {s}?", "How do I get my bike ready for {s}?"),
+            "mistake": (
+                "Why does my bike feel slow when I ride on {s}?",
+                "What do cyclists get wrong when they ride on {s}?",
+            ),
+            "improve": ("How can I ride my bike faster on {s}?", "How do I ride my bike safely on {s}?"),
         },
         openings={
             "start": (
-                "Before {s}, check your brakes and pump up both tyres.",
-                "For {s}, any bike that fits you and has low gears will do.",
-                "Prepare for {s} with two or three short rides a week.",
+                "Check the brakes and tyres of your bike before you ride on {s}.",
+                "On {s}, ride any bike that fits you and has low gears.",
             ),
             "mistake": (
-                "Many cyclists take on {s} with a saddle that is too low.",
-                "The classic slip on {s} is to push a gear that is too big.",
+                "Many cyclists ride their bike on {s} with a saddle that is too low.",
+                "Most cyclists ride on {s} in a gear that is too big for their bike.",
             ),
             "improve": (
-                "You will ride better on {s} if you shift early and pedal lightly.",
-                "To enjoy {s} more, keep your elbows soft and your eyes on the road ahead.",
+                "To ride better on {s}, shift gears early and keep your bike steady.",
+                "Soft tyres slow your bike on {s}, so pump them up before you ride.",
             ),
         },
         tips=(
-            "Carry a spare tube and a small pump.",
-            "Clean and oil the chain after wet rides.",
-            "Shift to a lower gear before the road gets steep.",
-            "Wear a helmet that fits and fasten the strap.",
-            "Brake gently with both hands before a corner.",
-            "Raise the saddle until your knee is almost straight.",
+            "Carry a spare tube and a pump on your bike.",
+            "Oil the chain of your bike after wet rides.",
+            "Shift gears before your ride gets steep.",
+            "Wear a helmet whenever you ride your bike.",
+            "Check both brakes before you ride.",
+            "Set the saddle of your bike a little higher.",
         ),
-        closings=("Enjoy the ride!", "Your legs will soon get used to the pedals."),
-    ),
-    Topic(
-        name="photography",
-        subjects=(
-            "portraits", "landscapes", "sunsets", "street scenes", "waterfalls", "city skylines", "old buildings",
-            "wild birds", "snow scenes", "family gatherings", "foggy forests", "bridges",
-        ),
-        settings=("I just bought my first camera.", "I only use my phone camera.", "I own a small tripod."),
-        asks={
-            "start": ("How do I photograph {s}?", "Which camera settings should I use for {s}?",
-                      "How do I take my first photos of {s}?"),
-            "mistake": ("Why are my photos of {s} blurry?", "What makes pictures of {s} look dull?"),
-            "improve": ("How can I take sharper pictures of {s}?", "How do I improve the light in my photos of {s}?"),
-        },
-        openings={
-            "start": (
-                "To photograph {s}, begin with the camera's automatic mode.",
-                "For pictures of {s}, pick the light first and the lens second.",
-                "Frame {s} with a simple background and step closer.",
-            ),
-            "mistake": (
-                "Most blurry shots of {s} come from a shutter that is too slow.",
-                "Many photos of {s} look dull because the light is flat.",
-            ),
-            "improve": (
-                "You will get sharper shots of {s} with a tripod and a timer.",
-                "Photograph {s} early or late in the day, when the light is soft.",
-            ),
-        },
-        tips=(
-            "Focus on the most important part of the frame.",
-            "Wipe the lens before you take a picture.",
-            "Keep the horizon level in the viewfinder.",
-            "Take several shots and keep only the sharpest one.",
-            "Lower the exposure a little when the highlights look white.",
-            "Try a low angle to make the picture more lively.",
-        ),
-        closings=("Have fun with your camera!", "Share your best shot with a friend."),
-    ),
-    Topic(
-        name="pets",
-        subjects=(
-            "a puppy", "a kitten", "an older dog", "a shy cat", "a rescue dog", "a house rabbit", "a parrot",
-            "a budgie", "a ferret", "a hamster", "a young spaniel", "a guinea pig",
-        ),
-        settings=("I have two children.", "We just adopted our first pet.", "Our flat is quiet."),
-        asks={
-            "start": ("How do I care for {s}?", "What should I feed {s}?", "How do I help {s} settle in at home?"),
-            "mistake": ("Why does it take so long to calm {s} down?", "What do new owners of {s} get wrong?"),
-            "improve": ("How can I train {s} kindly?", "How do I keep {s} happy and healthy?"),
-        },
-        openings={
-            "start": (
-                "To care for {s}, keep the same feeding times every day.",
-                "Give {s} a quiet corner with fresh water and a soft bed.",
-                "Before you bring home {s}, ask a vet about the right food.",
-            ),
-            "mistake": (
-                "Many owners give {s} too many treats and too little play.",
-                "New owners often expect {s} to trust them on the first day.",
-            ),
-            "improve": (
-                "You can teach {s} with tiny treats and a calm voice.",
-                "Play with {s} every day and stop while it is still fun.",
-            ),
-        },
-        tips=(
-            "Reward calm behaviour with a small treat.",
-            "Book a check-up with the vet once a year.",
-            "Change the drinking water every day.",
-            "Let your pet come to you instead of grabbing it.",
-            "Offer a new toy when the old one gets boring.",
-            "Speak softly, because animals dislike sudden noise.",
-        ),
-        closings=("Give your pet a gentle pat from me!", "Patience makes a trusting animal."),
+        closings=("Enjoy the ride!", "Your bike is waiting!"),
     ),
     Topic(
         name="chess",
-        subjects=(
-            "the Sicilian Defence", "the French Defence", "the Italian Game", "the Queen's Gambit", "rook endgames",
-            "pawn endgames", "the London System", "the Caro-Kann", "the King's Indian", "the Scotch Game",
-            "the Ruy Lopez", "the English Opening",
+        subjects=words(
+            "the Sicilian Defence, the French Defence, the Italian Game, the Queen's Gambit, rook endgames, "
+            "pawn endgames, the London System, the Ruy Lopez"
         ),
-        settings=("My club meets on Mondays.", "I lose to my sister every time.", "I know how the pieces move."),
+        settings=("My chess club meets on Mondays.", "I lose most chess games.", "I know how the chess pieces move."),
         asks={
-            "start": ("How do I study {s}?", "Which moves should I know in {s}?",
-                      "How should a new chess player approach {s}?"),
-            "mistake": ("Why do I keep losing pieces in {s}?", "What do chess players overlook in {s}?"),
-            "improve": ("How can I win more games with {s}?", "How do I find better moves in {s}?"),
+            "start": ("How do I study {s} for my chess games?", "Which chess moves should I know in {s}?"),
+            "mistake": ("Why do I lose my chess pieces in {s}?", "Which moves do chess players overlook in {s}?"),
+            "improve": ("How can I win more chess games in {s}?", "How do I find better chess moves in {s}?"),
         },
         openings={
             "start": (
-                "To study {s}, play through a few master games on a board.",
-                "In {s}, learn the plans for both sides before you memorise moves.",
-                "A short chess book on {s} is enough for now.",
+                "To study {s}, go through a few chess games move by move.",
+                "In {s}, learn where the chess pieces belong before you learn moves.",
             ),
             "mistake": (
-                "Many players lose games in {s} because they move too fast.",
-                "The usual slip in {s} is to forget about the opponent's threats.",
+                "Many chess players lose games in {s} because they move too fast.",
+                "Chess players in {s} often forget to watch the other pieces.",
             ),
             "improve": (
-                "You will win more games in {s} if you make your king safe first.",
-                "To get better at {s}, go over your lost games without an engine.",
+                "You will win more chess games in {s} if your king is safe before you attack.",
+                "Go over your lost chess games in {s} and look for better moves.",
             ),
         },
         tips=(
-            "Look at every check and capture before you move.",
-            "Bring your rooks to open files.",
-            "Ask yourself what your opponent wants to play next.",
-            "Trade pieces when you are ahead in material.",
-            "Keep your king away from open lines.",
-            "Solve a few chess puzzles every evening.",
+            "Look at every check before you move.",
+            "Move your rooks to the open files of the chess board.",
+            "Guess the next chess move of your opponent.",
+            "Trade pieces when you are ahead in the game.",
+            "Keep your king safe behind other pieces.",
+            "Solve a few chess puzzles every day.",
         ),
-        closings=("Good luck at the board!", "Every lost game teaches you a move."),
+        closings=("Good luck at the chess board!", "Enjoy your chess games!"),
     ),
 )
 
 
 def user_prompt(topic: Topic, subject: str, intent: str, rng: random.Random) -> str:
-    setting = f"{rng.choice(topic.settings)} " if rng.random() < 0.4 else ""
+    setting = f"{rng.choice(topic.settings)} " if rng.random() < 0.3 else ""
     return f"{rng.choice(GREETINGS)}{setting}{rng.choice(topic.asks[intent]).format(s=subject)}{rng.choice(THANKS)}"
 
 
 def answer(topic: Topic, subject: str, intent: str, rng: random.Random) -> str:
     """One to five sentences: the lengths differ widely, so that packing has something to do."""
-    sentences = [rng.choice(topic.openings[intent]).format(s=subject), *rng.sample(topic.tips, rng.choice((0, 1, 2, 3)))]
-    if rng.random() < 0.4:
+    sentences = [
+        rng.choice(topic.openings[intent]).format(s=subject),
+        *rng.sample(topic.tips, rng.choice((0, 1, 1, 2))),
+    ]
+    if rng.random() < 0.3:
         sentences.append(rng.choice(topic.closings))
     return " ".join(sentences)
 
@@ -440,7 +375,7 @@ def topic_pairs(by_topic: list[list[Exchange]]) -> Iterator[Row]:
 
 
 def format_pairs(rng: random.Random, prompts: set[str], responses: set[str]) -> Iterator[Row]:
-    """Two responses under two prompts: one asks for a list, the other for a sentence, and the preference turns round."""
+    """Two responses under two prompts: one asks for a list, the other for a sentence; the preference turns round."""
 
     def asks(templates: tuple[str, ...], subject: str) -> Iterator[str]:
         while True:
@@ -472,7 +407,9 @@ def rows_to_score(rng: random.Random, prompts: set[str], responses: set[str]) ->
         rows.append({"id": f"{topic.name}-answer", "prompt": exchange.prompt, "response": exchange.response})
         rows.append({"id": f"{topic.name}-off-topic", "prompt": exchange.prompt, "response": stray})
     for index in range(0, len(TOPICS), 2):
-        own, *others = (exchanges(TOPICS[(index + step) % len(TOPICS)], 1, rng, prompts, responses)[0] for step in (0, 1, 4))
+        own, *others = (
+            exchanges(TOPICS[(index + step) % len(TOPICS)], 1, rng, prompts, responses)[0] for step in (0, 1, 4)
+        )
         choices = [own.response, *(other.response for other in others)]
         rows.append({"id": f"{TOPICS[index].name}-best-is-first", "prompt": own.prompt, "responses": choices})
     return rows
@@ -497,7 +434,10 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     # A word takes its leading space with it; digits stand alone, and so do runs of punctuation and of newlines.
     words = Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(words, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -94,7 +94,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    yield Row(place, _object(_parse(line, place), place))
+                    yield Row(place, _object(_parse(line.rstrip(b"\r\n"), place), place))
     except (EOFError, gzip.BadGzipFile) as error:
         raise _bad(Place(str(path)), f"the gzip data is damaged ({error})") from error
 

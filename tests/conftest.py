@@ -1,0 +1,101 @@
+"""Shared fixtures: tiny models with the debug recipe's tokenizer, made once; no network, no terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1")
+
+ROOT = Path(__file__).parent.parent
+DEBUG_MODEL = ROOT / "recipes" / "debug" / "model"
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RMTOOL_LOG", str(tmp_path / "rmtool.log"))
+    for name in ("RMTOOL_MODEL", "RMTOOL_EVENTS", "RMTOOL_DEBUG", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def pair_rows(count: int) -> list[dict[str, Any]]:
+    """Small preference rows with different lengths, every one with a prompt of its own."""
+    words = ["red", "green", "blue", "apple", "pear", "plum", "river", "stone", "cloud", "lamp"]
+    return [
+        {
+            "prompt": f"Question {index}: tell me about {words[index % 10]} and {words[index * 3 % 10]}.",
+            "chosen": " ".join(words[: 2 + index % 5]) + " indeed.",
+            "rejected": " ".join(words[5 : 7 + index % 4]),
+            "subset": "even" if index % 2 == 0 else "odd",
+        }
+        for index in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DEBUG_MODEL)
+
+
+@pytest.fixture(scope="session")
+def causal_lm(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A folder with a tiny causal LM: no score head."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("causal_lm")
+    LlamaForCausalLM(LlamaConfig(**tiny_config(len(tokenizer)))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A folder with a tiny reward model that rmtool did not write (no manifest)."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from rmtool.model import draw_head
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = LlamaForSequenceClassification(LlamaConfig(**tiny_config(len(tokenizer)), num_labels=1))
+    draw_head(model, 0)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_config(vocabulary: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+hypothesis_settings.register_profile("rmtool", deadline=None)  # machines that run tests are shared and noisy
+hypothesis_settings.load_profile("rmtool")

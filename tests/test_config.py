@@ -1,0 +1,148 @@
+"""Recipes are strict, and what is resolved reads back the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rmtool.config import as_dict, dump_recipe, load_recipe, parse_set, recipes_folder
+from rmtool.errors import RmtoolError
+
+BUNDLED = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+MINIMAL = "model: {path: m}\ndata: {train: [x.jsonl]}\ntrain: {batch_size: 4, learning_rate: 1e-4}\n"
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "r.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_bundled_recipes_are_these() -> None:
+    assert BUNDLED == ["debug", "smollm2-135m", "tulu3-8b"]
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_resolved_recipe_reads_back_equal(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+
+
+def test_tulu3_is_the_published_recipe() -> None:
+    recipe = load_recipe("tulu3-8b")
+    train, launch = recipe.train, recipe.launch
+    assert (train.batch_size, train.learning_rate, train.epochs, train.schedule) == (256, 3e-6, 1, "linear")
+    assert (train.betas, train.eps, train.precision, train.gradient_checkpointing) == ((0.9, 0.999), 1e-5, "bf16", True)
+    assert (recipe.data.max_length, train.seed, train.warmup_steps) == (2048, 8, 0)
+    assert (launch.nodes, launch.processes_per_node, launch.engine) == (8, 8, "zero3")
+    assert recipe.track.wandb
+    assert recipe.hub.repo_id is None
+
+
+def test_wandb_and_the_hub_are_off_unless_asked() -> None:
+    for name in ("debug", "smollm2-135m"):
+        recipe = load_recipe(name)
+        assert not recipe.track.wandb
+        assert recipe.hub.repo_id is None
+        assert not recipe.hub.public
+
+
+def test_overrides_come_last_and_are_read_as_yaml(tmp_path: Path) -> None:
+    sets = [parse_set(text) for text in ("train.seed=7", "data.train=[a.jsonl, b.jsonl]", "train.learning_rate=5e-5")]
+    recipe = load_recipe(write(tmp_path, MINIMAL), [*sets, parse_set("train.max_grad_norm=null")])
+    assert (recipe.train.seed, recipe.data.train, recipe.train.learning_rate) == (7, ("a.jsonl", "b.jsonl"), 5e-5)
+    assert recipe.train.max_grad_norm is None
+    assert load_recipe(write(tmp_path, MINIMAL), [("data.train", "one.jsonl")]).data.train == ("one.jsonl",)
+
+
+WRONG: list[tuple[str, str, str]] = [
+    ("train.learning_rat=1", "E0204", "learning_rate"),
+    ("trian.seed=1", "E0204", "train"),
+    ("train.seed=soon", "E0205", "whole number"),
+    ("train.seed=1.5", "E0205", "whole number"),
+    ("train.seed=true", "E0205", "whole number"),
+    ("train.schedule=linaer", "E0205", "linear"),
+    ("train.batch_size=0", "E0205", "at least 1"),
+    ("train.learning_rate=-1", "E0205", "above 0"),
+    ("train.learning_rate=.nan", "E0205", "above 0"),
+    ("train=3", "E0205", "section"),
+    ("name.x=3", "E0204", "name"),
+    ("data.train=[]", "E0205", "at least one"),
+    ("train.betas=[0.9]", "E0205", "list"),
+    ("track.wandb=maybe", "E0205", "true or false"),
+    ("launch.nodes=2", "E0205", "several processes"),
+    ("data.holdout=5", "E0205", ""),
+]
+
+
+@pytest.mark.parametrize(("setting", "id", "words"), WRONG, ids=[setting for setting, _, _ in WRONG])
+def test_a_wrong_value_is_refused(tmp_path: Path, setting: str, id: str, words: str) -> None:
+    path = write(tmp_path, "name: n\n" + MINIMAL)
+    extra = [("data.eval", ["y.jsonl"])] if setting.startswith("data.holdout") else []
+    with pytest.raises(RmtoolError) as caught:
+        load_recipe(path, [*extra, parse_set(setting)])
+    assert (caught.value.id, caught.value.exit_code) == (id, 2)
+    assert words in caught.value.what + caught.value.hint + str(caught.value.found)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "a: [", "a: b: c", "{}", MINIMAL.replace("path: m", "")])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(RmtoolError) as caught:
+        load_recipe(write(tmp_path, text))
+    assert caught.value.exit_code == 2
+
+
+def test_a_yaml_mistake_names_its_line(tmp_path: Path) -> None:
+    with pytest.raises(RmtoolError) as caught:
+        load_recipe(write(tmp_path, "model:\n  path: m\n bad: [\n"))
+    assert caught.value.place.line == 3
+
+
+def test_yaml_tags_do_not_run_code(tmp_path: Path) -> None:
+    with pytest.raises(RmtoolError):
+        load_recipe(write(tmp_path, f"!!python/object/apply:os.system ['touch {tmp_path}/canary']\n"))
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("name", ["nothing", "no/such.yaml", "x.yaml"])
+def test_an_unknown_recipe_is_refused(name: str) -> None:
+    with pytest.raises(RmtoolError) as caught:
+        load_recipe(name)
+    assert caught.value.id == "E0201"
+
+
+@pytest.mark.parametrize("text", ["x", "=1", "a.b=[", ""])
+def test_a_wrong_set_is_refused(text: str) -> None:
+    with pytest.raises(RmtoolError) as caught:
+        parse_set(text)
+    assert caught.value.id == "E0206"
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = st.sampled_from(
+    [
+        f"{section}.{key}"
+        for section, keys in as_dict(load_recipe("tulu3-8b")).items()
+        if section != "name"
+        for key in keys
+    ]
+)
+
+
+@given(KEYS, VALUES)
+def test_any_value_gives_a_recipe_or_an_error_of_ours(key: str, value: Any) -> None:
+    codes = set()
+    try:
+        load_recipe("tulu3-8b", [(key, value)])
+    except RmtoolError as error:
+        codes.add(error.exit_code)
+    assert codes <= {2}

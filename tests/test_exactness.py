@@ -1,0 +1,227 @@
+"""The packed, prefix-shared forward against its obvious twin: every response alone, with stock attention."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from conftest import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification
+
+from rmtool import compat
+from rmtool.attention import _one_node, packed_attention
+from rmtool.errors import RmtoolError
+from rmtool.model import RewardModel, choose_layout, draw_head, turn_dropout_off
+from rmtool.packing import NO_PARENT, pack
+from rmtool.tree import TokenTree, build_tree
+
+VOCABULARY = 97
+WINDOW = 8
+
+
+def without(config: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in names}
+
+
+TINY = tiny_config(VOCABULARY) | {"num_labels": 1}
+FAMILIES = {
+    "llama": hf.LlamaConfig(**TINY),
+    "qwen3": hf.Qwen3Config(**TINY),
+    "mistral_window": hf.MistralConfig(**TINY, sliding_window=WINDOW),
+    "gemma3": hf.Gemma3TextConfig(
+        **TINY, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+    ),
+    "olmo2": hf.Olmo2Config(**without(TINY, "head_dim")),
+    "gpt_neox": hf.GPTNeoXConfig(**without(TINY, "head_dim", "num_key_value_heads")),
+    "qwen2": hf.Qwen2Config(**without(TINY, "head_dim")),
+    "phi3": hf.Phi3Config(**without(TINY, "head_dim")),
+}
+
+
+def build(config: Any) -> RewardModel:
+    torch.manual_seed(0)
+    classifier = AutoModelForSequenceClassification.from_config(copy.deepcopy(config))
+    draw_head(classifier, 0)
+    turn_dropout_off(classifier)
+    return RewardModel(classifier, pad_id=0).eval()
+
+
+def random_trees(seed: int, shapes: tuple[tuple[int, tuple[int, ...]], ...]) -> list[TokenTree]:
+    rng = np.random.default_rng(seed)
+    trees = []
+    for prompt_length, responses in shapes:
+        prompt = rng.integers(3, VOCABULARY, prompt_length)
+        trees.append(build_tree([np.concatenate((prompt, rng.integers(3, VOCABULARY, n))) for n in responses]))
+    return trees
+
+
+TREES = random_trees(3, ((25, (7, 12)), (3, (1, 30, 5)), (0, (11,)), (40, (2, 2, 9, 1))))
+
+
+def alone(model: RewardModel, trees: list[TokenTree]) -> torch.Tensor:
+    """Each response by itself, through the untouched transformers model."""
+    model.share_prompts(False)
+    rewards = []
+    for tree in trees:
+        for ids in tree.sequences():
+            rewards.append(model.classifier(input_ids=torch.tensor(ids[None].astype(np.int64))).logits[0, 0])
+    return torch.stack(rewards)
+
+
+def gradients(model: RewardModel, rewards: torch.Tensor) -> dict[str, torch.Tensor]:
+    # A linear read-out with fixed weights: a norm of the outputs would have almost no gradient and hide errors.
+    weights = torch.linspace(-1.0, 2.0, len(rewards))
+    model.zero_grad()
+    (rewards * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).detach().norm() / b.detach().norm().clamp_min(1e-12))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_packed_rewards_and_gradients_equal_one_by_one(family: str, checkpointing: bool) -> None:
+    model = build(FAMILIES[family])
+    expected = alone(model, TREES)
+    expected_gradients = gradients(model, expected)
+    if checkpointing:
+        model.classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    model.share_prompts(True)
+    rewards = model(pack(TREES))
+    assert relative(rewards, expected) < 1e-5
+    for name, gradient in gradients(model, rewards).items():
+        assert relative(gradient, expected_gradients[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gate_lets_these_families_share(family: str) -> None:
+    model = build(FAMILIES[family])
+    assert choose_layout(model, model, 512) is None
+    assert model.shares_prompts
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gpt_neox"])
+def test_padded_rewards_and_gradients_equal_one_by_one(family: str) -> None:
+    model = build(FAMILIES[family])
+    expected = alone(model, TREES)
+    expected_gradients = gradients(model, expected)
+    rewards = model(model.collate(TREES))
+    assert relative(rewards, expected) < 1e-5
+    for name, gradient in gradients(model, rewards).items():
+        assert relative(gradient, expected_gradients[name]) < 1e-5, name
+
+
+def test_a_model_with_soft_capped_attention_runs_padded_and_says_why() -> None:
+    model = build(hf.Gemma2Config(**TINY, sliding_window=WINDOW, query_pre_attn_scalar=8))
+    reason = choose_layout(model, model, 512)
+    assert reason is not None
+    assert "softcap" in reason
+    assert relative(model(model.collate(TREES)), alone(model, TREES)) < 1e-5
+
+
+def test_the_trial_refuses_a_model_whose_positions_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third gate alone: nothing is declared wrong, but every response starts one position late."""
+    model = build(FAMILIES["llama"])
+    real = RewardModel._last_states
+
+    def shifted(self: RewardModel, batch: Any) -> torch.Tensor:
+        if hasattr(batch, "position_ids"):
+            late = batch.position_ids.clone()
+            late[0, 40:] += 1
+            batch = type(batch)(batch.input_ids, late, batch.reward_index, batch.layout)
+        return real(self, batch)
+
+    monkeypatch.setattr(RewardModel, "_last_states", shifted)
+    assert "differ" in (choose_layout(model, model, 512) or "")
+
+
+def test_bidirectional_attention_is_declared() -> None:
+    model = build(FAMILIES["llama"])
+    model.backbone.layers[0].self_attn.is_causal = False
+    assert "not causal" in (compat.declared_reason(model.backbone) or "")
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_that_depend_on_the_batch_are_refused_beyond_their_limit(kind: str) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {"factor": 2.0}
+    rope = {"rope_type": kind, "rope_theta": 1e4, **factors}
+    if kind == "longrope":
+        rope |= {"original_max_position_embeddings": 64, "factor": 2.0}
+    model = build(hf.LlamaConfig(**(TINY | {"max_position_embeddings": 64}), rope_parameters=rope))
+    with pytest.raises(RmtoolError) as caught:
+        choose_layout(model, model, 65)
+    assert caught.value.id == "E0410"
+    assert choose_layout(model, model, 64) is None
+
+
+def dense_oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Any, window: int | None) -> torch.Tensor:
+    """One dense mask over the whole pack, by definition: a token sees its own node's past and its whole parent."""
+    node = torch.repeat_interleave(torch.arange(len(layout.lengths)), torch.tensor(layout.lengths))
+    parent = torch.tensor(layout.parents)[node]
+    starts = layout.cu_seqlens_q[:-1].long()
+    within = torch.arange(len(node)) - starts[node]
+    base = torch.where(parent == NO_PARENT, 0, torch.tensor(layout.lengths)[parent.clamp_min(0)])
+    position = within + base
+    related = (node[:, None] == node[None, :]) | (parent[:, None] == node[None, :])
+    allowed = related & (position[None, :] <= position[:, None])
+    if window is not None:
+        allowed &= position[None, :] > position[:, None] - window
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(-1, -2)) * 0.3
+    return (scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+
+
+SHAPES = st.lists(
+    st.tuples(st.integers(0, 9), st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.sampled_from([None, 1, 2, 5]), st.integers(0, 2**31))
+def test_packed_attention_equals_a_dense_mask(shapes: Any, window: int | None, seed: int) -> None:
+    batch = pack(random_trees(seed, tuple(shapes)))
+    torch.manual_seed(seed)
+    tokens = batch.input_ids.shape[1]
+    q = torch.randn(1, 4, tokens, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 1, 2, tokens, 8, dtype=torch.float64)
+    got, _ = packed_attention(
+        torch.nn.Identity(), q, k, v, None, scaling=0.3, sliding_window=window, packed=batch.layout
+    )
+    torch.testing.assert_close(got, dense_oracle(q, k, v, batch.layout, window))
+
+
+def test_fewer_queries_than_keys_see_the_last_keys() -> None:
+    q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64)
+    whole = _one_node(q, k, v, None, None)
+    torch.testing.assert_close(_one_node(q[:, :, 3:], k, v, None, None), whole[:, :, 3:])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.permutations(range(6)), st.integers(8, 400), st.booleans())
+def test_a_reward_does_not_depend_on_its_batch(seed: int, order: list[int], budget: int, shared: bool) -> None:
+    from rmtool.model import compute_rewards
+    from rmtool.ui import SilentUi
+
+    rng = np.random.default_rng(seed)
+    shapes = tuple((int(rng.integers(0, 30)), tuple(rng.integers(1, 20, rng.integers(1, 4)))) for _ in range(6))
+    trees = random_trees(seed, shapes)
+    model = MODEL
+    model.share_prompts(shared)
+    together = compute_rewards(model, [trees[index] for index in order], budget, SilentUi())
+    model.share_prompts(False)
+    for position, index in enumerate(order):
+        single = alone(model, [trees[index]])
+        torch.testing.assert_close(torch.tensor(together[position]), single.detach(), atol=1e-6, rtol=1e-6)
+
+
+MODEL = build(FAMILIES["llama"])

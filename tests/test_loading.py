@@ -1,0 +1,283 @@
+"""Tokenizer, head, dropout, adapters and checkpoints: what is built, what is saved, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config, write_jsonl
+
+from rmtool import model as models
+from rmtool.checkpoint import default_model, read_manifest, resolve_checkpoint, write_folder
+from rmtool.config import LoraConfig, Recipe, load_recipe
+from rmtool.data.formats import Message
+from rmtool.errors import RmtoolError
+from rmtool.loading import add_adapters, load_for_use, merge_adapters, training_encoder, training_model
+from rmtool.tokenizer import ensure_pad_token, load_tokenizer
+from rmtool.tree import build_tree
+from rmtool.ui import SilentUi
+
+
+def recipe(folder: Path, tmp_path: Path, *settings: tuple[str, Any]) -> Recipe:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: {{path: {folder}}}\ndata: {{train: [x]}}\ntrain: {{batch_size: 4, learning_rate: 1e-3}}\n")
+    return load_recipe(str(path), settings)
+
+
+def test_a_pad_token_that_is_eos_is_replaced(causal_lm: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(causal_lm, tmp_path / "m")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    # As in a tokenizer without any pad token of its own: the reserved one is renamed away.
+    text = (folder / "tokenizer.json").read_text().replace("<|pad|>", "<|unused|>")
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(text)
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"pad_token": "<|im_end|>"}
+    config.pop("extra_special_tokens", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    settings = recipe(folder, tmp_path)
+    encoder, notices = training_encoder(settings, folder)
+    model, _ = training_model(settings, folder, encoder)
+    assert encoder.tokenizer.pad_token == "<|pad|>"
+    assert encoder.tokenizer.pad_token_id != encoder.tokenizer.eos_token_id
+    assert model.classifier.config.pad_token_id == encoder.tokenizer.pad_token_id == model.pad_id
+    assert model.classifier.get_input_embeddings().num_embeddings > encoder.tokenizer.pad_token_id
+    assert "added" in notices[0]
+
+
+def test_a_reserved_pad_token_is_taken(tokenizer: Any) -> None:
+    mine = copy.deepcopy(tokenizer)
+    mine.pad_token = mine.eos_token
+    size = len(mine)
+    assert "taken" in (ensure_pad_token(mine) or "")
+    assert (mine.pad_token, len(mine)) == ("<|pad|>", size)
+    assert ensure_pad_token(mine) is None
+
+
+@pytest.mark.parametrize("hidden", [32, 256])
+def test_the_head_is_drawn_with_the_papers_deviation(hidden: int) -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(**(tiny_config(50) | {"hidden_size": hidden, "num_labels": 1}))
+    model = LlamaForSequenceClassification(config)
+    draws = []
+    for seed in range(40):
+        models.draw_head(model, seed)
+        draws.append(model.score.weight.detach().clone())
+    assert torch.stack(draws).std().item() == pytest.approx(1 / math.sqrt(hidden + 1), rel=0.06)
+    models.draw_head(model, 3)
+    assert torch.equal(model.score.weight, draws[3])
+
+
+def test_dropout_is_off_in_the_whole_model_while_training(tokenizer: Any) -> None:
+    from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+
+    llama = LlamaForSequenceClassification(LlamaConfig(**tiny_config(50), attention_dropout=0.5, num_labels=1))
+    gpt2 = GPT2ForSequenceClassification(
+        GPT2Config(
+            vocab_size=50, n_embd=32, n_layer=2, n_head=2, num_labels=1, pad_token_id=0, resid_pdrop=0.5, attn_pdrop=0.5
+        )
+    )
+    ids = torch.arange(3, 20)[None]
+    for model in (llama, gpt2):
+        assert not torch.equal(*(model.train()(ids).logits for _ in range(2)))  # it was on
+        models.turn_dropout_off(model)
+        assert torch.equal(*(model.train()(ids).logits for _ in range(2)))
+
+
+def test_a_causal_lm_has_no_head_to_score_with(causal_lm: Path) -> None:
+    with pytest.raises(RmtoolError) as caught:
+        load_for_use(causal_lm)
+    assert (caught.value.id, caught.value.exit_code) == ("E0401", 4)
+
+
+def test_two_labels_are_no_reward(checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    LlamaForSequenceClassification(LlamaConfig(**tiny_config(1300), num_labels=2)).save_pretrained(folder)
+    with pytest.raises(RmtoolError) as caught:
+        load_for_use(folder)
+    assert caught.value.id == "E0402"
+
+
+def test_an_encoder_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    config = BertConfig(
+        vocab_size=1300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=1
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    with pytest.raises(RmtoolError) as caught:
+        load_for_use(folder)
+    assert caught.value.id == "E0406"
+
+
+@pytest.mark.parametrize(
+    ("damage", "id"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{"), "E0404"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "E0407"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100), "E0404"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "E0404"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "E0405"),
+        (lambda folder: (folder / "rmtool.json").write_text("{"), "E0408"),
+    ],
+)
+def test_a_damaged_checkpoint_is_an_error_of_ours(checkpoint: Path, tmp_path: Path, damage: Any, id: str) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    damage(folder)
+    with pytest.raises(RmtoolError) as caught:
+        load_for_use(folder)
+    assert (caught.value.id, caught.value.exit_code) == (id, 4)
+
+
+def test_a_weight_that_is_missing_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RmtoolError) as caught:
+        load_for_use(folder)
+    assert caught.value.id == "E0404"
+    assert "up_proj" in caught.value.what
+
+
+def test_rewards_are_those_of_plain_transformers(checkpoint: Path, tokenizer: Any) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    loaded = load_for_use(checkpoint)
+    conversation = [Message("user", "Hello there"), Message("assistant", "Hi!")]
+    ids = loaded.encoder.ids(conversation)
+    plain = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32)
+    expected = plain(torch.tensor([ids])).logits[0, 0].item()
+    [[reward]] = models.compute_rewards(loaded.model, [build_tree([ids])], 100, SilentUi())
+    assert reward == pytest.approx(expected, abs=1e-6)
+
+
+def test_pad_that_is_eos_gives_what_transformers_gives_and_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    # A template that ends in eos: transformers reads the reward at the token before it.
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", "<|im_end|>").replace(
+        "<|im_end|>\\n", "<|im_end|>"
+    )
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": tokenizer.eos_token_id}
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load_for_use(folder)
+    assert any("eos" in notice for notice in loaded.notices)
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]
+    full = tokenizer.apply_chat_template(chat, return_dict=False)
+    assert full[-1] == tokenizer.eos_token_id
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    ids = loaded.encoder.ids([Message(**message) for message in chat])
+    [[reward]] = models.compute_rewards(loaded.model, [build_tree([ids])], 100, SilentUi())
+    assert reward == pytest.approx(plain(torch.tensor([full])).logits[0, 0].item(), abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- LoRA
+
+
+def test_adapters_train_the_head_and_merge_into_an_ordinary_model(checkpoint: Path) -> None:
+    classifier, _ = models.build_classifier(checkpoint, dtype=torch.float32)
+    names = set(classifier.state_dict())
+    add_adapters(classifier, LoraConfig(rank=4, alpha=8))
+    trainable = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+    assert "score.weight" in trainable
+    assert all("lora_" in name or name == "score.weight" for name in trainable)
+    assert any("q_proj" in name for name in trainable)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in classifier.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    ids = torch.arange(3, 20)[None]
+    before, head = classifier(ids).logits.detach(), classifier.score.weight.detach().clone()
+    merge_adapters(classifier)
+    assert set(classifier.state_dict()) == names
+    torch.testing.assert_close(classifier(ids).logits.detach(), before, atol=1e-5, rtol=1e-5)
+    assert torch.equal(classifier.score.weight, head)
+
+
+def test_unknown_adapter_targets_are_refused(checkpoint: Path) -> None:
+    classifier, _ = models.build_classifier(checkpoint, dtype=torch.float32)
+    with pytest.raises(RmtoolError) as caught:
+        add_adapters(classifier, LoraConfig(rank=4, targets=("nothing",)))
+    assert caught.value.exit_code == 2
+
+
+def test_a_trained_head_is_kept_or_drawn_anew(checkpoint: Path, tmp_path: Path) -> None:
+    settings = recipe(checkpoint, tmp_path)
+    encoder, _ = training_encoder(settings, checkpoint)
+    trained, _ = models.build_classifier(checkpoint, dtype=torch.float32)
+    kept, notices = training_model(settings, checkpoint, encoder)
+    assert torch.equal(kept.classifier.score.weight, trained.score.weight)
+    assert any("kept" in notice for notice in notices)
+    settings = replace(settings, model=replace(settings.model, head="new"), train=replace(settings.train, seed=5))
+    drawn, _ = training_model(settings, checkpoint, encoder)
+    assert not torch.equal(drawn.classifier.score.weight, trained.score.weight)
+
+
+# ------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    write_folder(target, lambda folder: write_jsonl(folder / "a", [{"v": 1}]) and None)
+    old = (target / "a").read_bytes()
+
+    def fails(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RmtoolError) as caught:
+        write_folder(target, fails)
+    assert caught.value.id == "E0502"
+    assert (target / "a").read_bytes() == old
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_default_model_is_the_environments_then_the_newest_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    assert default_model(tmp_path) == "allenai/Llama-3.1-Tulu-3-8B-RM"
+    for age, name in ((200, "old"), (100, "new"), (0, "unfinished")):
+        folder = tmp_path / name / "model"
+        folder.mkdir(parents=True)
+        if name != "unfinished":
+            (folder / "rmtool.json").write_text("{}")
+            os.utime(folder / "rmtool.json", (1e9 - age, 1e9 - age))
+    assert default_model(tmp_path) == str(tmp_path / "new" / "model")
+    monkeypatch.setenv("RMTOOL_MODEL", "me/rm")
+    assert default_model(tmp_path) == "me/rm"
+
+
+def test_a_run_folder_stands_for_its_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "run" / "model")
+    assert resolve_checkpoint(str(tmp_path / "run"), None, SilentUi()) == tmp_path / "run" / "model"
+    assert read_manifest(tmp_path / "run" / "model") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "id"), [("./no", "E0404"), ("runs/no/model", "E0404"), ("no", "E0404"), ("a/b", "E0701")]
+)
+def test_a_model_that_is_nowhere(name: str, id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RmtoolError) as caught:
+        resolve_checkpoint(name, None, SilentUi())
+    assert caught.value.id == id

@@ -1,0 +1,91 @@
+"""Trees, packs and plans: what must hold for any input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rmtool.packing import NO_PARENT, pack, pad, plan_packs
+from rmtool.tree import build_tree
+
+SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=5)
+
+
+@given(SEQUENCES)
+def test_a_tree_gives_its_sequences_back(sequences: list[list[int]]) -> None:
+    tree = build_tree(sequences)
+    assert [ids.tolist() for ids in tree.sequences()] == sequences
+    assert all(len(response) for response in tree.responses)
+
+
+@given(SEQUENCES)
+def test_the_prefix_is_the_longest_that_leaves_each_response_a_token(sequences: list[list[int]]) -> None:
+    tree = build_tree(sequences)
+    longer = len(tree.prompt) + 1
+    shared = len({tuple(ids[:longer]) for ids in sequences}) == 1 and all(len(ids) > longer for ids in sequences)
+    assert len(sequences) == 1 or not shared
+    assert tree.unique_tokens <= sum(map(len, sequences))
+
+
+@given(st.lists(SEQUENCES, min_size=1, max_size=4))
+def test_a_pack_holds_every_token_where_its_layout_says(groups: list[list[list[int]]]) -> None:
+    trees = [build_tree(group) for group in groups]
+    batch = pack(trees)
+    layout = batch.layout
+    ids, positions = batch.input_ids[0], batch.position_ids[0]
+    assert len(ids) == sum(tree.unique_tokens for tree in trees) == sum(layout.lengths)
+    nodes_with_reward = [
+        n for n in range(len(layout.lengths)) if int(layout.cu_seqlens_q[n + 1]) - 1 in batch.reward_index
+    ]
+    rebuilt = []
+    for node in nodes_with_reward:
+        keys = layout.kv_index[layout.cu_seqlens_k[node] : layout.cu_seqlens_k[node + 1]]
+        assert positions[keys].tolist() == list(range(len(keys)))
+        rebuilt.append(ids[keys].tolist())
+    assert rebuilt == [ids.tolist() for tree in trees for ids in tree.sequences()]
+    assert all(parent == NO_PARENT or layout.parents[parent] == NO_PARENT for parent in layout.parents)
+
+
+@given(st.lists(SEQUENCES, min_size=1, max_size=4))
+def test_a_padded_batch_is_right_padded(groups: list[list[list[int]]]) -> None:
+    trees = [build_tree(group) for group in groups]
+    batch = pad(trees, pad_id=9)
+    rows = [ids.tolist() for tree in trees for ids in tree.sequences()]
+    for row, ids, mask, last in zip(rows, batch.input_ids, batch.attention_mask, batch.reward_index, strict=True):
+        assert ids[mask.bool()].tolist() == row
+        assert mask.tolist() == [1] * len(row) + [0] * (len(mask) - len(row))
+        assert last == len(row) - 1
+        assert set(ids[~mask.bool()].tolist()) <= {9}
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 100), st.integers(1, 8), st.booleans())
+def test_a_plan_is_a_partition_within_the_budget(lengths: list[int], budget: int, multiple: int, padded: bool) -> None:
+    trees = [build_tree([list(range(length))]) for length in lengths]
+    packs = plan_packs(trees, budget, multiple, padded)
+    assert len(packs) % multiple == 0
+    assert sorted(item for items in packs for item in items) == list(range(len(trees)))
+    for items in packs:
+        sizes = [lengths[item] for item in items]
+        cost = len(sizes) * max(sizes, default=0) if padded else sum(sizes)
+        assert cost <= budget or len(items) == 1
+    assert packs == plan_packs(trees, budget, multiple, padded)
+
+
+def test_lengths_and_dtypes_are_what_kernels_want() -> None:
+    batch = pack([build_tree([[1, 2, 3], [1, 2, 4, 5]])])
+    assert batch.input_ids.dtype == batch.position_ids.dtype == batch.layout.kv_index.dtype == torch.int64
+    assert batch.layout.cu_seqlens_q.dtype == batch.layout.cu_seqlens_k.dtype == torch.int32
+    assert batch.layout.lengths == (2, 1, 2)
+    assert batch.layout.parents == (NO_PARENT, 0, 0)
+    assert (batch.layout.max_q, batch.layout.max_k) == (2, 4)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3]]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_cutting_the_prompt_on_the_left_keeps_the_responses(count: int) -> None:
+    tree = build_tree([[1, 2, 3, 4, 5], [1, 2, 3, 6]]).drop_left(count)
+    assert [ids.tolist() for ids in tree.sequences()] == [[1, 2, 3, 4, 5][count:], [1, 2, 3, 6][count:]]
+    assert np.array_equal(tree.prompt, [1, 2, 3][count:])

@@ -1,0 +1,97 @@
+"""The real model and real preferences of ../shared: what random weights and made-up rows would not show."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHARED
+
+from rmtool.data.encode import Encoder, encode_all
+from rmtool.data.formats import Message, preference_record
+from rmtool.data.rows import read_all
+from rmtool.loading import load_for_use
+from rmtool.model import build_classifier, choose_layout, compute_rewards, draw_head
+from rmtool.tokenizer import load_tokenizer
+from rmtool.ui import SilentUi
+
+HH = SHARED / "data" / "hh-rlhf-harmless-base.test.jsonl.gz"
+RMB = SHARED / "data" / "train" / "rmb-preferences.jsonl.gz"
+MAKER = SHARED / "models" / "make_smollm2.py"
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not MAKER.is_file(), reason="needs ../shared, which is not here"),
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, built once from the package that carries it and kept in the user's cache."""
+    folder = Path.home() / ".cache" / "rmtool" / "SmolLM2-135M-Instruct"
+    subprocess.run([sys.executable, MAKER, folder], check=True, capture_output=True)
+    return folder
+
+
+def test_every_real_row_is_read_and_tokenised(smollm2: Path) -> None:
+    encoder = Encoder(load_tokenizer(smollm2), 4096, on_empty="keep")
+    hh = read_all([str(HH)], preference_record, lambda: None)
+    assert len(hh) == 2312
+    encoded = encode_all(encoder, hh, "error", lambda: None)
+    whole = sum(len(ids) for tree in encoded.trees for ids in tree.sequences())
+    assert sum(tree.unique_tokens for tree in encoded.trees) < 0.65 * whole
+    rmb = read_all([str(RMB)], preference_record, lambda: None)
+    assert len(rmb) == 6975
+    assert {record.subset is not None for record in rmb} == {True}
+    encode_all(encoder, rmb[:300], "error", lambda: None)
+
+
+def test_the_real_model_shares_prompts_exactly_on_real_pairs(smollm2: Path) -> None:
+    from rmtool.model import RewardModel
+
+    classifier, has_head = build_classifier(smollm2, dtype=torch.float32)
+    assert not has_head
+    draw_head(classifier, 0)
+    model = RewardModel(classifier, pad_id=0).eval()
+    assert choose_layout(model, model, 2048) is None
+    encoder = Encoder(load_tokenizer(smollm2), 2048, on_empty="keep")
+    trees = encode_all(encoder, read_all([str(HH)], preference_record, lambda: None)[:6], "error", lambda: None).trees
+    shared = compute_rewards(model, trees, 2048, SilentUi())
+    model.share_prompts(False)
+    alone = [[classifier(torch.tensor(ids[None]).long()).logits.item() for ids in tree.sequences()] for tree in trees]
+    torch.testing.assert_close(torch.tensor(shared), torch.tensor(alone), atol=1e-4, rtol=1e-5)
+
+
+def test_the_smollm2_recipe_trains_saves_and_scores(smollm2: Path, tmp_path: Path) -> None:
+    program = Path(sys.executable).parent / "rmtool"
+    sets = ["train.max_steps=3", "train.batch_size=4", "data.holdout=12", "data.on_long=drop", "data.max_length=512"]
+    flags = [part for text in sets for part in ("--set", text)]
+    command = [program, "train", "--recipe", "smollm2-135m", "--model", smollm2, "--data", HH, *flags]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "is added as the pad token; it was the eos token <|im_end|>" in shown.stderr
+    run = tmp_path / "runs" / "smollm2-135m"
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    result = subprocess.run([program, "eval", run, "--json"], capture_output=True, text=True, check=True)
+    report = json.loads(result.stdout)
+    for name in (name for name in last if name.startswith("eval/rm/")):
+        assert report[name] == pytest.approx(last[name], abs=1e-5)
+    loaded = load_for_use(run / "model")
+    tokenizer = loaded.encoder.tokenizer
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    # The same number from plain transformers, alone and right-padded beside a longer one.
+    from transformers import AutoModelForSequenceClassification
+
+    plain = AutoModelForSequenceClassification.from_pretrained(run / "model", dtype=torch.float32)
+    chats = [[Message("user", "Hi"), Message("assistant", text)] for text in ("Hello!", "Go away, I am busy now.")]
+    ids = [loaded.encoder.ids(chat) for chat in chats]
+    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+    from rmtool.tree import build_tree
+
+    mine = compute_rewards(loaded.model, [build_tree(ids)], 2048, SilentUi())[0]
+    assert plain(**batch).logits[:, 0].tolist() == pytest.approx(mine, abs=1e-4)

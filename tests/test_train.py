@@ -1,0 +1,300 @@
+"""Training: the same step however it is cut, metrics as promised, a run folder that is whole, the debug recipe."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import pair_rows, write_jsonl
+
+from rmtool import train
+from rmtool.config import Recipe, dump_recipe, load_recipe
+from rmtool.data.encode import encode_all
+from rmtool.data.formats import preference_record
+from rmtool.data.rows import read_rows
+from rmtool.errors import RmtoolError
+from rmtool.loading import load_for_use, training_encoder, training_model
+from rmtool.loss import bradley_terry
+from rmtool.optim import build_optimizer
+from rmtool.steps import epoch_steps
+from rmtool.ui import SilentUi
+
+TRAIN_NAMES = {
+    "episode", "epoch", "train/rm/accuracy", "train/rm/loss", "train/rm/chosen_rewards", "train/rm/rejected_rewards",
+    "train/rm/reward_margin", "train/rm/lr",
+}  # fmt: skip
+EVAL_NAMES = {f"eval/rm/{name}" for name in ("accuracy", "loss", "chosen_rewards", "rejected_rewards", "reward_margin")}
+
+
+@pytest.fixture
+def recipe(causal_lm: Path, tmp_path: Path) -> Recipe:
+    rows = [row | {"margin": 0.5 * (index % 3)} for index, row in enumerate(pair_rows(22))]
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"model: {{path: {causal_lm}}}\n"
+        f"data: {{train: [{data}], holdout: 4, max_length: 256}}\n"
+        "train: {batch_size: 8, learning_rate: 1e-3, epochs: 2, eval_every: 2, tokens_per_pack: 300}\n"
+    )
+    return load_recipe(str(path))
+
+
+def run(recipe: Recipe, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / train.CONFIG_FILE).write_text(dump_recipe(recipe))
+    train.run(folder, Accelerator(cpu=True), SilentUi())
+    return folder
+
+
+def set_(recipe: Recipe, **settings: Any) -> Recipe:
+    return replace(recipe, train=replace(recipe.train, **settings))
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_is_whole_and_its_metrics_are_those_promised(recipe: Recipe, tmp_path: Path) -> None:
+    folder = run(recipe, tmp_path / "run")
+    rows = lines(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]  # 18 pairs in steps of 8, 8, 2, twice
+    assert [row["episode"] for row in rows] == [8, 16, 18, 26, 34, 36]
+    assert [row["epoch"] for row in rows] == pytest.approx([n / 18 for n in (8, 16, 18, 26, 34, 36)])
+    assert [row["train/rm/lr"] for row in rows] == pytest.approx([1e-3 * (1 - n / 6) for n in range(6)])
+    for row in rows:
+        assert row.keys() >= TRAIN_NAMES
+        assert (row.keys() >= EVAL_NAMES) == (row["step"] % 2 == 0)
+        assert row["train/rm/reward_margin"] == pytest.approx(
+            row["train/rm/chosen_rewards"] - row["train/rm/rejected_rewards"]
+        )
+    assert len(list(read_rows(str(folder / "held_out.jsonl")))) == 4
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    names = {path.name for path in (folder / "model").iterdir()}
+    assert names >= {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "rmtool.json"}
+    config = json.loads((folder / "model" / "config.json").read_text())
+    assert (config["architectures"], config["num_labels"] if "num_labels" in config else len(config["id2label"])) == (
+        ["LlamaForSequenceClassification"], 1,
+    )  # fmt: skip
+    assert "rmtool_packed" not in json.dumps(config)
+
+
+def test_the_saved_checkpoint_gives_the_rewards_of_the_last_evaluation(recipe: Recipe, tmp_path: Path) -> None:
+    from rmtool.evaluate import evaluate
+
+    folder = run(recipe, tmp_path / "run")
+    loaded = load_for_use(folder / "model")
+    assert loaded.notices == ()
+    records = [preference_record(row) for row in read_rows(str(folder / "held_out.jsonl"))]
+    encoded = encode_all(loaded.encoder, records, "error", lambda: None)
+    report = evaluate(loaded.model, encoded.records, encoded.trees, 300, SilentUi()).total.report("eval/rm")
+    assert report == pytest.approx({name: lines(folder)[-1][name] for name in EVAL_NAMES}, abs=1e-6)
+    assert loaded.manifest is not None
+    assert loaded.manifest.metrics == pytest.approx(report, abs=1e-6)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_a_run_repeats_bit_for_bit_and_a_seed_changes_it(recipe: Recipe, tmp_path: Path) -> None:
+    first, again = (weights(run(recipe, tmp_path / name)) for name in ("a", "b"))
+    other = weights(run(set_(recipe, seed=1), tmp_path / "c"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["score.weight"], other["score.weight"])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"tokens_per_pack": 1}, {"tokens_per_pack": 10**6}, {"gradient_checkpointing": True}]
+)
+def test_the_cut_into_packs_changes_no_step(recipe: Recipe, tmp_path: Path, settings: dict[str, Any]) -> None:
+    first = weights(run(recipe, tmp_path / "a"))
+    other = weights(run(set_(recipe, **settings), tmp_path / "b"))
+    for name in first:
+        # Adam divides by the root of squared gradients: rounding in a tiny gradient is magnified there.
+        torch.testing.assert_close(other[name], first[name], atol=2e-5, rtol=1e-4)
+
+
+def trainer(recipe: Recipe, source: Path) -> tuple[train.Trainer, Any]:
+    encoder, _ = training_encoder(recipe, source)
+    split = train.load_split(recipe, encoder, SilentUi())
+    model, _ = training_model(recipe, source, encoder)
+    model.share_prompts(True)
+    accelerator = Accelerator(cpu=True)
+    engine, optimizer = accelerator.prepare(model, build_optimizer(model, recipe.train))
+    return train.Trainer(recipe, accelerator, model, engine, optimizer), split
+
+
+def test_a_step_equals_the_obvious_slow_one(recipe: Recipe, causal_lm: Path) -> None:
+    """Each response alone through transformers, the mean loss over the step's pairs, one backward."""
+    mine, split = trainer(set_(recipe, max_grad_norm=None), causal_lm)
+    units = next(epoch_steps(split.train.records, split.train.trees, 0, 0, 8))
+    sums, norm = mine.step(units)
+    gradients = {name: p.grad.clone() for name, p in mine.model.named_parameters() if p.grad is not None}
+    mine.model.zero_grad()
+    mine.model.share_prompts(False)
+    losses = []
+    for unit in units:
+        rewards = [mine.model.classifier(torch.tensor(ids[None]).long()).logits[0] for ids in unit.tree.sequences()]
+        for winner, loser, margin in unit.preferences:
+            losses.append(bradley_terry(rewards[winner], rewards[loser], torch.tensor([margin]))[0])
+    assert any(margin for unit in units for _, _, margin in unit.preferences)
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    assert sums.report("x")["x/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    total = torch.stack([p.grad.norm() for p in mine.model.parameters() if p.grad is not None]).norm()
+    assert norm == pytest.approx(total.item(), rel=1e-4)
+    for name, parameter in mine.model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_margins_change_the_loss_and_can_be_left_out(recipe: Recipe, causal_lm: Path) -> None:
+    losses = {}
+    for use in (True, False):
+        mine, split = trainer(set_(recipe, use_margins=use), causal_lm)
+        sums, _ = mine.step(next(epoch_steps(split.train.records, split.train.trees, 0, 0, 8)))
+        losses[use] = sums.loss
+    assert losses[True] > losses[False]
+
+
+def test_clipping_bounds_the_gradient(recipe: Recipe, causal_lm: Path) -> None:
+    mine, split = trainer(set_(recipe, max_grad_norm=1e-3), causal_lm)
+    _, norm = mine.step(next(epoch_steps(split.train.records, split.train.trees, 0, 0, 8)))
+    left = torch.stack([p.grad.norm() for p in mine.model.parameters() if p.grad is not None]).norm()
+    assert norm > 1e-3
+    assert left.item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_lora_trains_few_weights_and_saves_an_ordinary_checkpoint(
+    recipe: Recipe, causal_lm: Path, tmp_path: Path
+) -> None:
+    folder = run(replace(recipe, lora=replace(recipe.lora, rank=4)), tmp_path / "run")
+    loaded = load_for_use(folder / "model")
+    assert loaded.manifest is not None
+    assert not [name for name in weights(folder) if "lora" in name or "base_layer" in name]
+    fresh, _ = training_model(recipe, causal_lm, training_encoder(recipe, causal_lm)[0])
+    saved = weights(folder)
+    assert not torch.equal(saved["score.weight"], fresh.classifier.score.weight)
+    assert not torch.equal(
+        saved["model.layers.0.self_attn.q_proj.weight"], fresh.backbone.layers[0].self_attn.q_proj.weight
+    )
+    assert torch.equal(saved["model.embed_tokens.weight"], fresh.backbone.embed_tokens.weight)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(RmtoolError) as caught:
+        run(set_(recipe, learning_rate=1e30, max_grad_norm=None), folder)
+    error = caught.value
+    assert (error.id, error.exit_code) == ("E0802", 8)
+    assert "pairs.jsonl:" in (error.found or "")
+    assert "step " in error.what
+    assert not (folder / "model").exists()
+
+
+def test_rows_that_cannot_be_used_stop_the_run_unless_told_otherwise(recipe: Recipe, tmp_path: Path) -> None:
+    path = Path(recipe.data.train[0])
+    row = {"prompt": "p", "chosen": "same", "rejected": "same"}
+    path.write_text(path.read_text() + json.dumps(row) + "\n" + json.dumps(row | {"rejected": "word " * 400}) + "\n")
+    with pytest.raises(RmtoolError) as caught:
+        run(recipe, tmp_path / "a")
+    assert (caught.value.id, caught.value.place.line) in (("E0304", 23), ("E0305", 24))
+    told = replace(recipe, data=replace(recipe.data, on_identical="drop", on_long="drop"))
+    run(told, tmp_path / "b")
+    assert lines(tmp_path / "b")[-1]["epoch"] == 2.0
+
+
+def test_bf16_trains_too(recipe: Recipe, tmp_path: Path) -> None:
+    folder = run(set_(recipe, precision="bf16", save_dtype="bf16"), tmp_path / "run")
+    assert weights(folder)["score.weight"].dtype == torch.bfloat16
+    loaded = load_for_use(folder / "model")
+    assert loaded.model.precision == "bf16"
+    assert next(loaded.model.classifier.score.parameters()).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------- as a user types it
+
+PROGRAM = Path(sys.executable).parent / "rmtool"
+
+
+def shell(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def debug_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("debug")
+    return folder, shell("train", "--recipe", "debug", cwd=folder)
+
+
+@pytest.mark.slow
+def test_the_debug_recipe_learns_what_depends_on_the_prompt(debug_run: Any) -> None:
+    folder, shown = debug_run
+    assert shown.returncode == 0, shown.stderr
+    assert "Traceback" not in shown.stderr
+    assert all(word in shown.stderr for word in ("Plan: debug", "Training: ", "eval/rm/accuracy"))
+    assert "checkpoint: runs/debug/model" in shown.stdout
+    result = json.loads(shell("eval", "runs/debug", "--json", cwd=folder).stdout)
+    assert result["pairs"] == 200
+    assert result["eval/rm/accuracy"] >= 0.90
+    rows = [json.loads(line) for line in (folder / "runs/debug/held_out.jsonl").read_text().splitlines()]
+    prompts = [row["chosen"][:-1] for row in rows]
+    shuffled = [
+        {side: prompts[(index + 1) % len(rows)] + [row[side][-1]] for side in ("chosen", "rejected")}
+        for index, row in enumerate(rows)
+    ]
+    # Rows are in the file's order, which is mixed; a shift by one gives every pair another pair's prompt.
+    data = write_jsonl(folder / "shuffled.jsonl", shuffled)
+    assert (
+        json.loads(shell("eval", "runs/debug", "--data", data, "--json", cwd=folder).stdout)["eval/rm/accuracy"] <= 0.60
+    )
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_overwritten(debug_run: Any) -> None:
+    folder, _ = debug_run
+    before = (folder / "runs/debug/model/model.safetensors").stat().st_mtime_ns
+    shown = shell("train", "--recipe", "debug", cwd=folder)
+    assert shown.returncode == 6
+    assert "error[E0601]" in shown.stderr
+    assert (folder / "runs/debug/model/model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_score_after_training_needs_no_model_named(debug_run: Any) -> None:
+    folder, _ = debug_run
+    source = shutil.copy(Path(__file__).parent.parent / "recipes/debug/responses.jsonl", folder / "responses.jsonl")
+    shown = shell("score", source, cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stderr.startswith("model: runs/debug/model")
+    rows = [json.loads(line) for line in (folder / "responses.scored.jsonl").read_text().splitlines()]
+    best = [row for row in rows if str(row["id"]).endswith("best-is-first")]
+    assert best
+    assert all(row["best"] == 0 for row in best)
+
+
+@pytest.mark.slow
+def test_a_worker_that_fails_or_dies_is_reported_by_the_launcher(causal_lm: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
+    flags = ["--recipe", "smollm2-135m", "--model", causal_lm, "--data", data, "--set", "data.holdout=0"]
+    failed = shell("train", *flags, "--set", "data.max_length=5", cwd=tmp_path)
+    assert (failed.returncode, "error[E0305]" in failed.stderr) == (3, True)
+    assert "pairs.jsonl:" in failed.stderr
+    assert not (tmp_path / "runs/smollm2-135m/model").exists()
+    # A module of the same name in front of the real one makes the process die without a word.
+    (tmp_path / "liger_kernel.py").write_text("")
+    (tmp_path / "accelerate.py").write_text("import os\nos._exit(9)\n")
+    died = shell("train", *flags, cwd=tmp_path)
+    assert died.returncode == 8
+    assert "error[E0801]" in died.stderr
+    assert "train.log" in died.stderr
