@@ -7,6 +7,7 @@ commands, under `captured`, so that other libraries' words and bars go to a log 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -142,6 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
     from rmtool.ui import TerminalUi, print_json
 
     arguments = sys.argv[1:] if arguments is None else arguments
+    # As an exception, so that children are stopped and temporary files removed on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app(arguments, standalone_mode=True)
     except RmtoolError as error:

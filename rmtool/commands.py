@@ -39,6 +39,10 @@ def train_command(recipe: Recipe, output: Path, *, overwrite: bool, dry_run: boo
     with captured() as ui:
         if not dry_run:
             launch.prepare_folder(output, overwrite)
+        if recipe.hub.repo_id and not dry_run:
+            from rmtool.hub import check_ready
+
+            check_ready(recipe.hub.repo_id)
         plan = launch.make_plan(recipe, output)
         if as_json and dry_run:
             print_json({"plan": plan.as_dict()}, ui)
@@ -121,7 +125,8 @@ def _show_eval(ui: TerminalUi, result: object) -> None:
         return [name, f"{sums.pairs:.0f}", *(f"{value:.4f}" for value in sums.report(PREFIX).values())]
 
     rows = [row(name, sums) for name, sums in result.subsets.items()]
-    ui.table("eval/rm", ("subset", "pairs", *METRICS), [*rows, row("all", result.total)])
+    names = [name.replace("_", " ") for name in METRICS]  # breaks at the blank on a narrow terminal
+    ui.table("eval/rm", ("subset", "pairs", *names), [*rows, row("all", result.total)])
     if result.total.ties:
         ui.say(f"note: {result.total.ties:.0f} pairs have equal rewards and count as wrong")
     if result.samples:
@@ -140,7 +145,7 @@ def _show_eval(ui: TerminalUi, result: object) -> None:
         )
 
 
-def _shorten(text: str, limit: int = 160) -> str:
+def _shorten(text: str, limit: int = 120) -> str:
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

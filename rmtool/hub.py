@@ -94,6 +94,23 @@ def check_repo_id(repo_id: str) -> None:
         raise RmtoolError("E0271", f"{repo_id!r} is not a repo id", hint, found=_line(error)) from error
 
 
+def check_ready(repo_id: str) -> str:
+    """The token to push with. `train` asks before its first step: days later is late to miss it.
+
+    Raises:
+        RmtoolError: E0271, E0273 and E0278 of `push_checkpoint`.
+    """
+    from huggingface_hub import get_token, is_offline_mode
+
+    check_repo_id(repo_id)
+    if is_offline_mode():
+        raise RmtoolError("E0278", f"{repo_id} cannot be pushed while HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
+    token = get_token()
+    if token is None:
+        raise RmtoolError("E0273", "there is no token for the Hub", LOGIN)
+    return token
+
+
 def plan_upload(folder: Path) -> Upload:
     """Choose what is sent, and check that it is a whole checkpoint.
 
@@ -186,14 +203,10 @@ def _describe(upload: Upload, repo_id: str, private: bool, dry_run: bool, ui: Ui
 
 
 def _push(upload: Upload, repo_id: str, private: bool, ui: Ui) -> str:
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token, is_offline_mode, set_client_factory
+    from huggingface_hub import CommitOperationAdd, HfApi, set_client_factory
 
-    if is_offline_mode():
-        raise RmtoolError("E0278", f"{repo_id} cannot be pushed while HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
+    token = check_ready(repo_id)
     set_client_factory(_client)  # for the rest of the process: the library has no way back, and none is needed
-    token = get_token()
-    if token is None:
-        raise RmtoolError("E0273", "there is no token for the Hub", LOGIN)
     api = HfApi(token=token, library_name="rmtool")
     repo_id = _open_repo(api, repo_id, private, ui)
     additions = [CommitOperationAdd(name, path) for name, path in upload.files.items()]

@@ -8,6 +8,7 @@ Cost: `accelerate launch` takes a few seconds to import its own libraries before
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import selectors
@@ -200,6 +201,25 @@ def run(plan: Plan, ui: TerminalUi) -> None:
             "use --dry-run for the plan; to train here, set launch.engine=single and one process",
         )
     output = plan.output
+    with _locked(output):
+        _run_processes(plan, ui)
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold the run folder: a second run in it would mix its files with this one's. The lock goes with the process."""
+    with open(output / ".lock", "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RmtoolError(
+                "E0602", f"another rmtool trains in {output}", "wait for it, or choose another --output"
+            ) from error
+        yield
+
+
+def _run_processes(plan: Plan, ui: TerminalUi) -> None:
+    output = plan.output
     for stale in output.glob("exit-*.json"):
         stale.unlink()
     (output / CONFIG_FILE).write_text(dump_recipe(plan.recipe), encoding="utf-8")
@@ -285,6 +305,7 @@ def _raise_failure(output: Path, code: int) -> None:
 
 
 def final_metrics(output: Path) -> dict[str, float]:
-    """The last step's metrics, with the eval metrics where there were held-out pairs."""
-    last = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-    return {name: value for name, value in json.loads(last).items() if "/" in name}
+    """The last step's eval metrics, or its training metrics where no pairs were held out."""
+    last = json.loads((output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    held_out = {name: value for name, value in last.items() if name.startswith("eval/")}
+    return held_out or {name: value for name, value in last.items() if "/" in name}

@@ -175,9 +175,9 @@ class PipeUi:
         try:
             self.pipe.write(json.dumps(event) + "\n")
             self.pipe.flush()
-        except BrokenPipeError:
-            # Nobody looks any more. The work itself goes on; it also writes what it does to its run folder.
-            self.pipe = open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
+        except BrokenPipeError as error:
+            # The launcher was killed: without it nobody would stop this process.
+            raise RmtoolError("E0803", "the rmtool process that started this one is gone", "run it again") from error
 
     def say(self, text: str) -> None:
         self.send({"say": text})

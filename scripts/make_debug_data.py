@@ -20,8 +20,9 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 SEED = 20
 OUT = Path(__file__).resolve().parent.parent / "recipes" / "debug"
 
-ROWS_PER_TOPIC = 340  # a multiple of (topics - 1), so that every ordered pair of topics meets equally often
+ROWS_PER_TOPIC = 340  # a multiple of (topics - 1): every ordered pair of topics meets equally often
 FORMAT_PROMPTS_PER_TOPIC = 40  # half ask for a list, half for a sentence
 SECOND_ROW_EVERY = 12  # every so many rows reuse the previous prompt: a split by prompt has something to keep together
 
-VOCAB_SIZE = 1536
+VOCAB_SIZE = 1536  # a limit: the corpus runs out of merges before it, with every word a token of its own
 MAX_LENGTH = 512
 PAD, IM_START, IM_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -48,6 +49,7 @@ Row = dict[str, Any]
 
 
 def words(text: str) -> tuple[str, ...]:
+    """The parts of a list written with commas."""
     return tuple(text.split(", "))
 
 
@@ -97,7 +99,7 @@ TOPICS = (
                 "Put a heavy pan and some spices out before you cook {s}.",
             ),
             "mistake": (
-                "Most people who cook {s} add the salt too late to taste it.",
+                "Most people who cook {s} add the salt too late and lose some taste.",
                 "The taste of {s} suffers when you cook in a pan that is too hot.",
             ),
             "improve": (
@@ -117,7 +119,7 @@ TOPICS = (
     ),
     Topic(
         name="gardening",
-        subjects=words("strawberries, lavender, sunflowers, lettuce, roses, carrots, runner beans, tulips"),
+        subjects=words("strawberries, sunflowers, lettuce, carrots, runner beans, cucumbers, marigolds, zinnias"),
         settings=("My garden is small.", "The soil here is heavy clay.", "I love to plant things."),
         asks={
             "start": ("How do I plant {s} in my garden?", "Which garden soil is best for {s}?"),
@@ -319,7 +321,7 @@ def user_prompt(topic: Topic, subject: str, intent: str, rng: random.Random) -> 
 
 
 def answer(topic: Topic, subject: str, intent: str, rng: random.Random) -> str:
-    """One to five sentences: the lengths differ widely, so that packing has something to do."""
+    """One to four sentences: the lengths differ, so that packing has something to do."""
     sentences = [
         rng.choice(topic.openings[intent]).format(s=subject),
         *rng.sample(topic.tips, rng.choice((0, 1, 1, 2))),
@@ -329,9 +331,10 @@ def answer(topic: Topic, subject: str, intent: str, rng: random.Random) -> str:
     return " ".join(sentences)
 
 
-def fresh(draw: Iterator[str], seen: set[str]) -> str:
-    """The first text of `draw` that was not used before."""
-    text = next(text for text in draw if text not in seen)
+def fresh(draw: Callable[[], str], seen: set[str]) -> str:
+    """Draw until a text comes that was not used before."""
+    while (text := draw()) in seen:
+        pass
     seen.add(text)
     return text
 
@@ -350,8 +353,8 @@ def exchanges(topic: Topic, count: int, rng: random.Random, prompts: set[str], r
     for index in range(count):
         if index % SECOND_ROW_EVERY != 1:
             subject, intent = rng.choice(topic.subjects), rng.choice(list(topic.asks))
-            prompt = fresh((user_prompt(topic, subject, intent, rng) for _ in iter(int, 1)), prompts)
-        response = fresh((answer(topic, subject, intent, rng) for _ in iter(int, 1)), responses)
+            prompt = fresh(partial(user_prompt, topic, subject, intent, rng), prompts)
+        response = fresh(partial(answer, topic, subject, intent, rng), responses)
         out.append(Exchange(prompt, response))
     return out
 
@@ -374,28 +377,25 @@ def topic_pairs(by_topic: list[list[Exchange]]) -> Iterator[Row]:
             yield pair(exchange.prompt, exchange.response, other.response, topic.name)
 
 
+def format_prompt(templates: tuple[str, ...], subject: str, rng: random.Random) -> str:
+    return f"{rng.choice(GREETINGS)}{rng.choice(templates).format(s=subject)}{rng.choice(THANKS)}"
+
+
+def list_answer(topic: Topic, rng: random.Random) -> str:
+    return "\n".join(f"- {tip}" for tip in rng.sample(topic.tips, rng.choice((2, 3, 4))))
+
+
 def format_pairs(rng: random.Random, prompts: set[str], responses: set[str]) -> Iterator[Row]:
     """Two responses under two prompts: one asks for a list, the other for a sentence; the preference turns round."""
-
-    def asks(templates: tuple[str, ...], subject: str) -> Iterator[str]:
-        while True:
-            yield f"{rng.choice(GREETINGS)}{rng.choice(templates).format(s=subject)}{rng.choice(THANKS)}"
-
-    def lists(topic: Topic) -> Iterator[str]:
-        while True:
-            yield "\n".join(f"- {tip}" for tip in rng.sample(topic.tips, rng.choice((2, 3, 4))))
-
-    def sentences(topic: Topic, subject: str) -> Iterator[str]:
-        while True:
-            yield rng.choice(topic.openings[rng.choice(list(topic.openings))]).format(s=subject)
-
     for topic in TOPICS:
         for index in range(FORMAT_PROMPTS_PER_TOPIC // 2):
             subject = topic.subjects[index % len(topic.subjects)]
-            as_list = fresh(lists(topic), responses)
-            as_sentence = next(sentences(topic, subject))
-            yield pair(fresh(asks(LIST_ASKS, subject), prompts), as_list, as_sentence, "format")
-            yield pair(fresh(asks(SENTENCE_ASKS, subject), prompts), as_sentence, as_list, "format")
+            as_list = fresh(partial(list_answer, topic, rng), responses)
+            as_sentence = rng.choice(topic.openings[rng.choice(list(topic.openings))]).format(s=subject)
+            list_prompt = fresh(partial(format_prompt, LIST_ASKS, subject, rng), prompts)
+            sentence_prompt = fresh(partial(format_prompt, SENTENCE_ASKS, subject, rng), prompts)
+            yield pair(list_prompt, as_list, as_sentence, "format")
+            yield pair(sentence_prompt, as_sentence, as_list, "format")
 
 
 def rows_to_score(rng: random.Random, prompts: set[str], responses: set[str]) -> list[Row]:
@@ -406,7 +406,7 @@ def rows_to_score(rng: random.Random, prompts: set[str], responses: set[str]) ->
         stray = made[(index + 3) % len(made)].response
         rows.append({"id": f"{topic.name}-answer", "prompt": exchange.prompt, "response": exchange.response})
         rows.append({"id": f"{topic.name}-off-topic", "prompt": exchange.prompt, "response": stray})
-    for index in range(0, len(TOPICS), 2):
+    for index in range(len(TOPICS)):
         own, *others = (
             exchanges(TOPICS[(index + step) % len(TOPICS)], 1, rng, prompts, responses)[0] for step in (0, 1, 4)
         )
@@ -432,10 +432,10 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     """A byte-level BPE: its alphabet holds all 256 bytes, so any text can be encoded and there is no unknown token."""
     tokenizer = Tokenizer(models.BPE())
     # A word takes its leading space with it; digits stand alone, and so do runs of punctuation and of newlines.
-    words = Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    pieces = Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(words, behavior="isolated"),
+            pre_tokenizers.Split(pieces, behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -469,14 +469,15 @@ def model_config(tokenizer: Tokenizer) -> Row:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": tokenizer.get_vocab_size(),
-        "hidden_size": 96,
-        "intermediate_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": MAX_LENGTH,
         "hidden_act": "silu",
-        "initializer_range": 0.1,
+        # Transformers' default, 0.02, leaves so small a model on a plateau for long; 0.15 learns slower again.
+        "initializer_range": 0.07,
         "rms_norm_eps": 1e-5,
         "attention_bias": False,
         "attention_dropout": 0.0,

@@ -155,7 +155,7 @@ def test_eval_reports_metrics_subsets_and_samples(rmtool: Any, model: Path, tmp_
     assert result["eval/rm/accuracy"] == sum(chosen > rejected for chosen, rejected in pairs) / 10
     assert result["eval/rm/chosen_rewards"] == pytest.approx(sum(chosen for chosen, _ in pairs) / 10)
     table = rmtool("eval", model, "--data", data).out
-    assert all(word in table for word in ("accuracy", "reward_margin", "even", "odd", "all", "Sampled pairs"))
+    assert all(word in table for word in ("accuracy", "reward margin", "even", "odd", "all", "Sampled pairs"))
 
 
 def test_equal_pairs_are_ties_and_count_as_wrong(rmtool: Any, model: Path, tmp_path: Path) -> None:

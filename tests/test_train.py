@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -298,3 +301,44 @@ def test_a_worker_that_fails_or_dies_is_reported_by_the_launcher(causal_lm: Path
     assert died.returncode == 8
     assert "error[E0801]" in died.stderr
     assert "train.log" in died.stderr
+
+
+def group_members(session: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(status.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_run_leaves_no_process_and_can_be_run_again(number: int, code: int, tmp_path: Path) -> None:
+    command = [PROGRAM, "train", "--recipe", "debug", "--set", "train.epochs=100"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics = tmp_path / "runs/debug/metrics.jsonl"
+    until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
+    second = shell("train", "--recipe", "debug", cwd=tmp_path)
+    assert (second.returncode, "error[E0602]" in second.stderr) == (6, True)
+    children = [int(pid) for pid in Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()]
+    sessions = [child for child in children if group_members(child)]
+    assert sessions
+    running.send_signal(number)
+    assert running.wait(30) == code
+    until(lambda: not any(group_members(session) for session in sessions))
+    assert b"Traceback" not in running.stdout.read()
+    assert not (tmp_path / "runs/debug/model").exists()
+    again = shell("train", "--recipe", "debug", "--set", "train.max_steps=2", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
+def until(holds: Callable[[], bool], seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
