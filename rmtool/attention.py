@@ -51,7 +51,10 @@ def packed_attention(
     if packed is None:
         raise UnsupportedAttentionError("the model does not hand its keyword arguments to its attention")
     _refuse_unknown(module, attention_mask, dropout, others)
-    if query.is_cuda and query.dtype in HALF:
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):
+        # Rotary embedding in fp32 leaves query and key in fp32; autocast knows torch's attention, not the kernel.
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
+    if query.is_cuda and query.dtype in HALF and query.shape[-1] % 8 == 0:
         return _varlen(query, key, value, scaling, sliding_window, packed), None
     return _node_by_node(query, key, value, scaling, sliding_window, packed), None
 

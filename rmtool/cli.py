@@ -66,16 +66,16 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a reward model from preference pairs, as a recipe says."""
-    from rmtool import config
+    from rmtool import recipe as recipes
 
-    overrides: list[tuple[str, Any]] = [config.parse_set(text) for text in set_ or []]
+    overrides: list[tuple[str, Any]] = [recipes.parse_set(text) for text in set_ or []]
     if model:
         overrides += [("model.path", model), ("model.weights", "pretrained")]
     if data:
         overrides.append(("data.train", data))
     if eval_data:
         overrides += [("data.eval", eval_data), ("data.holdout", 0)]
-    resolved = config.load_recipe(recipe, overrides)
+    resolved = recipes.load_recipe(recipe, overrides)
     from rmtool.commands import train_command
 
     train_command(resolved, output or RUNS / resolved.name, overwrite=overwrite, dry_run=dry_run, as_json=as_json)

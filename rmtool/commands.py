@@ -35,6 +35,7 @@ class Reading:
 
 def train_command(recipe: Recipe, output: Path, *, overwrite: bool, dry_run: bool, as_json: bool) -> None:
     from rmtool import launch
+    from rmtool.plan import make_plan
 
     with captured() as ui:
         if not dry_run:
@@ -43,7 +44,7 @@ def train_command(recipe: Recipe, output: Path, *, overwrite: bool, dry_run: boo
             from rmtool.hub import check_ready
 
             check_ready(recipe.hub.repo_id)
-        plan = launch.make_plan(recipe, output)
+        plan = make_plan(recipe, output)
         if as_json and dry_run:
             print_json({"plan": plan.as_dict()}, ui)
             return

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rmtool.card import model_card
 from rmtool.checkpoint import MANIFEST, read_manifest
 from rmtool.errors import Place, RmtoolError
+from rmtool.hub_errors import LOGIN, explain, library_errors, one_line, unreadable
 from rmtool.ui import Ui
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ ALLOWED = (
     *("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *(CARD, MANIFEST, "LICENSE*"),
 )
-LOGIN = "run `hf auth login` or set HF_TOKEN, with a token that may write"
-AGAIN = "push again later"
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,13 @@ def push_checkpoint(folder: Path, repo_id: str, *, private: bool, ui: Ui, dry_ru
         upload = plan_upload(folder)
         _describe(upload, repo_id, private, dry_run, ui)
     except OSError as error:
-        raise _unreadable(error) from error
+        raise unreadable(error) from error
     if dry_run:
         return ""
     with _library_speaks_through(ui):
         try:
             return _push(upload, repo_id, private, ui)
-        except _library_errors() as error:
+        except library_errors() as error:
             raise explain(error, repo_id) from error
 
 
@@ -91,7 +90,7 @@ def check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         hint = "give owner/name, or only a name for a repo of your own"
-        raise RmtoolError("E0271", f"{repo_id!r} is not a repo id", hint, found=_line(error)) from error
+        raise RmtoolError("E0271", f"{repo_id!r} is not a repo id", hint, found=one_line(error)) from error
 
 
 def check_ready(repo_id: str) -> str:
@@ -180,12 +179,7 @@ def _check_weights(path: Path) -> None:
 
 def _damaged(path: Path, error: Exception) -> RmtoolError:
     hint = "save or copy the checkpoint again"
-    return RmtoolError("E0472", f"{path.name} is cut off or damaged", hint, Place(str(path)), _line(error))
-
-
-def _unreadable(error: OSError) -> RmtoolError:
-    what = f"a file here cannot be read: {error.strerror or _line(error)}"
-    return RmtoolError("E0570", what, "check its permissions and the disk", Place(str(error.filename)))
+    return RmtoolError("E0472", f"{path.name} is cut off or damaged", hint, Place(str(path)), one_line(error))
 
 
 def _describe(upload: Upload, repo_id: str, private: bool, dry_run: bool, ui: Ui) -> None:
@@ -271,66 +265,3 @@ def _library_speaks_through(ui: Ui) -> Iterator[None]:
                 yield
     finally:
         logger.handlers = kept
-
-
-# ---------------------------------------------------------------------------------------------------- what went wrong
-
-ADVICE = {
-    404: "check the repo id",
-    409: "something else changes the repo; wait until it is done and push again",
-    412: "something else changed the repo; push again",
-    413: "save the model in smaller shards: the Hub does not take files of this size",
-    429: "wait some minutes and push again: the Hub limits how much is asked of it",
-}
-
-
-def _library_errors() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises for a failing network or Hub; ValueError and KeyError stand for odd answers."""
-    import httpx2
-    from huggingface_hub.errors import DeviceCodeError, OIDCError
-
-    return (httpx2.HTTPError, OSError, OIDCError, DeviceCodeError, RuntimeError, ValueError, KeyError)
-
-
-def explain(error: BaseException, repo_id: str) -> RmtoolError:
-    """What an error that huggingface_hub raised during a push to `repo_id` means for the user."""
-    import httpx2
-    from huggingface_hub.errors import BadRequestError, DeviceCodeError, HfHubHTTPError, OIDCError
-
-    if isinstance(error, RuntimeError) and error.__cause__:  # how the library wraps what happened to one file
-        return explain(error.__cause__, repo_id)
-    if isinstance(error, HfHubHTTPError):
-        return _explain_status(error, repo_id)
-    if isinstance(error, OSError) and error.filename:
-        return _unreadable(error)
-    if isinstance(error.__cause__, BadRequestError):  # how the library says what validate-yaml answered
-        hint = f"mend the YAML at the top of {CARD}"
-        return RmtoolError("E0277", f"push to {repo_id}: the Hub refuses the card's metadata", hint, found=_line(error))
-    network = "check the network (and HF_ENDPOINT, if it is set) and push again"
-    proxy = f"{AGAIN}; a proxy that answers with a page of its own has this effect, too"
-    meanings: tuple[tuple[Any, str, str, str], ...] = (
-        ((OIDCError, DeviceCodeError, UnicodeEncodeError), "E0273", "the token for the Hub cannot be used", LOGIN),
-        (PermissionError, "E0275", f"this token may not write to {repo_id}", LOGIN),  # from the Xet storage
-        (httpx2.TimeoutException, "E0772", f"the Hub was silent for {TIMEOUT_S:g} s", AGAIN),
-        ((httpx2.HTTPError, OSError), "E0771", "the connection to the Hub failed", network),
-        (RuntimeError, "E0775", "the Hub's storage did not take a file", AGAIN),
-        ((ValueError, KeyError), "E0774", "the Hub's answer was not understood", proxy),
-    )
-    id, what, hint = next(meaning[1:] for meaning in meanings if isinstance(error, meaning[0]))
-    return RmtoolError(id, f"push to {repo_id}: {what}", hint, found=_line(error))
-
-
-def _explain_status(error: Any, repo_id: str) -> RmtoolError:
-    status, said = error.response.status_code, _line(error.server_message or "") or None
-    if error.response.request.method != "PUT":  # an upload address that has run out answers 403, whatever the token
-        if status == 401:
-            return RmtoolError("E0274", f"the Hub does not accept the token for a push to {repo_id}", LOGIN, found=said)
-        if status == 403:
-            return RmtoolError("E0275", f"the token may not write to {repo_id}", LOGIN, found=said)
-    hint = ADVICE.get(status, f"{AGAIN}; https://status.huggingface.co shows how the Hub is")
-    return RmtoolError("E0773", f"the Hub answered {status} to the push to {repo_id}", hint, found=said)
-
-
-def _line(text: object) -> str:
-    """Another program's words as one line of ours."""
-    return " ".join(str(text).split())[:300]

@@ -284,8 +284,8 @@ def test_the_tulu3_plan_is_printed_without_a_network(columns: str, tmp_path: Pat
 def test_every_bundled_recipes_launch_command_is_one_that_accelerate_reads() -> None:
     from accelerate.commands.launch import launch_command_parser
 
-    from rmtool.config import load_recipe
-    from rmtool.launch import launch_command
+    from rmtool.plan import launch_command
+    from rmtool.recipe import load_recipe
 
     for name, processes, machines in (("debug", 1, 1), ("smollm2-135m", 1, 1), ("tulu3-8b", 64, 8)):
         command = launch_command(load_recipe(name), Path("runs/x"), machines - 1)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmtool.config import as_dict, dump_recipe, load_recipe, parse_set, recipes_folder
 from rmtool.errors import RmtoolError
+from rmtool.recipe import as_dict, dump_recipe, load_recipe, parse_set, recipes_folder
 
 BUNDLED = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 MINIMAL = "model: {path: m}\ndata: {train: [x.jsonl]}\ntrain: {batch_size: 4, learning_rate: 1e-4}\n"

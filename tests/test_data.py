@@ -208,6 +208,15 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, id: str)
     assert name in str(caught.value.place) + caught.value.what
 
 
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "x.jsonl")
+    with pytest.raises(RmtoolError) as caught:
+        list(read_rows(str(tmp_path / "x.jsonl")))
+    assert caught.value.id == "E0201"
+
+
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "a/b/c", "/nowhere/x.parquet"])
 def test_a_missing_file_is_no_hub_dataset(name: str) -> None:
     with pytest.raises(RmtoolError) as caught:

@@ -16,10 +16,11 @@ from conftest import tiny_config, write_jsonl
 
 from rmtool import model as models
 from rmtool.checkpoint import default_model, read_manifest, resolve_checkpoint, write_folder
-from rmtool.config import LoraConfig, Recipe, load_recipe
+from rmtool.config import LoraConfig, Recipe
 from rmtool.data.formats import Message
 from rmtool.errors import RmtoolError
 from rmtool.loading import add_adapters, load_for_use, merge_adapters, training_encoder, training_model
+from rmtool.recipe import load_recipe
 from rmtool.tokenizer import ensure_pad_token, load_tokenizer
 from rmtool.tree import build_tree
 from rmtool.ui import SilentUi

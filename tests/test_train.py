@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from conftest import pair_rows, write_jsonl
 
 from rmtool import train
-from rmtool.config import Recipe, dump_recipe, load_recipe
+from rmtool.config import Recipe
 from rmtool.data.encode import encode_all
 from rmtool.data.formats import preference_record
 from rmtool.data.rows import read_rows
@@ -27,6 +27,8 @@ from rmtool.errors import RmtoolError
 from rmtool.loading import load_for_use, training_encoder, training_model
 from rmtool.loss import bradley_terry
 from rmtool.optim import build_optimizer
+from rmtool.recipe import dump_recipe, load_recipe
+from rmtool.split import load_split
 from rmtool.steps import epoch_steps
 from rmtool.ui import SilentUi
 
@@ -129,7 +131,7 @@ def test_the_cut_into_packs_changes_no_step(recipe: Recipe, tmp_path: Path, sett
 
 def trainer(recipe: Recipe, source: Path) -> tuple[train.Trainer, Any]:
     encoder, _ = training_encoder(recipe, source)
-    split = train.load_split(recipe, encoder, SilentUi())
+    split = load_split(recipe, encoder, SilentUi())
     model, _ = training_model(recipe, source, encoder)
     model.share_prompts(True)
     accelerator = Accelerator(cpu=True)

@@ -52,6 +52,8 @@ def _reader(source: str) -> Iterator[Row]:
         if _looks_local(source):
             raise RmtoolError("E0201", f"there is no file {source}", "check the path")
         return _hub(source)
+    if not path.is_file():
+        raise RmtoolError("E0201", f"{source} is a pipe or device, and rows are read more than once", "give a file")
     name = path.name.lower()
     if name.endswith(".parquet"):
         return _parquet(path)

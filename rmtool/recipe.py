@@ -1,0 +1,230 @@
+"""Recipes read strictly: a YAML file and overrides in, a frozen `Recipe` out.
+
+An unknown key or a value of the wrong kind is an error that names the nearest known key; nothing is cast or guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rmtool.config import Recipe
+from rmtool.errors import Place, RmtoolError
+
+BUNDLED = "bundled:"  # in a recipe: a file or folder that ships with rmtool
+
+
+def recipes_folder() -> Path:
+    """The bundled recipes: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def resolve(path: str) -> str:
+    """`path`, or where the thing lies that `bundled:...` names."""
+    return str(recipes_folder() / path.removeprefix(BUNDLED)) if path.startswith(BUNDLED) else path
+
+
+def load_recipe(name: str, overrides: typing.Sequence[tuple[str, Any]] = ()) -> Recipe:
+    """The recipe `name` (bundled, or a path to a YAML file) with `overrides` ("section.key", value) put in last.
+
+    Raises:
+        RmtoolError: E0201 no such recipe, E0202 it is not YAML, E0204 an unknown key, E0205 a wrong value.
+    """
+    path = _recipe_path(name)
+    tree = _read(path)
+    tree.setdefault("name", path.stem)
+    for key, value in overrides:
+        _put(tree, key, value)
+    recipe = _build(Recipe, tree, "", str(path))
+    _check(recipe, str(path))
+    return recipe
+
+
+def _recipe_path(name: str) -> Path:
+    if Path(name).suffix in (".yaml", ".yml") or "/" in name:
+        if Path(name).is_file():
+            return Path(name)
+        raise RmtoolError("E0201", f"there is no recipe file {name}", "check the path")
+    path = recipes_folder() / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(item.stem for item in recipes_folder().glob("*.yaml"))
+        raise RmtoolError(
+            "E0201", f"there is no recipe {name}", f"use one of {', '.join(known)}, or a path to a .yaml file"
+        )
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = Place(str(path), mark.line + 1, mark.column + 1) if mark else Place(str(path))
+        raise RmtoolError("E0202", f"this is not YAML ({error.problem})", "mend this line", place) from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise RmtoolError("E0202", "this is not YAML", "write it as text", Place(str(path)), str(error)) from error
+    if not isinstance(tree, dict):
+        raise RmtoolError(
+            "E0202", "a recipe holds sections (model:, data:, train:)", "start from a bundled recipe", Place(str(path))
+        )
+    return tree
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """`section.key=value`, the value read as YAML.
+
+    Raises:
+        RmtoolError: E0206 not of that form.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RmtoolError(
+            "E0206", f"--set {text} is not of the form section.key=value", "write e.g. --set train.seed=1"
+        )
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RmtoolError("E0206", f"the value of --set {text} is not YAML", "put it in quotes") from error
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        branch = tree.setdefault(section, {})
+        if not isinstance(branch, dict):
+            raise RmtoolError("E0204", f"{section} has no keys of its own", f"write --set {section}=...")
+        tree = branch
+    tree[last] = value
+
+
+def _build(kind: Any, tree: Any, path: str, file: str) -> Any:
+    """A dataclass from a mapping, strictly."""
+    if not isinstance(tree, dict):
+        raise RmtoolError(
+            "E0205", f"{path} is a section with keys", "indent its keys below it", Place(file), repr(tree)
+        )
+    hints = typing.get_type_hints(kind)
+    for key in tree:
+        if key not in hints:
+            raise _unknown(f"{path}{key}", str(key), list(hints), file)
+    for item in dataclasses.fields(kind):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in tree:
+            raise RmtoolError(
+                "E0205", f"{path}{item.name} is missing", f"add it, or --set {path}{item.name}=...", Place(file)
+            )
+    return kind(**{key: _value(hints[key], value, f"{path}{key}", file) for key, value in tree.items()})
+
+
+def _unknown(path: str, key: str, known: list[str], file: str) -> RmtoolError:
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+    return RmtoolError("E0204", f"unknown key {path}", hint, Place(file))
+
+
+def _value(kind: Any, value: Any, path: str, file: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, f"{path}.", file)
+    for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
+        accepted, result = _plain(option, value)
+        if accepted:
+            return result
+    raise RmtoolError("E0205", f"{path} is {_describe(kind)}", "mend this value", Place(file), repr(value))
+
+
+def _plain(kind: Any, value: Any) -> tuple[bool, Any]:
+    """Whether `value` is of `kind`, and what it becomes: nothing is cast but whole numbers and lists (to tuples)."""
+    if typing.get_origin(kind) is Literal:
+        # YAML reads a bare `off` as false.
+        value = "off" if value is False and "off" in typing.get_args(kind) else value
+        return value in typing.get_args(kind), value
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or (Ellipsis not in inner and len(values) != len(inner)):
+            return False, None
+        pairs = [_plain(inner[0], item) for item in values]
+        return all(accepted for accepted, _ in pairs), tuple(item for _, item in pairs)
+    if kind is float:
+        return _as_float(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    return isinstance(value, kind), value
+
+
+def _as_float(value: Any) -> tuple[bool, Any]:
+    if isinstance(value, str):  # YAML 1.1 reads 5e-5 as a string
+        try:
+            return True, float(value)
+        except ValueError:
+            return False, None
+    return isinstance(value, int | float) and not isinstance(value, bool), float(value) if isinstance(
+        value, int | float
+    ) else None
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {_describe(typing.get_args(kind)[0]).removeprefix('a ')}s"
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
+    return names[kind]
+
+
+def _check(recipe: Recipe, file: str) -> None:
+    """Values that are of the right kind and still make no sense."""
+    train, launch = recipe.train, recipe.launch
+    rules = (
+        (bool(recipe.data.train), "data.train names at least one source"),
+        (recipe.data.holdout >= 0, "data.holdout is at least 0"),
+        (recipe.data.max_length >= 2, "data.max_length is at least 2"),
+        (not (recipe.data.eval and recipe.data.holdout), "data.eval and data.holdout exclude each other"),
+        (train.batch_size >= 1, "train.batch_size is at least 1"),
+        (train.epochs >= 1, "train.epochs is at least 1"),
+        (train.max_steps is None or train.max_steps >= 1, "train.max_steps is at least 1"),
+        (train.eval_every is None or train.eval_every >= 1, "train.eval_every is at least 1"),
+        (train.tokens_per_pack >= 1, "train.tokens_per_pack is at least 1"),
+        (0 < train.learning_rate < float("inf"), "train.learning_rate is above 0"),
+        (train.warmup_steps >= 0, "train.warmup_steps is at least 0"),
+        (train.weight_decay >= 0, "train.weight_decay is at least 0"),
+        (train.eps > 0, "train.eps is above 0"),
+        (all(0 <= beta < 1 for beta in train.betas), "train.betas are at least 0 and below 1"),
+        (train.max_grad_norm is None or train.max_grad_norm > 0, "train.max_grad_norm is above 0, or null"),
+        (recipe.lora.rank >= 0 and recipe.lora.alpha > 0, "lora.rank is at least 0 and lora.alpha above 0"),
+        (launch.nodes >= 1 and launch.processes_per_node >= 1, "launch counts at least one node and one process"),
+        (
+            launch.engine != "single" or launch.nodes * launch.processes_per_node == 1,
+            "launch.engine is ddp, zero2 or zero3 for several processes",
+        ),
+    )
+    for holds, rule in rules:
+        if not holds:
+            raise RmtoolError("E0205", rule, "mend this value", Place(file))
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, every key written out."""
+    plain = dataclasses.asdict(recipe)
+    return typing.cast("dict[str, Any]", _lists(plain))
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load_recipe` reads it back to an equal one."""
+    return yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True)
