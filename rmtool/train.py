@@ -135,7 +135,7 @@ def train_loop(trainer: Trainer, split: Split, tracker: Tracker | None, ui: Ui) 
                 bar.advance(1, f"loss {numbers['train/rm/loss']:.3f} acc {numbers['train/rm/accuracy']:.2f}")
                 if split.held_out.records and (step == total or (train.eval_every and step % train.eval_every == 0)):
                     metrics = run_eval(trainer, split.held_out, ui)
-                    ui.say(f"step {step}: {describe(metrics)}")
+                    ui.say(f"step {step}, {evaluation.PREFIX}: {describe(metrics)}")
                     numbers |= metrics
                 if tracker:
                     tracker.log(numbers)
@@ -148,8 +148,8 @@ def run_eval(trainer: Trainer, held_out: Encoded, ui: Ui) -> dict[str, float]:
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """Eval metrics as one line of words."""
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    """Eval metrics as one short line of words."""
+    return ", ".join(f"{name.rpartition('/')[2]} {value:.4f}" for name, value in metrics.items())
 
 
 def require_finite_step(sums: PairSums, norm: float, step: int, units: Sequence[Unit]) -> None:

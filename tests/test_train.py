@@ -247,7 +247,7 @@ def test_the_debug_recipe_learns_what_depends_on_the_prompt(debug_run: Any) -> N
     folder, shown = debug_run
     assert shown.returncode == 0, shown.stderr
     assert "Traceback" not in shown.stderr
-    assert all(word in shown.stderr for word in ("Plan: debug", "Training: ", "eval/rm/accuracy"))
+    assert all(word in shown.stderr for word in ("Plan: debug", "Training: ", "eval/rm: accuracy"))
     assert "checkpoint: runs/debug/model" in shown.stdout
     result = json.loads(shell("eval", "runs/debug", "--json", cwd=folder).stdout)
     assert result["pairs"] == 200
