@@ -131,15 +131,27 @@ def trial_dtype(model: RewardModel) -> torch.dtype:
 
 @torch.no_grad()
 def compute_rewards(model: RewardModel, trees: Sequence[TokenTree], budget: int, bar: Bar) -> list[list[float]]:
-    """Rewards of every response of every tree, in the order given; `bar` advances by trees."""
+    """Rewards of every response of every tree, in the order given; `bar` advances by trees.
+
+    Raises:
+        RmtoolError: E0503 a pack does not fit into the device's memory.
+    """
     model.eval()
     rewards: list[list[float]] = [[] for _ in trees]
     for items in model.plan(trees, budget):
-        flat = iter(model(model.collate([trees[item] for item in items])).tolist())
+        try:
+            flat = iter(model(model.collate([trees[item] for item in items])).tolist())
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory("--tokens-per-pack") from error
         for item in items:
             rewards[item] = [next(flat) for _ in trees[item].responses]
         bar.advance(len(items))
     return rewards
+
+
+def out_of_memory(setting: str) -> RmtoolError:
+    """What to say when the device is full; `setting` is what bounds the memory."""
+    return RmtoolError("E0503", "the device has not enough memory for one forward", f"lower {setting}")
 
 
 # ---------------------------------------------------------------------------------------------------- building

@@ -238,6 +238,10 @@ def main() -> None:
         run(folder, accelerator, ui)
     except RmtoolError as error:
         status = {"exit": int(error.exit_code), "error": error.as_dict()}
+    except torch.OutOfMemoryError:
+        traceback.print_exc()
+        full = models.out_of_memory("train.tokens_per_pack, or set train.gradient_checkpointing=true")
+        status = {"exit": int(full.exit_code), "error": full.as_dict()}
     except Exception:  # noqa: BLE001 - the last line of defence: said, written down, and passed on as a bug
         traceback.print_exc()
         status = {"exit": int(ExitCode.BUG), "error": None}
