@@ -513,7 +513,8 @@ def main() -> None:
     write_lines(OUT / "pairs.jsonl", rows)
     write_lines(OUT / "responses.jsonl", rows_to_score(rng, prompts, responses))
     write_model(OUT / "model", [render(row["prompt"] + row[side]) for row in rows for side in ("chosen", "rejected")])
-    print(f"{len(rows)} pairs, {len(prompts)} prompts, in {OUT}")  # noqa: T201
+    asked = len({row["prompt"][0]["content"] for row in rows})
+    print(f"{len(rows)} pairs, {asked} prompts, in {OUT}")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Lint, type check and all tests, `slow` and `real` ones too, in .venv (made if it is not there). Needs no network
-# beyond the package index. More arguments go to pytest: scripts/test.sh -k packing
-# Tests marked `real` need ../shared and say so when it is not there; `gpu` ones need a CUDA device.
+# Lint, type check and all tests but those marked `real`, in .venv (made if it is not there). No network is needed
+# beyond the package index. Arguments go to pytest instead: scripts/test.sh -m real, scripts/test.sh -k packing
+# Tests marked `real` need ../shared and are skipped, with a word, where it is not; `gpu` ones need a CUDA device.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+if [ $# -gt 0 ]; then
+    exec python -m pytest "$@"
+fi
+exec python -m pytest -m "not real" --numprocesses 2 --dist loadfile

@@ -1,0 +1,134 @@
+"""Whole runs as a user types them: the debug recipe, and processes that fail, die or are stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import pair_rows, write_jsonl
+
+PROGRAM = Path(sys.executable).parent / "rmtool"
+
+
+def shell(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def debug_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("debug")
+    return folder, shell("train", "--recipe", "debug", cwd=folder)
+
+
+@pytest.mark.slow
+def test_the_debug_recipe_learns_what_depends_on_the_prompt(debug_run: Any) -> None:
+    folder, shown = debug_run
+    assert shown.returncode == 0, shown.stderr
+    assert "Traceback" not in shown.stderr
+    assert all(word in shown.stderr for word in ("Plan: debug", "Training: ", "eval/rm: accuracy"))
+    assert "checkpoint: runs/debug/model" in shown.stdout
+    result = json.loads(shell("eval", "runs/debug", "--json", cwd=folder).stdout)
+    assert result["pairs"] == 200
+    assert result["eval/rm/accuracy"] >= 0.90
+    rows = [json.loads(line) for line in (folder / "runs/debug/held_out.jsonl").read_text().splitlines()]
+    prompts = [row["chosen"][:-1] for row in rows]
+    shuffled = [
+        {side: prompts[(index + 1) % len(rows)] + [row[side][-1]] for side in ("chosen", "rejected")}
+        for index, row in enumerate(rows)
+    ]
+    # Rows are in the file's order, which is mixed; a shift by one gives every pair another pair's prompt.
+    data = write_jsonl(folder / "shuffled.jsonl", shuffled)
+    assert (
+        json.loads(shell("eval", "runs/debug", "--data", data, "--json", cwd=folder).stdout)["eval/rm/accuracy"] <= 0.60
+    )
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_overwritten(debug_run: Any) -> None:
+    folder, _ = debug_run
+    before = (folder / "runs/debug/model/model.safetensors").stat().st_mtime_ns
+    shown = shell("train", "--recipe", "debug", cwd=folder)
+    assert shown.returncode == 6
+    assert "error[E0601]" in shown.stderr
+    assert (folder / "runs/debug/model/model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_score_after_training_needs_no_model_named(debug_run: Any) -> None:
+    folder, _ = debug_run
+    source = shutil.copy(Path(__file__).parent.parent / "recipes/debug/responses.jsonl", folder / "responses.jsonl")
+    shown = shell("score", source, cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stderr.startswith("model: runs/debug/model")
+    rows = [json.loads(line) for line in (folder / "responses.scored.jsonl").read_text().splitlines()]
+    best = [row for row in rows if str(row["id"]).endswith("best-is-first")]
+    assert best
+    assert all(row["best"] == 0 for row in best)
+
+
+@pytest.mark.slow
+def test_a_worker_that_fails_or_dies_is_reported_by_the_launcher(causal_lm: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
+    flags = ["--recipe", "smollm2-135m", "--model", causal_lm, "--data", data, "--set", "data.holdout=0"]
+    failed = shell("train", *flags, "--set", "data.max_length=5", cwd=tmp_path)
+    assert (failed.returncode, "error[E0305]" in failed.stderr) == (3, True)
+    assert "pairs.jsonl:" in failed.stderr
+    assert not (tmp_path / "runs/smollm2-135m/model").exists()
+    # A module of the same name in front of the real one makes the process die without a word.
+    (tmp_path / "liger_kernel.py").write_text("")
+    (tmp_path / "accelerate.py").write_text("import os\nos._exit(9)\n")
+    died = shell("train", *flags, cwd=tmp_path)
+    assert died.returncode == 8
+    assert "error[E0801]" in died.stderr
+    assert "train.log" in died.stderr
+
+
+def group_members(session: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(status.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_run_leaves_no_process_and_can_be_run_again(number: int, code: int, tmp_path: Path) -> None:
+    command = [PROGRAM, "train", "--recipe", "debug", "--set", "train.epochs=100"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics = tmp_path / "runs/debug/metrics.jsonl"
+    until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
+    if number == signal.SIGTERM:
+        second = shell("train", "--recipe", "debug", cwd=tmp_path)
+        assert (second.returncode, "error[E0602]" in second.stderr) == (6, True)
+    children = [int(pid) for pid in Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()]
+    sessions = [child for child in children if group_members(child)]
+    assert sessions
+    running.send_signal(number)
+    assert running.wait(30) == code
+    until(lambda: not any(group_members(session) for session in sessions))
+    assert b"Traceback" not in running.stdout.read()
+    assert not (tmp_path / "runs/debug/model").exists()
+    if number == signal.SIGKILL:
+        again = shell("train", "--recipe", "debug", "--set", "train.max_steps=2", cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+
+
+def until(holds: Callable[[], bool], seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
