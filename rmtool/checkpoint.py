@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ class Manifest:
     fingerprint: str  # Encoder.fingerprint of the tokenizer and chat template
     max_length: int
     precision: str
+    on_long: str
     on_empty: str
     recipe: str
     base_model: str
@@ -64,28 +66,29 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a temporary folder, then put it in `folder`'s place.
+    """Let `fill` write into a temporary folder, then give it the name `folder`, which must be free.
 
     Raises:
         RmtoolError: E0502 the disk refuses.
     """
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    from safetensors import SafetensorError
+
+    temporary = folder
     try:
-        temporary.mkdir(parents=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
+        temporary.chmod(0o755)
         fill(temporary)
         for path in temporary.rglob("*"):
             if path.is_file():
                 _fsync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
         temporary.rename(folder)
         _fsync(folder.parent)
-    except OSError as error:
-        raise RmtoolError(
-            "E0502", f"{folder} cannot be written: {error.strerror or error}", "free or change the disk"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        what = getattr(error, "strerror", None) or str(error)
+        raise RmtoolError("E0502", f"{folder} cannot be written: {what}", "free or change the disk") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary != folder:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

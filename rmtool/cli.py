@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: importing rich for its boxes would double the time of --help
 )
 
 RUNS = Path("runs")
@@ -38,6 +39,9 @@ MaxLengthOption = Annotated[int | None, typer.Option(min=2, help="Tokens per con
 TemplateOption = Annotated[
     str | None, typer.Option(help="A chat template for a model without one: a .jinja file, or tulu.")
 ]
+
+
+AllowEmptyOption = Annotated[bool, typer.Option("--allow-empty", help="Accept responses without text.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -68,13 +72,14 @@ def train(
     """Train a reward model from preference pairs, as a recipe says."""
     from rmtool import recipe as recipes
 
-    overrides: list[tuple[str, Any]] = [recipes.parse_set(text) for text in set_ or []]
+    overrides: list[tuple[str, Any]] = []
     if model:
         overrides += [("model.path", model), ("model.weights", "pretrained")]
     if data:
         overrides.append(("data.train", data))
     if eval_data:
         overrides += [("data.eval", eval_data), ("data.holdout", 0)]
+    overrides += [recipes.parse_set(text) for text in set_ or []]  # last: what is written out wins
     resolved = recipes.load_recipe(recipe, overrides)
     from rmtool.commands import train_command
 
@@ -91,7 +96,10 @@ def eval_(
     samples: Annotated[int, typer.Option(min=0, help="Sampled pairs to show.")] = 5,
     precision: PrecisionOption = None,
     max_length: MaxLengthOption = None,
-    on_long: Annotated[str, typer.Option(help="A pair over the limit: error, drop or truncate_prompt.")] = "error",
+    on_long: Annotated[
+        str | None, typer.Option(help="A pair over the limit: error, drop or truncate_prompt. Default: as in training.")
+    ] = None,
+    allow_empty: AllowEmptyOption = False,
     tokens_per_pack: TokensOption = 8192,
     chat_template: TemplateOption = None,
     as_json: JsonOption = False,
@@ -99,7 +107,7 @@ def eval_(
     """Report held-out accuracy, loss and rewards (eval/rm/*), per subset where rows name one."""
     from rmtool.commands import Reading, eval_command
 
-    reading = Reading(precision, max_length, on_long, tokens_per_pack, chat_template)
+    reading = Reading(precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template)
     eval_command(model, data, samples, reading, as_json=as_json)
 
 
@@ -114,6 +122,7 @@ def score(
     precision: PrecisionOption = None,
     max_length: MaxLengthOption = None,
     on_long: Annotated[str, typer.Option(help="A conversation over the limit: error or truncate_prompt.")] = "error",
+    allow_empty: AllowEmptyOption = False,
     tokens_per_pack: TokensOption = 8192,
     chat_template: TemplateOption = None,
     as_json: JsonOption = False,
@@ -121,7 +130,7 @@ def score(
     """Add a reward to every response of a JSONL file, in input order."""
     from rmtool.commands import Reading, score_command
 
-    reading = Reading(precision, max_length, on_long, tokens_per_pack, chat_template)
+    reading = Reading(precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template)
     score_command(responses, model, output, reading, overwrite=overwrite, as_json=as_json)
 
 
@@ -140,34 +149,32 @@ def push(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; errors are shown once, here, in one form."""
-    from rmtool.ui import TerminalUi, print_json
-
     arguments = sys.argv[1:] if arguments is None else arguments
     # As an exception, so that children are stopped and temporary files removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app(arguments, standalone_mode=True)
     except RmtoolError as error:
-        if "--json" in arguments:
-            print_json({"error": error.as_dict()}, TerminalUi())
-        TerminalUi().error(error)
-        if os.environ.get("RMTOOL_DEBUG") == "1":
-            traceback.print_exc()
-        sys.exit(error.exit_code)
+        _show(error, arguments)
     except KeyboardInterrupt:
-        TerminalUi().say("\ninterrupted")
+        sys.stderr.write("\ninterrupted\n")
         sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - a bug: said in one form, with where to look
-        if os.environ.get("RMTOOL_DEBUG") == "1":
-            traceback.print_exc()
-        TerminalUi().error(
-            RmtoolError(
-                "E7001",
-                f"a bug in rmtool: {type(error).__name__}: {error}",
-                "run again with RMTOOL_DEBUG=1 and report what it shows",
-            )
-        )
-        sys.exit(ExitCode.BUG)
+        what = f"a bug in rmtool: {type(error).__name__}: {error}"
+        _show(RmtoolError("E7001", what, "run again with RMTOOL_DEBUG=1 and report what it shows"), arguments)
+
+
+def _show(error: RmtoolError, arguments: list[str]) -> None:
+    """Say what is wrong, and end with its exit code."""
+    from rmtool.ui import TerminalUi, print_json
+
+    if os.environ.get("RMTOOL_DEBUG") == "1":
+        traceback.print_exc()
+    ui = TerminalUi()
+    if "--json" in arguments:
+        print_json({"error": error.as_dict()}, ui)
+    ui.error(error)
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,15 @@ class Reading:
 
     precision: str | None
     max_length: int | None
-    on_long: str
+    on_long: str | None
+    allow_empty: bool
     tokens_per_pack: int
     chat_template: str | None
 
     def check(self, on_long: tuple[str, ...]) -> None:
         if self.precision not in (None, "fp32", "bf16"):
             raise RmtoolError("E0206", f"--precision {self.precision} is unknown", "use fp32 or bf16")
-        if self.on_long not in on_long:
+        if self.on_long not in (None, *on_long):
             raise RmtoolError("E0206", f"--on-long {self.on_long} is unknown", f"use one of {', '.join(on_long)}")
 
 
@@ -38,13 +39,13 @@ def train_command(recipe: Recipe, output: Path, *, overwrite: bool, dry_run: boo
     from rmtool.plan import make_plan
 
     with captured() as ui:
-        if not dry_run:
-            launch.prepare_folder(output, overwrite)
         if recipe.hub.repo_id and not dry_run:
             from rmtool.hub import check_ready
 
             check_ready(recipe.hub.repo_id)
         plan = make_plan(recipe, output)
+        if not dry_run:
+            launch.prepare_folder(output, overwrite)
         if as_json and dry_run:
             print_json({"plan": plan.as_dict()}, ui)
             return
@@ -53,7 +54,7 @@ def train_command(recipe: Recipe, output: Path, *, overwrite: bool, dry_run: boo
             for node, command in enumerate(plan.commands):
                 ui.result(f"\n# node {node}\n{command}")
             return
-        launch.run(plan, ui)
+        launch.run(plan, ui, overwrite)
         metrics = launch.final_metrics(output)
         if recipe.hub.repo_id:
             from rmtool.hub import push_checkpoint
@@ -86,6 +87,7 @@ def eval_command(model: str, data: list[str] | None, samples: int, reading: Read
             precision=reading.precision,
             max_length=reading.max_length,
             on_long=reading.on_long,
+            on_empty="keep" if reading.allow_empty else None,
             chat_template=reading.chat_template,
         )
         for notice in loaded.notices:
@@ -170,6 +172,7 @@ def score_command(
             precision=reading.precision,
             max_length=reading.max_length,
             on_long=reading.on_long,
+            on_empty="keep" if reading.allow_empty else None,
             chat_template=reading.chat_template,
         )
         for notice in loaded.notices:
@@ -197,6 +200,8 @@ def _scored_name(source: Path) -> Path:
 def _check_output(source: Path, output: Path, overwrite: bool) -> None:
     if not source.is_file():
         raise RmtoolError("E0201", f"there is no file {source}", "check the path")
+    if output.is_dir():
+        raise RmtoolError("E0601", f"{output} is a folder", "name a file in --output")
     if output.exists() and output.resolve() == source.resolve():
         raise RmtoolError("E0601", "the output is the input", "choose another --output")
     if output.exists() and not overwrite:

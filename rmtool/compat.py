@@ -21,7 +21,7 @@ from rmtool.tree import TokenTree, build_tree
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 BATCH_DEPENDENT_ROPE = {"longrope", "dynamic"}
-# Largest difference allowed between shared and one-by-one rewards, relative to the rewards' spread. fp32 models that
+# Largest difference allowed between shared and one-by-one rewards, relative to their spread or size. fp32 models that
 # may share differ by about 1e-6; half precision rounds each activation to 8 or 11 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
@@ -39,6 +39,25 @@ def declared_reason(backbone: PreTrainedModel) -> str | None:
     if any(getattr(module, "is_causal", True) is False for module in backbone.modules()):
         return f"{config.model_type} has attention that is not causal"
     return None
+
+
+def require_positions(backbone: PreTrainedModel, max_length: int) -> None:
+    """Refuse sequences longer than a model's table of learned positions.
+
+    Raises:
+        RmtoolError: E0411 `max_length` is beyond the table.
+    """
+    limit = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    tables = [
+        m for m in backbone.modules() if isinstance(m, torch.nn.Embedding) and m != backbone.get_input_embeddings()
+    ]
+    learned = any(table.num_embeddings in (limit, (limit or 0) + 2) for table in tables)  # OPT keeps two rows more
+    if learned and limit is not None and max_length > limit:
+        raise RmtoolError(
+            "E0411",
+            f"this model has {limit} positions, and the longest sequence allowed is {max_length}",
+            f"set the maximum length to {limit} or less (data.max_length, or --max-length)",
+        )
 
 
 def require_fixed_positions(backbone: PreTrainedModel, max_length: int) -> None:
@@ -86,8 +105,9 @@ def trial_reason(
         together = shared(trees)
     except UnsupportedAttentionError as reason:
         return str(reason)
-    scale = max(float(alone.std()), 1e-6)
+    # Rewards that lie close together far from zero carry the rounding of their size, not of their spread.
+    scale = max(float(alone.std()), 0.1 * float(alone.abs().max()), 1e-6)
     error = float((together - alone).abs().max()) / scale
     if not error <= TOLERANCE[dtype]:
-        return f"shared and one-by-one rewards differ by {error:.1e} of their spread"
+        return f"shared and one-by-one rewards differ by {error:.1e} of their size"
     return None

@@ -12,14 +12,15 @@ import fcntl
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from rmtool.checkpoint import MANIFEST
+from rmtool.checkpoint import HELD_OUT_FILE, MANIFEST
 from rmtool.errors import ExitCode, RmtoolError
-from rmtool.plan import Plan, launch_command
+from rmtool.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, Plan, launch_command
 from rmtool.recipe import dump_recipe
 from rmtool.ui import Replay, TerminalUi
 
@@ -35,10 +36,7 @@ def prepare_folder(output: Path, overwrite: bool) -> None:
     Raises:
         RmtoolError: E0601 a finished run is there, E0501 it cannot be written.
     """
-    if (output / "model" / MANIFEST).is_file() and not overwrite:
-        raise RmtoolError(
-            "E0601", f"{output} holds a finished run", "choose another --output, or pass --overwrite to replace it"
-        )
+    _refuse_finished(output, overwrite)
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe = output / f".probe-{os.getpid()}"
@@ -50,7 +48,13 @@ def prepare_folder(output: Path, overwrite: bool) -> None:
         ) from error
 
 
-def run(plan: Plan, ui: TerminalUi) -> None:
+def _refuse_finished(output: Path, overwrite: bool) -> None:
+    if (output / "model" / MANIFEST).is_file() and not overwrite:
+        hint = "choose another --output, or pass --overwrite to move it to previous/"
+        raise RmtoolError("E0601", f"{output} holds a finished run", hint)
+
+
+def run(plan: Plan, ui: TerminalUi, overwrite: bool = False) -> None:
     """Write the run's config, start its processes, show their progress, and wait.
 
     Raises:
@@ -64,7 +68,22 @@ def run(plan: Plan, ui: TerminalUi) -> None:
         )
     output = plan.output
     with _locked(output):
+        _refuse_finished(output, overwrite)  # again: another run may have ended meanwhile
+        _set_aside(output)
         _run_processes(plan, ui)
+
+
+def _set_aside(output: Path) -> None:
+    """Move what an earlier run left to `previous/`: its model must not stand beside this run's held-out pairs."""
+    previous = output / "previous"
+    if (output / "model").exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        previous.mkdir()
+        for name in ("model", HELD_OUT_FILE, "metrics.jsonl", "curves.png", CONFIG_FILE, LOG_FILE):
+            if (output / name).exists():
+                (output / name).rename(previous / name)
+    for leftover in output.glob(".tmp-model-*"):
+        shutil.rmtree(leftover)
 
 
 @contextlib.contextmanager
@@ -85,6 +104,7 @@ def _run_processes(plan: Plan, ui: TerminalUi) -> None:
     for stale in output.glob("exit-*.json"):
         stale.unlink()
     (output / CONFIG_FILE).write_text(dump_recipe(plan.recipe), encoding="utf-8")
+    (output / ACCELERATE_FILE).write_text(ACCELERATE_CONFIG, encoding="utf-8")
     with _events_pipe(output) as pipe, open(output / LOG_FILE, "wb") as log:
         child = subprocess.Popen(
             launch_command(plan.recipe, output, 0),
@@ -103,7 +123,9 @@ def _run_processes(plan: Plan, ui: TerminalUi) -> None:
 
 def _environment(output: Path) -> dict[str, str]:
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, **quiet, "RMTOOL_EVENTS": str(output / EVENTS_FILE)}
+    # What a user has set for other programs of theirs must not reach into this run.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    return {**kept, **quiet, "RMTOOL_EVENTS": str(output / EVENTS_FILE)}
 
 
 @contextlib.contextmanager

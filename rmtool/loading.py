@@ -15,7 +15,7 @@ import torch
 from rmtool import model as models
 from rmtool.checkpoint import Manifest, read_manifest
 from rmtool.config import LoraConfig, Recipe
-from rmtool.data.encode import Encoder
+from rmtool.data.encode import CANNED, Encoder
 from rmtool.errors import Place, RmtoolError
 from rmtool.model import HEAD, PRECISIONS, RewardModel
 from rmtool.tokenizer import ensure_pad_token, load_tokenizer
@@ -36,7 +36,7 @@ def load_for_use(
     *,
     precision: str | None = None,
     max_length: int | None = None,
-    on_long: str = "error",
+    on_long: str | None = None,
     on_empty: str | None = None,
     chat_template: str | None = None,
 ) -> Loaded:
@@ -49,19 +49,19 @@ def load_for_use(
     manifest = read_manifest(folder)
     notices = []
     tokenizer = load_tokenizer(folder, chat_template)
-    drop_tail = _pad_that_is_eos(tokenizer)
-    if drop_tail is not None and manifest is None:
-        notices.append(
-            f"the pad token of this checkpoint is its eos token {tokenizer.eos_token}: rewards are read before it, "
-            "as transformers does, so an answer that stops and one that does not look alike"
-        )
+    config = models.read_config(folder).get_text_config()
     encoder = Encoder(
         tokenizer,
-        max_length or (manifest.max_length if manifest else _longest(folder)),
-        on_long,
+        max_length or (manifest.max_length if manifest else int(getattr(config, "max_position_embeddings", 0) or 2048)),
+        on_long or (manifest.on_long if manifest else "error"),
         on_empty or (manifest.on_empty if manifest else "error"),
-        drop_tail,
+        config.pad_token_id,
     )
+    if config.pad_token_id is not None and last_id(tokenizer) == config.pad_token_id:
+        notices.append(
+            f"this checkpoint's responses end in its pad token (id {config.pad_token_id}): rewards are read before it, "
+            "as transformers does, so an answer that stops and one that does not look alike"
+        )
     if manifest and not chat_template:
         _check_fingerprint(encoder, manifest, folder)
     precision = precision or (manifest.precision if manifest else "fp32")
@@ -74,8 +74,7 @@ def load_for_use(
         )
     models.turn_dropout_off(classifier)
     getattr(classifier, HEAD).float()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    model = RewardModel(classifier, pad, precision).to(default_device()).eval()
+    model = RewardModel(classifier, config.pad_token_id or 0, precision).to(default_device()).eval()
     reason = models.choose_layout(model, model, encoder.max_length)
     if reason:
         notices.append(f"prompts are computed once per response, not shared: {reason}")
@@ -91,17 +90,9 @@ def _dtype_for_use(precision: str) -> torch.dtype:
     return PRECISIONS[precision] if default_device().type == "cuda" else torch.float32
 
 
-def _pad_that_is_eos(tokenizer: Any) -> int | None:
-    same = tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id
-    return tokenizer.pad_token_id if same else None
-
-
-def _longest(folder: Path) -> int:
-    """The positions that the model was made for: the limit where no manifest gives one."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or 2048)
+def last_id(tokenizer: Any) -> int:
+    """The id that a rendered conversation ends with."""
+    return Encoder(tokenizer, 2).ids(CANNED[0])[-1]
 
 
 def _check_fingerprint(encoder: Encoder, manifest: Manifest, folder: Path) -> None:
@@ -120,7 +111,7 @@ def _check_fingerprint(encoder: Encoder, manifest: Manifest, folder: Path) -> No
 def training_encoder(recipe: Recipe, folder: Path) -> tuple[Encoder, list[str]]:
     """The encoder of a training run, its pad token settled; and what to tell the user."""
     tokenizer = load_tokenizer(folder, recipe.model.chat_template)
-    change = ensure_pad_token(tokenizer)
+    change = ensure_pad_token(tokenizer, last_id(tokenizer))
     data = recipe.data
     encoder = Encoder(tokenizer, data.max_length, data.on_long, data.on_empty)
     return encoder, [f"pad token: {change}"] if change else []

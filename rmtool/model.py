@@ -97,8 +97,9 @@ def choose_layout(model: RewardModel, run: nn.Module, max_length: int) -> str | 
         run: what to call for a forward: the model, or the engine wrapped around it (the same on every rank).
 
     Raises:
-        RmtoolError: E0410 the model's rewards would depend on the batch in any layout.
+        RmtoolError: E0411 the model has too few positions; E0410 its rewards would depend on the batch in any layout.
     """
+    compat.require_positions(model.backbone, max_length)
     compat.require_fixed_positions(model.backbone, max_length)
     reason = compat.declared_reason(model.backbone)
     if reason is None:
@@ -166,7 +167,7 @@ def build_classifier(folder: Path, *, dtype: torch.dtype, random_weights: bool =
     Raises:
         RmtoolError: E0402 more than one label, E0404 not loadable, E0406 not a decoder with a last-token head.
     """
-    config = _config(folder)
+    config = read_config(folder)
     if (
         not random_weights
         and getattr(config, "architectures", None)
@@ -180,7 +181,7 @@ def build_classifier(folder: Path, *, dtype: torch.dtype, random_weights: bool =
         )
     config.num_labels = 1
     if random_weights:
-        classifier, loaded = AutoModelForSequenceClassification.from_config(config, dtype=dtype), False
+        classifier, loaded = _draw(config, dtype), False
     else:
         classifier, loaded = _load(folder, config, dtype)
     head = getattr(classifier, HEAD, None)
@@ -197,13 +198,25 @@ def _is_classifier(config: Any) -> bool:
     return any("SequenceClassification" in name for name in config.architectures)
 
 
-def _config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
+    """The folder's transformers config.
+
+    Raises:
+        RmtoolError: E0404 it cannot be read.
+    """
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise RmtoolError(
             "E0404", f"the model's config cannot be read: {first_line(error)}", f"look at {folder}/config.json"
         ) from error
+
+
+def _draw(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise RmtoolError("E0406", first_line(error), "use a decoder-only model (Llama, Qwen, ...)") from error
 
 
 def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[PreTrainedModel, bool]:
@@ -221,6 +234,13 @@ def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[PreTrainedMode
         raise RmtoolError(
             "E0404", f"the model cannot be loaded: {first_line(error)}", f"check the files in {folder}"
         ) from error
+    surplus = sorted(key for key in info["unexpected_keys"] if key.startswith(f"{HEAD}."))
+    if surplus:
+        raise RmtoolError(
+            "E0406",
+            f"the score head has weights that transformers does not read: {', '.join(surplus)}",
+            "train it anew",
+        )
     missing = {key for key in info["missing_keys"] if not key.startswith(f"{HEAD}.")}
     if missing:
         raise RmtoolError(
@@ -267,12 +287,17 @@ def turn_dropout_off(classifier: PreTrainedModel) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if _is_noise(name) and isinstance(value, float):
                 setattr(module, name, 0.0)
     config = classifier.config.get_text_config()
     for name, value in vars(config).items():
-        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+        if _is_noise(name) and isinstance(value, float):
             setattr(config, name, 0.0)
+
+
+def _is_noise(name: str) -> bool:
+    """Names of rates in transformers' modules and configs: attention_dropout, resid_pdrop, layerdrop, jitter_noise."""
+    return "drop" in name or "jitter" in name
 
 
 def set_pad_token(classifier: PreTrainedModel, pad_id: int, vocabulary: int) -> None:

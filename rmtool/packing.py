@@ -152,13 +152,13 @@ def plan_packs(trees: Sequence[TokenTree], budget: int, multiple: int = 1, padde
 
 
 def _evenly(trees: Sequence[TokenTree], budget: int, multiple: int) -> list[list[int]]:
-    """Longest first, each to the lightest pack, with as few packs as keep the budget: ranks then finish together."""
+    """Longest first, each to the lightest pack, with few packs that keep the budget: ranks then finish together."""
     costs = [tree.unique_tokens for tree in trees]
     order = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
     count = _round_up(min(len(costs), -(-sum(costs) // budget)), multiple)
     packs = _spread(costs, order, count)
     while any(len(items) > 1 and sum(costs[item] for item in items) > budget for items in packs):
-        count += multiple
+        count = _round_up(count + max(1, count // 16), multiple)
         packs = _spread(costs, order, count)
     return packs
 

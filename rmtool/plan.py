@@ -20,6 +20,18 @@ from rmtool.errors import RmtoolError
 from rmtool.recipe import resolve
 from rmtool.steps import plan_steps
 
+# accelerate takes what a command leaves out from a file in the user's home, unless it is given another.
+ACCELERATE_FILE = "accelerate.yaml"
+ACCELERATE_CONFIG = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: 'NO'
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 1
+machine_rank: 0
+use_cpu: false
+"""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -116,13 +128,13 @@ def _check_source(source: str) -> int | None:
 
 
 def launch_command(recipe: Recipe, output: Path, node: int) -> list[str]:
-    """The `accelerate launch` command of one node. Every value is given: what is left out, accelerate asks a config
-    file in the user's home for.
-    """
+    """The `accelerate launch` command of one node."""
     launch = recipe.launch
     world = launch.nodes * launch.processes_per_node
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--num_machines", str(launch.nodes), "--num_processes", str(world), "--machine_rank", str(node)]
+    if world == 1:
+        command += ["--config_file", str(output / ACCELERATE_FILE)]
     command += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", str(_threads(launch.processes_per_node))]
     if world > 1:
         address = launch.main_address or os.environ.get("MASTER_ADDR") or "$MASTER_ADDR"

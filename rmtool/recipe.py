@@ -62,9 +62,21 @@ def _recipe_path(name: str) -> Path:
     return path
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """yaml.safe_load, but a key that stands there twice is an error, not the last one's win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = Place(str(path), mark.line + 1, mark.column + 1) if mark else Place(str(path))
@@ -190,6 +202,7 @@ def _check(recipe: Recipe, file: str) -> None:
         (recipe.data.holdout >= 0, "data.holdout is at least 0"),
         (recipe.data.max_length >= 2, "data.max_length is at least 2"),
         (not (recipe.data.eval and recipe.data.holdout), "data.eval and data.holdout exclude each other"),
+        (train.seed >= 0, "train.seed is at least 0"),
         (train.batch_size >= 1, "train.batch_size is at least 1"),
         (train.epochs >= 1, "train.epochs is at least 1"),
         (train.max_steps is None or train.max_steps >= 1, "train.max_steps is at least 1"),

@@ -77,9 +77,20 @@ def check_rows(source: Path, encoder: Encoder, ui: Ui) -> int:
     with ui.progress(f"Checking {source.name}", None, "rows") as bar:
         for row in read_rows(str(source)):
             encoder.encode(score_record(row))
+            _require_json(row)
             rows += 1
             bar.advance()
     return rows
+
+
+def _require_json(row: Row) -> None:
+    """The row is written back as JSON: dates and bytes of a parquet file, and infinite numbers, have no form there."""
+    try:
+        json.dumps(row.data, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RmtoolError(
+            "E0303", f"a value of this row cannot be written as JSON: {error}", "remove that field", row.place
+        ) from error
 
 
 def _encode(rows: Sequence[Row], encoder: Encoder) -> tuple[list[TokenTree], int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rmtool.data.formats import Record
+from rmtool.errors import RmtoolError
 from rmtool.tree import TokenTree
 
 
@@ -72,11 +73,15 @@ def unit_of(record: Record, tree: TokenTree, preferences: Sequence[int]) -> Unit
 def hold_out(records: Sequence[Record], pairs: int, seed: int) -> tuple[list[Record], list[Record]]:
     """(training records, held-out records): `pairs` pairs held out by prompt, so that no prompt stands on both sides.
 
-    Prompts are taken in a random order; one with more pairs than are still wanted is passed over.
+    Prompts are taken in a random order; one with more pairs than are still wanted is passed over. A record without a
+    prompt stands for itself.
+
+    Raises:
+        RmtoolError: E0308 whole prompts do not add up to `pairs`.
     """
     groups: dict[object, list[int]] = {}
     for index, record in enumerate(records):
-        groups.setdefault(record.prompt, []).append(index)
+        groups.setdefault(record.prompt or index, []).append(index)
     members = list(groups.values())
     held: set[int] = set()
     wanted = pairs
@@ -85,5 +90,11 @@ def hold_out(records: Sequence[Record], pairs: int, seed: int) -> tuple[list[Rec
         if size <= wanted:
             held.update(members[group])
             wanted -= size
+    if wanted:
+        raise RmtoolError(
+            "E0308",
+            f"{pairs} pairs cannot be held out by whole prompts, {pairs - wanted} can",
+            f"set data.holdout={pairs - wanted}, or name held-out files in data.eval",
+        )
     keep = [record for index, record in enumerate(records) if index not in held]
     return keep, [records[index] for index in sorted(held)]

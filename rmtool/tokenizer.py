@@ -5,6 +5,8 @@ In: a checkpoint folder. Out: a transformers tokenizer, ready for `data.encode.E
 
 from __future__ import annotations
 
+import datetime
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from rmtool.errors import Place, RmtoolError
 # Pad tokens that model families reserve and do not set; taken before a new one is added.
 RESERVED_PADS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endofpad|>")
 NEW_PAD = "<|pad|>"
+
+TEMPLATE_DATE = datetime.date(2024, 7, 26)  # Llama 3's own, for templates that ask for today's
 
 # The template that Tulu and Open Instruct use, for models that come without one (arXiv 2411.15124).
 TULU_TEMPLATE = (
@@ -50,7 +54,19 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
             "give one: --set model.chat_template=tulu (or a .jinja file) to train, --chat-template to eval or score",
             Place(str(folder)),
         )
+    tokenizer.chat_template = _without_clock(tokenizer.chat_template)
     return tokenizer
+
+
+def _without_clock(template: str) -> str:
+    """Some templates (Llama 3.2, SmolLM3) write today's date: the same text would get another reward tomorrow, and the
+    saved checkpoint in another tool another one still. The date is written into the template instead.
+    """
+
+    def date(match: re.Match[str]) -> str:
+        return repr(TEMPLATE_DATE.strftime(match[2]))
+
+    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", date, template)
 
 
 def _template(name: str) -> str:
@@ -62,16 +78,20 @@ def _template(name: str) -> str:
         raise RmtoolError("E0201", f"the chat template {name} cannot be read", "name a Jinja file, or tulu") from error
 
 
-def ensure_pad_token(tokenizer: Any) -> str | None:
+def ensure_pad_token(tokenizer: Any, last_id: int) -> str | None:
     """Give the tokenizer a pad token of its own; returns what was done, or None if it had one.
+
+    Args:
+        last_id: the id that a rendered conversation ends with; it need not be the eos token.
 
     With pad == eos a model cannot see whether a response ended: transformers reads the reward before the padding.
     """
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+    ends = {tokenizer.eos_token_id, last_id}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
         return None
-    before = "it had none" if tokenizer.pad_token_id is None else f"it was the eos token {tokenizer.eos_token}"
+    before = "it had none" if tokenizer.pad_token_id is None else f"it was {tokenizer.pad_token}, which ends a response"
     vocabulary = tokenizer.get_vocab()
-    reserved = next((token for token in RESERVED_PADS if token in vocabulary and token != tokenizer.eos_token), None)
+    reserved = next((token for token in RESERVED_PADS if vocabulary.get(token) not in {None, *ends}), None)
     tokenizer.add_special_tokens({"pad_token": reserved or NEW_PAD})
     verb = "taken as" if reserved else "added as"
     return f"{tokenizer.pad_token} (id {tokenizer.pad_token_id}) is {verb} the pad token; {before}"

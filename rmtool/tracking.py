@@ -45,7 +45,12 @@ class Tracker:
     def close(self) -> None:
         self.file.close()
         if self.run is not None:
-            self.run.finish()
+            import wandb
+
+            try:
+                self.run.finish()
+            except (wandb.Error, OSError) as error:
+                self.ui.say(f"wandb could not finish: {error}")
 
 
 def _start_wandb(folder: Path, track: TrackConfig, config: Mapping[str, Any], ui: Ui) -> Any:

@@ -165,7 +165,7 @@ def require_finite_step(sums: PairSums, norm: float, step: int, units: Sequence[
     )
 
 
-def save_model(trainer: Trainer, encoder: Encoder, base_model: str, folder: Path, metrics: dict[str, float]) -> None:
+def save_model(trainer: Trainer, encoder: Encoder, manifest: Manifest, folder: Path) -> None:
     """Write model/: an ordinary transformers checkpoint, and the manifest."""
     recipe, model = trainer.recipe, trainer.model
     if recipe.lora.rank:
@@ -177,20 +177,21 @@ def save_model(trainer: Trainer, encoder: Encoder, base_model: str, folder: Path
     def fill(target: Path) -> None:
         classifier.save_pretrained(target)
         encoder.tokenizer.save_pretrained(target)
-        write_manifest(target, _manifest(recipe, encoder, base_model, metrics))
+        write_manifest(target, manifest)
 
     write_folder(folder / "model", fill)
 
 
-def _manifest(recipe: Recipe, encoder: Encoder, base_model: str, metrics: dict[str, float]) -> Manifest:
+def _manifest(recipe: Recipe, encoder: Encoder, fingerprint: str, metrics: dict[str, float]) -> Manifest:
     packages = ("rmtool", "torch", "transformers", "accelerate", "peft")
     return Manifest(
-        fingerprint=encoder.fingerprint(),
+        fingerprint=fingerprint,
         max_length=encoder.max_length,
         precision=recipe.train.precision,
-        on_empty="keep" if encoder.on_empty == "keep" else "error",
+        on_long=encoder.on_long,
+        on_empty=encoder.on_empty,
         recipe=recipe.name,
-        base_model=public_name(base_model),
+        base_model=public_name(recipe.model.path),
         train_data=[public_name(source) for source in recipe.data.train],
         settings=as_dict(recipe)["train"] | {"lora": as_dict(recipe)["lora"]},
         metrics=metrics,
@@ -203,6 +204,7 @@ def run(folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     recipe = load_recipe(str(folder / CONFIG_FILE))
     source = resolve_checkpoint(resolve(recipe.model.path), recipe.model.revision, ui)
     encoder, notices = training_encoder(recipe, source)
+    fingerprint = encoder.fingerprint()
     split = load_split(recipe, encoder, ui)
     model, more = training_model(recipe, source, encoder)
     optimizer = build_optimizer(model, recipe.train)
@@ -222,9 +224,10 @@ def run(folder: Path, accelerator: Accelerator, ui: Ui) -> None:
         if tracker:
             tracker.close()
     if main:
-        draw_curves(folder)
         ui.say("Saving the checkpoint")
-        save_model(trainer, encoder, recipe.model.path, folder, metrics)
+        manifest = _manifest(recipe, encoder, fingerprint, metrics)
+        save_model(trainer, encoder, manifest, folder)
+        draw_curves(folder)
     accelerator.wait_for_everyone()
 
 
@@ -232,10 +235,9 @@ def main() -> None:
     """Entry of a worker process: `python -m rmtool.train RUN_FOLDER`."""
     folder = Path(sys.argv[1])
     accelerator = Accelerator()
-    ui = worker_ui(accelerator.is_main_process)
     status: dict[str, Any] = {"exit": int(ExitCode.OK), "error": None}
     try:
-        run(folder, accelerator, ui)
+        run(folder, accelerator, worker_ui(accelerator.is_main_process))
     except RmtoolError as error:
         status = {"exit": int(error.exit_code), "error": error.as_dict()}
     except torch.OutOfMemoryError:

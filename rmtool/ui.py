@@ -96,25 +96,39 @@ class _PlainBar:
         self.ui.say(f"{self.label}: {self.done}{of} {self.unit} ({_short(rate)}/s, {elapsed:.0f} s{left}){note}")
 
 
+def _console(file: IO[str]) -> Console:
+    """A console as wide as its own terminal; rich alone asks the process's standard streams, which may be a log."""
+    width = None
+    if file.isatty() and "COLUMNS" not in os.environ:
+        with contextlib.suppress(OSError):
+            width = os.get_terminal_size(file.fileno()).columns
+    return Console(file=file, width=width, highlight=False)
+
+
+def _clean(text: str) -> str:
+    """Without control characters: data must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 class TerminalUi:
     """Draws on this process's terminal, or writes plain lines where stderr is none."""
 
     def __init__(self, out: IO[str] | None = None, err: IO[str] | None = None) -> None:
-        self.err = Console(file=err or sys.stderr, highlight=False)
-        self.out = Console(file=out or sys.stdout, highlight=False)
+        self.err = _console(err or sys.stderr)
+        self.out = _console(out or sys.stdout)
 
     def say(self, text: str) -> None:
-        self.err.print(text, markup=False, soft_wrap=not self.err.is_terminal)
+        self.err.print(_clean(text), markup=False, soft_wrap=not self.err.is_terminal)
 
     def error(self, error: RmtoolError) -> None:
-        first, _, rest = format_error(error).partition("\n")
+        first, _, rest = _clean(format_error(error)).partition("\n")
         label, _, what = first.partition(": ")
         self.err.print(Text.assemble((label, "bold red"), ": ", (what, "bold")), soft_wrap=True)
         self.err.print(rest, markup=False, soft_wrap=True)
 
     def result(self, text: str) -> None:
         """Words or data that the command was asked for, on stdout."""
-        self.out.print(text, markup=False, soft_wrap=True)
+        self.out.print(_clean(text), markup=False, soft_wrap=True)
 
     def table(
         self,
@@ -129,7 +143,7 @@ class TerminalUi:
         for index, column in enumerate(columns):
             table.add_column(column, justify="right" if index >= numeric_from else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(_clean(cell)) for cell in row))
         (self.err if to_stderr else self.out).print(table)
 
     def progress(self, label: str, total: int | None, unit: str) -> contextlib.AbstractContextManager[Bar]:
@@ -236,7 +250,15 @@ def worker_ui(main_process: bool) -> Ui:
     if not main_process:
         return SilentUi()
     path = os.environ.get("RMTOOL_EVENTS")
-    return PipeUi(open(path, "w")) if path else TerminalUi()
+    if not path:
+        return TerminalUi()
+    try:
+        # Not blocking: an open without a reader would wait for ever where the launcher was killed meanwhile.
+        pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise RmtoolError("E0803", "the rmtool process that started this one is gone", "run it again") from error
+    os.set_blocking(pipe, True)
+    return PipeUi(os.fdopen(pipe, "w", encoding="utf-8"))
 
 
 def print_json(data: object, ui: TerminalUi) -> None:
@@ -245,19 +267,30 @@ def print_json(data: object, ui: TerminalUi) -> None:
     ui.out.file.flush()
 
 
+def _open_log() -> IO[bytes]:
+    path = Path(os.environ.get("RMTOOL_LOG") or Path.home() / ".cache" / "rmtool" / "rmtool.log")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "ab")
+    except OSError as error:
+        hint = "set RMTOOL_LOG to a file that can be written"
+        raise RmtoolError("E0501", f"the log {path} cannot be written: {error.strerror}", hint) from error
+
+
 @contextlib.contextmanager
 def captured() -> Iterator[TerminalUi]:
     """Send everything that libraries print, at the level of file descriptors, to a log file; yield a ui that still
     writes to the terminal. The log is $RMTOOL_LOG, else rmtool.log in the user's cache folder.
     """
-    log_path = Path(os.environ.get("RMTOOL_LOG") or Path.home() / ".cache" / "rmtool" / "rmtool.log")
-    log_path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(open(log_path, "ab"))
+        log = stack.enter_context(_open_log())
         kept = [os.dup(1), os.dup(2)]
-        out, err = (stack.enter_context(os.fdopen(fd, "w", encoding="utf-8", buffering=1)) for fd in kept)
+        out, err = (
+            stack.enter_context(os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1))
+            for fd in kept
+        )
         saved = [os.dup(1), os.dup(2)]
         try:
             os.dup2(log.fileno(), 1)

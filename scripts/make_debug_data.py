@@ -13,6 +13,11 @@ What makes a response good is only how it goes with its prompt, never the respon
   format pairs  the prompt asks for a list or for one sentence; both responses suit the topic, one has the wrong form
 Every response text is rejected exactly as often as it is chosen, so style, length and topic alone predict nothing: a
 model that sees only responses, or pairs under shuffled prompts, is right half of the time. `check_pairs` holds that.
+
+In figures: 2,280 pairs (340 for each of 6 topics, 240 for format) under 2,106 prompts, 30 to 79 tokens a conversation,
+106 a pair, 1.1 MB; 1,237 tokens in the vocabulary, 153,280 weights. Two epochs in batches of 32 pairs (AdamW, 2e-3,
+10 steps of warm-up, then linear) are 130 steps and 16 seconds on one CPU thread. Over six seeds, accuracy on 200
+held-out pairs was 0.985 to 1.0, and 0.46 to 0.53 with each of these pairs under the next one's prompt.
 """
 
 from __future__ import annotations
@@ -55,7 +60,11 @@ def words(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Topic:
-    """One topic's words. `{s}` stands for a subject, always as the object of a sentence: one text fits all of them."""
+    """One topic's words. `{s}` stands for a subject, always as an object: so one text fits them all.
+
+    Every sentence but a few holds a word or two that only this topic uses (pan, taste; chess, move): that is what a
+    model of this size learns within a hundred steps. With rarer words, two epochs took it to 0.89 in some runs.
+    """
 
     name: str
     subjects: tuple[str, ...]
@@ -476,7 +485,7 @@ def model_config(tokenizer: Tokenizer) -> Row:
         "num_key_value_heads": 2,
         "max_position_embeddings": MAX_LENGTH,
         "hidden_act": "silu",
-        # Transformers' default, 0.02, leaves so small a model on a plateau for long; 0.15 learns slower again.
+        # Transformers' default, 0.02, and 0.15 both learn slower: 0.955 to 0.985 after the two epochs above.
         "initializer_range": 0.07,
         "rms_norm_eps": 1e-5,
         "attention_bias": False,

@@ -108,7 +108,7 @@ def test_score_takes_the_newest_finished_run(rmtool: Any, model: Path, tmp_path:
     from rmtool.loading import load_for_use
 
     fingerprint = load_for_use(model).encoder.fingerprint()
-    write_manifest(run, Manifest(fingerprint, 512, "fp32", "error", "r", "b", []))
+    write_manifest(run, Manifest(fingerprint, 512, "fp32", "error", "error", "r", "b", []))
     source = write_jsonl(tmp_path / "r.jsonl", RESPONSES)
     shown = rmtool("score", source, "--json")
     assert shown.code == 0, shown.err
@@ -158,6 +158,28 @@ def test_eval_reports_metrics_subsets_and_samples(rmtool: Any, model: Path, tmp_
     assert all(word in table for word in ("accuracy", "reward margin", "even", "odd", "all", "Sampled pairs"))
 
 
+def test_values_that_json_cannot_hold_are_refused_before_the_first_forward(
+    rmtool: Any, model: Path, tmp_path: Path
+) -> None:
+    source = write_jsonl(tmp_path / "r.jsonl", RESPONSES)
+    source.write_text(source.read_text() + '{"prompt": "x", "response": "y", "n": 1e999}\n')
+    shown = rmtool("score", source, "--model", model)
+    assert (shown.error, "r.jsonl:5" in shown.err, "Scoring" in shown.err) == ("E0303", True, False)
+
+
+def test_empty_responses_can_be_allowed(rmtool: Any, model: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "x", "response": ""}])
+    assert rmtool("score", source, "--model", model).error == "E0306"
+    assert rmtool("score", source, "--model", model, "--allow-empty").code == 0
+
+
+def test_data_cannot_steer_the_terminal(rmtool: Any, model: Path, tmp_path: Path) -> None:
+    rows = [row | {"prompt": "clear \x1b[2J", "subset": "\x1b[31m"} for row in pair_rows(2)]
+    shown = rmtool("eval", model, "--data", write_jsonl(tmp_path / "p.jsonl", rows))
+    assert shown.code == 0
+    assert "\x1b" not in shown.out + shown.err
+
+
 def test_equal_pairs_are_ties_and_count_as_wrong(rmtool: Any, model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "x", "chosen": "same", "rejected": "same"}]
     result = json.loads(rmtool("eval", model, "--data", write_jsonl(tmp_path / "p.jsonl", rows), "--json").out)
@@ -204,6 +226,7 @@ def test_mistakes_before_training_starts(rmtool: Any, causal_lm: Path, pairs: Pa
         (("--set", "data.holdout=6"), "E0302", 3, "6 pairs"),
         (("--output", "/proc/nowhere"), "E0501", 5, "/proc/nowhere"),
         (("--set", "launch.engine=zero3"), "E0207", 2, "--dry-run"),
+        (("--eval-data", pairs, "--set", "data.holdout=2"), "E0205", 2, "exclude each other"),
     ]
     for arguments, id, code, words in cases:
         shown = train(rmtool, causal_lm, pairs, *arguments)

@@ -63,6 +63,7 @@ def test_overrides_come_last_and_are_read_as_yaml(tmp_path: Path) -> None:
 WRONG: list[tuple[str, str, str]] = [
     ("train.learning_rat=1", "E0204", "learning_rate"),
     ("trian.seed=1", "E0204", "train"),
+    ("train.seed=-1", "E0205", "at least 0"),
     ("train.seed=soon", "E0205", "whole number"),
     ("train.seed=1.5", "E0205", "whole number"),
     ("train.seed=true", "E0205", "whole number"),
@@ -90,7 +91,9 @@ def test_a_wrong_value_is_refused(tmp_path: Path, setting: str, id: str, words: 
     assert words in caught.value.what + caught.value.hint + str(caught.value.found)
 
 
-@pytest.mark.parametrize("text", ["", "- a\n", "a: [", "a: b: c", "{}", MINIMAL.replace("path: m", "")])
+@pytest.mark.parametrize(
+    "text", ["", "- a\n", "a: [", "a: b: c", "{}", MINIMAL + "train: {batch_size: 9}\n", MINIMAL.replace("path: m", "")]
+)
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(RmtoolError) as caught:
         load_recipe(write(tmp_path, text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,14 @@ def test_margin_and_subset_are_kept() -> None:
     assert (record.margins, record.subset) == ((2.0,), "math")
 
 
+def test_transcripts_beside_a_null_or_repeated_prompt_are_read_once() -> None:
+    both = SHAPES["hh-rlhf transcripts"]
+    assert content({"prompt": None, **both}) == EXPECTED
+    assert content({"prompt": f"\n\nHuman: {PROMPT}\n\nAssistant:", **both}) == EXPECTED
+    lists = {"prompt": f"\n\nHuman: {PROMPT}\n\nAssistant:", "chosen": [A(GOOD)], "rejected": [A(BAD)]}
+    assert content(lists) == EXPECTED
+
+
 WRONG_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": PROMPT, "chosen": GOOD}, '"rejected" is missing'),
     ({}, '"chosen" is missing'),
@@ -91,6 +100,10 @@ WRONG_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "other", "chosen": [U(PROMPT), A(GOOD)], "rejected": BAD}, "does not contain the"),
     ({**SHAPES["standard explicit"], "margin": "big"}, '"margin" is a finite number'),
     ({**SHAPES["standard explicit"], "margin": True}, '"margin" is a finite number'),
+    ({**SHAPES["standard explicit"], "margin": 10**400}, '"margin" is a finite number'),
+    ({**SHAPES["standard explicit"], "subset": 3}, '"subset" is a string'),
+    ({**SHAPES["standard explicit"], "tools": [{}]}, '"tools" would not be read'),
+    ({"chosen": [U("x"), A("") | {"tool_calls": [1]}], "rejected": BAD}, "chosen[1] has tool_calls"),
 ]
 
 
@@ -158,6 +171,7 @@ BAD_LINES = {
     "a field twice": (b'{"a": 1, "a": 2}', None),
     "NaN": (b'{"a": NaN}', None),
     "half a surrogate pair": (b'{"a": "\\ud800"}', None),
+    "a whole number without end": (b'{"a": ' + b"1" * 5000 + b"}", None),
     "nested too deeply": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", None),
 }
 
@@ -195,7 +209,9 @@ def test_any_bytes_give_rows_or_an_error_of_ours(content: bytes) -> None:
         ("blank.jsonl", b"\n\n", "E0302"),
         ("object.json", b'{"a": 1}', "E0301"),
         ("bad.parquet", b"PAR1", "E0301"),
-        ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 100)[:-9], "E0301"),
+        ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 100, mtime=0)[:-9], "E0301"),
+        ("cut.json.gz", gzip.compress(b"[1]" * 100, mtime=0)[:-9], "E0301"),
+        ("flipped.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 100, mtime=0)[:20] + b"\xff" * 30, "E0301"),
         ("notes.txt", b"hello", "E0201"),
     ],
 )
@@ -294,6 +310,13 @@ def test_a_single_response_is_cut_only_within_its_prompt(tokenizer: Any) -> None
     cutter = encoder(tokenizer, max_length=32, on_long="truncate_prompt")
     tree, event = cutter.encode(score_record(row({"prompt": "many words " * 40, "response": "yes"})))
     assert (tree.longest, event) == (32, "truncated")
+    # Not a token of the response goes, though every response has its closing tokens.
+    pair, _ = encoder(tokenizer).encode(score_record(row({"prompt": "a", "responses": ["many words here", "zebra"]})))
+    own = len(pair.responses[0])
+    single = score_record(row({"prompt": "a", "response": "many words here"}))
+    assert replace(cutter, max_length=own).encode(single)[1] == "truncated"
+    with pytest.raises(RmtoolError, match=f"the limit is {own - 1}"):
+        replace(cutter, max_length=own - 1).encode(single)
     with pytest.raises(RmtoolError, match="the limit is 32"):
         cutter.encode(score_record(row({"prompt": "a", "response": "many words " * 40})))
 

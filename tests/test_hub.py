@@ -32,6 +32,7 @@ MANIFEST = Manifest(
     fingerprint="f" * 64,
     max_length=1024,
     precision="bf16",
+    on_long="error",
     on_empty="error",
     recipe="/home/someone/recipes/small.yaml",
     base_model="HuggingFaceTB/SmolLM2-135M",

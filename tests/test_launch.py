@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,12 @@ def test_a_worker_that_fails_or_dies_is_reported_by_the_launcher(causal_lm: Path
     assert "train.log" in died.stderr
 
 
+def children(pid: int) -> list[int]:
+    """Child processes, each of which leads a session of its own."""
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child for child in found if group_members(child)]
+
+
 def group_members(session: int) -> list[int]:
     """Living processes of a session."""
     found = []
@@ -114,8 +121,7 @@ def test_a_stopped_run_leaves_no_process_and_can_be_run_again(number: int, code:
     if number == signal.SIGTERM:
         second = shell("train", "--recipe", "debug", cwd=tmp_path)
         assert (second.returncode, "error[E0602]" in second.stderr) == (6, True)
-    children = [int(pid) for pid in Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()]
-    sessions = [child for child in children if group_members(child)]
+    sessions = children(running.pid)
     assert sessions
     running.send_signal(number)
     assert running.wait(30) == code
@@ -125,6 +131,44 @@ def test_a_stopped_run_leaves_no_process_and_can_be_run_again(number: int, code:
     if number == signal.SIGKILL:
         again = shell("train", "--recipe", "debug", "--set", "train.max_steps=2", cwd=tmp_path)
         assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_a_launcher_killed_at_once_leaves_no_process(tmp_path: Path) -> None:
+    running = subprocess.Popen([PROGRAM, "train", "--recipe", "debug"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    until(lambda: (tmp_path / "runs/debug/.events").exists())
+    until(lambda: bool(children(running.pid)))
+    sessions = children(running.pid)
+    running.kill()
+    running.wait()
+    until(lambda: not any(group_members(session) for session in sessions))
+
+
+@pytest.mark.slow
+def test_overwriting_sets_the_old_run_aside_and_other_programs_settings_do_not_matter(debug_run: Any) -> None:
+    folder, _ = debug_run
+    shutil.copytree(folder / "runs/debug", folder / "runs/other", ignore=shutil.ignore_patterns(".*"))
+    old = (folder / "runs/other/model/model.safetensors").read_bytes()
+    environment = {**os.environ, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    command = [
+        PROGRAM,
+        "train",
+        "--recipe",
+        "debug",
+        "--output",
+        "runs/other",
+        "--overwrite",
+        "--set",
+        "train.max_steps=1",
+    ]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "runs/other/previous/model/model.safetensors").read_bytes() == old
+    first, again = (
+        json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[0])
+        for name in ("runs/debug", "runs/other")
+    )
+    assert again["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
 
 
 def until(holds: Callable[[], bool], seconds: float = 90.0) -> None:

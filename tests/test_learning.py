@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rmtool.config import TrainConfig
 from rmtool.data.formats import Message, Record, preference_record
 from rmtool.data.rows import Row
-from rmtool.errors import Place
+from rmtool.errors import Place, RmtoolError
 from rmtool.loss import bradley_terry
 from rmtool.metrics import PairSums
 from rmtool.optim import build_optimizer, schedule_factor
@@ -137,6 +137,19 @@ def test_no_prompt_stands_on_both_sides(wanted: int, seed: int) -> None:
     assert count_pairs(held) == wanted
     assert len(train) + len(held) == len(items)
     assert not {record.prompt for record in train} & {record.prompt for record in held}
+
+
+def test_records_without_a_prompt_are_held_out_one_by_one() -> None:
+    items = [replace(record, prompt=()) for record in records(20)]
+    train, held = hold_out(items, 5, 0)
+    assert (len(train), len(held)) == (15, 5)
+
+
+def test_a_hold_out_that_whole_prompts_cannot_give_is_refused() -> None:
+    items = [replace(record, prompt=(Message("user", str(n % 2)),)) for n, record in enumerate(records(20))]
+    with pytest.raises(RmtoolError) as caught:
+        hold_out(items, 15, 0)
+    assert (caught.value.id, "10 can" in caught.value.what) == ("E0308", True)
 
 
 def test_steps_of_several_epochs() -> None:

@@ -57,9 +57,10 @@ def test_a_reserved_pad_token_is_taken(tokenizer: Any) -> None:
     mine = copy.deepcopy(tokenizer)
     mine.pad_token = mine.eos_token
     size = len(mine)
-    assert "taken" in (ensure_pad_token(mine) or "")
+    assert "taken" in (ensure_pad_token(mine, last_id=7) or "")
     assert (mine.pad_token, len(mine)) == ("<|pad|>", size)
-    assert ensure_pad_token(mine) is None
+    assert ensure_pad_token(mine, last_id=7) is None
+    assert "added" in (ensure_pad_token(mine, last_id=mine.pad_token_id) or "")
 
 
 @pytest.mark.parametrize("hidden", [32, 256])
@@ -166,28 +167,67 @@ def test_rewards_are_those_of_plain_transformers(checkpoint: Path, tokenizer: An
     assert reward == pytest.approx(expected, abs=1e-6)
 
 
-def test_pad_that_is_eos_gives_what_transformers_gives_and_says_so(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("config_pad", "tokenizer_pad"), [(2, 2), (2, 0), (None, 2), (0, 0)])
+def test_a_pad_that_ends_responses_is_read_as_transformers_reads_it(
+    checkpoint: Path, tmp_path: Path, config_pad: int | None, tokenizer_pad: int
+) -> None:
+    """transformers pools at the last token that is not the config's pad, whatever the tokenizer calls its pad."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = shutil.copytree(checkpoint, tmp_path / "m")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.eos_token
-    # A template that ends in eos: transformers reads the reward at the token before it.
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", "<|im_end|>").replace(
-        "<|im_end|>\\n", "<|im_end|>"
-    )
+    tokenizer.pad_token_id = tokenizer_pad
+    # Every rendered conversation ends in <|im_end|>, id 2, as Llama 3's do in <|eot_id|>.
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\\n", "<|im_end|>")
     tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": tokenizer.eos_token_id}
+    config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": config_pad}
     (folder / "config.json").write_text(json.dumps(config))
     loaded = load_for_use(folder)
-    assert any("eos" in notice for notice in loaded.notices)
+    assert any("pad token" in notice for notice in loaded.notices) == (config_pad == 2)
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]
     full = tokenizer.apply_chat_template(chat, return_dict=False)
-    assert full[-1] == tokenizer.eos_token_id
+    assert full[-1] == 2
     plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     ids = loaded.encoder.ids([Message(**message) for message in chat])
     [[reward]] = models.compute_rewards(loaded.model, [build_tree([ids])], 100, SilentUi())
     assert reward == pytest.approx(plain(torch.tensor([full])).logits[0, 0].item(), abs=1e-6)
+
+
+def test_a_head_with_a_bias_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    weights = load_file(folder / "model.safetensors") | {"score.bias": torch.tensor([5.0])}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RmtoolError) as caught:
+        load_for_use(folder)
+    assert (caught.value.id, "score.bias" in caught.value.what) == ("E0406", True)
+
+
+def test_learned_positions_bound_the_length(tmp_path: Path, checkpoint: Path) -> None:
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=1300, n_embd=32, n_layer=1, n_head=2, n_positions=64, num_labels=1, pad_token_id=0)
+    ).save_pretrained(folder)
+    assert load_for_use(folder, max_length=64).model.shares_prompts
+    with pytest.raises(RmtoolError) as caught:
+        load_for_use(folder, max_length=65)
+    assert caught.value.id == "E0411"
+
+
+def test_a_template_that_writes_the_date_reads_the_same_every_day(checkpoint: Path, tmp_path: Path) -> None:
+    from rmtool.data.encode import Encoder
+
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    template = (folder / "chat_template.jinja").read_text()
+    clock = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{{ strftime_now(\"%f\") }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(clock + template)
+    dated = load_tokenizer(folder)
+    assert Encoder(dated, 99).fingerprint() == Encoder(load_tokenizer(folder), 99).fingerprint()
+    ids = Encoder(dated, 99).ids([Message("user", "x"), Message("assistant", "y")])
+    assert dated.decode(ids).startswith("26 Jul 2024000000")
 
 
 # ------------------------------------------------------------------------------------------------- LoRA

@@ -19,7 +19,7 @@ import numpy as np
 
 from rmtool.data.formats import Message, Messages, Record
 from rmtool.errors import RmtoolError
-from rmtool.tree import TokenTree, build_tree
+from rmtool.tree import TokenTree, build_tree, common_prefix
 
 # Whatever reads these differently reads everything differently: turns, Unicode, blanks, and tokens that are only text.
 CANNED: tuple[Messages, ...] = (
@@ -37,10 +37,11 @@ class Encoder:
 
     tokenizer:  a transformers tokenizer with a chat template
     max_length: tokens of the longest sequence allowed
-    on_long:    "error", "drop", or "truncate_prompt" (cut the prompt's left side)
+    on_long:    "error", "drop", or "truncate_prompt" (cut the prompt's left side, by what the longest response of
+                the row needs: all its responses lose the same, and stay comparable)
     on_empty:   "error", "drop" or "keep" a response without text
-    drop_tail:  an id cut from the end of every sequence: the pad id of a checkpoint whose pad is its eos, because
-                transformers reads that checkpoint's reward at the last token that is not pad
+    drop_tail:  an id cut from the end of every sequence: the checkpoint's pad id, because transformers reads the
+                reward at the last token that is not pad. What rmtool trains never ends in it
     """
 
     tokenizer: Any
@@ -68,9 +69,14 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """sha256 over the ids of the canned conversations: equal for two tokenizers that read alike."""
+        from jinja2 import TemplateError
+
         digest = hashlib.sha256()
         for conversation in CANNED:
-            digest.update(json.dumps(self.ids(conversation)).encode())
+            try:
+                digest.update(json.dumps(self.ids(conversation)).encode())
+            except TemplateError:  # a template may refuse an empty turn; then it always does
+                digest.update(b"refused")
         return digest.hexdigest()
 
     def encode(self, record: Record) -> tuple[TokenTree | None, str | None]:
@@ -82,7 +88,10 @@ class Encoder:
         if any(not response[-1].content.strip() for response in record.responses):
             if self.on_empty == "error":
                 raise RmtoolError(
-                    "E0306", "a response is empty", "remove the row, or set data.on_empty to drop or keep", record.place
+                    "E0306",
+                    "a response is empty",
+                    "remove the row, or allow it: data.on_empty=keep, --allow-empty",
+                    record.place,
                 )
             if self.on_empty == "drop":
                 return None, "empty"
@@ -112,7 +121,7 @@ class Encoder:
         raise RmtoolError(
             "E0305",
             f"{tree.longest} tokens, and the limit is {self.max_length}",
-            "raise data.max_length, or set data.on_long to drop or truncate_prompt",
+            "raise the limit (data.max_length, --max-length), or see data.on_long, --on-long",
             record.place,
         )
 
@@ -120,7 +129,8 @@ class Encoder:
         """Tokens that may go: those before the responses differ; with one response, those of its prompt."""
         if len(tree.responses) > 1:
             return len(tree.prompt)
-        return min(len(self._render(record, (Message("assistant", ""),))), len(tree.responses[0]) - 1)
+        empty = self._render(record, (Message("assistant", ""),))
+        return common_prefix([np.asarray(empty, dtype=np.int32), tree.responses[0]])
 
     @staticmethod
     def _cut(tree: TokenTree, excess: int) -> TokenTree:

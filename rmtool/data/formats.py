@@ -9,6 +9,7 @@ Cost: string work only; nothing is tokenised here.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ def preference_record(row: Row) -> Record:
         RmtoolError: E0303 a field is missing or of the wrong kind.
     """
     data = row.data
+    _nothing_lost(row)
     for name in ("chosen", "rejected"):
         if name not in data:
             raise _wrong(row, f'"{name}" is missing', f"fields {', '.join(map(repr, data)) or 'none'}")
@@ -64,6 +66,7 @@ def score_record(row: Row) -> Record:
         RmtoolError: E0303 a field is missing or of the wrong kind.
     """
     data = row.data
+    _nothing_lost(row)
     taken = [name for name in ("reward", "rewards", "best") if name in data]
     if taken:
         raise _wrong(
@@ -87,6 +90,13 @@ def score_record(row: Row) -> Record:
     return Record(row.place, *_split(*conversations), subset=_subset(row))
 
 
+def _nothing_lost(row: Row) -> None:
+    """Refuse fields that change what a template renders and that are not read."""
+    for name in ("tools", "system"):
+        if row.data.get(name):
+            raise _wrong(row, f'"{name}" would not be read', hint="put it into the messages, or remove it")
+
+
 def _split(*conversations: Messages) -> tuple[Messages, tuple[Messages, ...]]:
     """The longest common run of messages, and what follows it in each; every response keeps its last message."""
     limit = min(len(conversation) for conversation in conversations) - 1
@@ -99,12 +109,17 @@ def _split(*conversations: Messages) -> tuple[Messages, tuple[Messages, ...]]:
 def _conversation(row: Row, name: str) -> Messages:
     """Prompt and response `name` of a preference row, as one list of messages."""
     value = row.data[name]
-    if isinstance(value, str) and "prompt" not in row.data and _TURN.match(value):
+    if isinstance(value, str) and _TURN.match(value) and _opens_with(_transcript(value), _prompt(row)):
         conversation = _transcript(value)
     else:
         conversation = _join(row, _prompt(row), value, name)
     _ends_with_response(row, conversation)
     return conversation
+
+
+def _opens_with(conversation: Messages, prompt: Messages) -> bool:
+    """Whether a transcript is a whole conversation: there is no prompt beside it, or it repeats the prompt."""
+    return conversation[: len(prompt)] == prompt
 
 
 def _transcript(text: str) -> Messages:
@@ -120,15 +135,16 @@ def _prompt(row: Row) -> Messages:
         return ()
     if isinstance(value, str):
         # A prompt may itself be a transcript that ends where the response starts.
-        return _transcript(value) if _TURN.match(value) else (Message("user", value),)
+        if not _TURN.match(value):
+            return (Message("user", value),)
+        turns = _transcript(value)
+        return turns[:-1] if turns[-1] == Message("assistant", "") else turns  # it ended in "\n\nAssistant:"
     return _messages(row, value, "prompt")
 
 
 def _join(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
     """`prompt` followed by `value`: a response, or a whole conversation that repeats the prompt."""
     if isinstance(value, str):
-        if prompt and prompt[-1].role == "assistant" and not prompt[-1].content:
-            prompt = prompt[:-1]  # the prompt transcript ended in "\n\nAssistant:"
         return (*prompt, Message("assistant", value))
     messages = _messages(row, value, name)
     if not prompt or messages[0].role == "assistant":
@@ -154,6 +170,11 @@ def _message(row: Row, item: Any, name: str) -> Message:
         raise _wrong(row, f"{name}.role is one of {', '.join(ROLES)}", repr(role))
     if not isinstance(content, str):
         raise _wrong(row, f"{name}.content is a string", json_kind(content))
+    lost = sorted(key for key, part in item.items() if key not in ("role", "content") and part)
+    if lost:
+        raise _wrong(
+            row, f"{name} has {', '.join(lost)}, which would not be read", hint="remove it, or render it into content"
+        )
     return Message(role, content)
 
 
@@ -171,14 +192,16 @@ def _margin(row: Row) -> float | None:
     value = row.data.get("margin")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise _wrong(row, '"margin" is a finite number', repr(value))
     return float(value)
 
 
 def _subset(row: Row) -> str | None:
     value = row.data.get("subset")
-    return value if isinstance(value, str) else None
+    if value is not None and not isinstance(value, str):
+        raise _wrong(row, '"subset" is a string', json_kind(value))
+    return value
 
 
 def _wrong(row: Row, what: str, found: str | None = None, hint: str = "mend or remove this row") -> RmtoolError:

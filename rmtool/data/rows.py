@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import IO, Any
 from rmtool.errors import Place, RmtoolError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
-KNOWN_SPLITS = {"allenai/reward-bench": "filtered", "allenai/reward-bench-2": "test"}
+KNOWN_SPLITS = {"allenai/reward-bench": "filtered"}
 MAX_LINE_BYTES = 16 * 2**20
 
 
@@ -97,13 +98,16 @@ def _jsonl(path: Path) -> Iterator[Row]:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
                     yield Row(place, _object(_parse(line.rstrip(b"\r\n"), place), place))
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise _bad(Place(str(path)), f"the gzip data is damaged ({error})") from error
 
 
 def _json(path: Path) -> Iterator[Row]:
-    with _open(path) as file:
-        content = file.read().removeprefix(b"\xef\xbb\xbf")
+    try:
+        with _open(path) as file:
+            content = file.read().removeprefix(b"\xef\xbb\xbf")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _bad(Place(str(path)), f"the gzip data is damaged ({error})") from error
     items = _parse(content, Place(str(path), 1))
     if not isinstance(items, list):
         raise _bad(
@@ -124,8 +128,10 @@ def _parse(line: bytes, place: Place) -> Any:
     except json.JSONDecodeError as error:
         where = Place(place.file, (place.line or 1) + error.lineno - 1, error.colno)
         raise _bad(where, f"this is not JSON ({error.msg})") from error
-    except (_FieldError, RecursionError) as error:
-        raise _bad(place, str(error) or "this is nested too deeply") from error
+    except RecursionError as error:
+        raise _bad(place, "this is nested too deeply") from error
+    except (_FieldError, ValueError) as error:  # ValueError: a whole number of thousands of digits
+        raise _bad(place, str(error)) from error
     if "\\u" in text:
         _refuse_surrogates(value, place)
     return value
