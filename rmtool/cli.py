@@ -104,7 +104,7 @@ def eval_(
     chat_template: TemplateOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Report held-out accuracy, loss and rewards (eval/rm/*), per subset where rows name one."""
+    """Report the eval/rm/* metrics on held-out pairs, per subset too."""
     from rmtool.commands import Reading, eval_command
 
     reading = Reading(precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template)
@@ -127,7 +127,7 @@ def score(
     chat_template: TemplateOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add a reward to every response of a JSONL file, in input order."""
+    """Add a reward to every response of a JSONL file."""
     from rmtool.commands import Reading, score_command
 
     reading = Reading(precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template)
@@ -141,7 +141,7 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and stop.")] = False,
 ) -> None:
-    """Publish a checkpoint to the Hugging Face Hub, privately unless --public."""
+    """Publish a checkpoint to the Hugging Face Hub."""
     from rmtool.commands import push_command
 
     push_command(checkpoint, repo_id, public=public, dry_run=dry_run)

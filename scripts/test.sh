@@ -11,4 +11,4 @@ mypy
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-exec python -m pytest -m "not real" --numprocesses 2 --dist loadfile
+exec python -m pytest -m "not real" --numprocesses 2 --dist loadgroup
