@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import settings as hypothesis_settings
 
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # A core for each test process and what it starts: threads of two processes that wait for each other on the same
+    # cores are ten times slower.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1")
 
 ROOT = Path(__file__).parent.parent
