@@ -39,7 +39,7 @@ def smollm2() -> Path:
 
 
 def test_every_real_row_is_read_and_tokenised(smollm2: Path) -> None:
-    encoder = Encoder(load_tokenizer(smollm2), 4096, on_empty="keep")
+    encoder = Encoder(load_tokenizer(smollm2), 2**15, on_empty="keep")
     hh = read_all([str(HH)], preference_record, lambda: None)
     assert len(hh) == 2312
     encoded = encode_all(encoder, hh, "error", lambda: None)
