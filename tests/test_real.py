@@ -74,7 +74,7 @@ def test_the_smollm2_recipe_trains_saves_and_scores(smollm2: Path, tmp_path: Pat
     command = [program, "train", "--recipe", "smollm2-135m", "--model", smollm2, "--data", HH, *flags]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
-    assert "is added as the pad token; it was the eos token <|im_end|>" in shown.stderr
+    assert "<|pad|> (id 49152) is added as the pad token; it was <|im_end|>" in shown.stderr
     run = tmp_path / "runs" / "smollm2-135m"
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     result = subprocess.run([program, "eval", run, "--json"], capture_output=True, text=True, check=True)
