@@ -94,6 +94,16 @@ def test_dropout_is_off_in_the_whole_model_while_training(tokenizer: Any) -> Non
         assert torch.equal(*(model.train()(ids).logits for _ in range(2)))
 
 
+def test_what_is_trained_has_no_dropout_left(causal_lm: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(causal_lm, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.5}
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = recipe(folder, tmp_path)
+    model, _ = training_model(settings, folder, training_encoder(settings, folder)[0])
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(*(model.train().classifier(ids).logits for _ in range(2)))
+
+
 def test_a_causal_lm_has_no_head_to_score_with(causal_lm: Path) -> None:
     with pytest.raises(RmtoolError) as caught:
         load_for_use(causal_lm)
