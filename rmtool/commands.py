@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rmtool.config import Recipe
 from rmtool.errors import ExitCode, Place, RmtoolError
 from rmtool.ui import TerminalUi, captured, print_json
+
+if TYPE_CHECKING:
+    from rmtool.loading import Loaded
 
 RUNS = Path("runs")
 DEFAULT_EVAL_DATA = "allenai/reward-bench:filtered"
@@ -67,6 +71,23 @@ def train_command(recipe: Recipe, output: Path, *, overwrite: bool, dry_run: boo
         ui.result(f"checkpoint: {output / 'model'}\ncurves:     {output / 'curves.png'}")
 
 
+def _load(folder: Path, reading: Reading, ui: TerminalUi) -> Loaded:
+    """The model as eval and score both use it; what the user should know of it is said."""
+    from rmtool.loading import load_for_use
+
+    loaded = load_for_use(
+        folder,
+        precision=reading.precision,
+        max_length=reading.max_length,
+        on_long=reading.on_long,
+        on_empty="keep" if reading.allow_empty else None,
+        chat_template=reading.chat_template,
+    )
+    for notice in loaded.notices:
+        ui.say(f"note: {notice}")
+    return loaded
+
+
 def eval_command(model: str, data: list[str] | None, samples: int, reading: Reading, *, as_json: bool) -> None:
     reading.check(("error", "drop", "truncate_prompt"))
     with captured() as ui:
@@ -75,23 +96,13 @@ def eval_command(model: str, data: list[str] | None, samples: int, reading: Read
         from rmtool.data.formats import preference_record
         from rmtool.data.rows import read_all
         from rmtool.evaluate import evaluate
-        from rmtool.loading import load_for_use
 
         folder = resolve_checkpoint(model, None, ui)
         sources = data or _default_eval_data(folder)
         ui.say(f"model: {folder}\ndata:  {', '.join(sources)}")
         with ui.progress("Reading", None, "rows") as bar:
             records = read_all(sources, preference_record, bar.advance)
-        loaded = load_for_use(
-            folder,
-            precision=reading.precision,
-            max_length=reading.max_length,
-            on_long=reading.on_long,
-            on_empty="keep" if reading.allow_empty else None,
-            chat_template=reading.chat_template,
-        )
-        for notice in loaded.notices:
-            ui.say(f"note: {notice}")
+        loaded = _load(folder, reading, ui)
         with ui.progress("Tokenising", len(records), "pairs") as bar:
             encoded = encode_all(loaded.encoder, records, "keep", bar.advance)
         if not encoded.records:
@@ -164,19 +175,9 @@ def score_command(
         ui.say(f"model: {model}")
         output = output or _scored_name(source)
         _check_output(source, output, overwrite)
-        from rmtool.loading import load_for_use
         from rmtool.score import score_file
 
-        loaded = load_for_use(
-            resolve_checkpoint(model, None, ui),
-            precision=reading.precision,
-            max_length=reading.max_length,
-            on_long=reading.on_long,
-            on_empty="keep" if reading.allow_empty else None,
-            chat_template=reading.chat_template,
-        )
-        for notice in loaded.notices:
-            ui.say(f"note: {notice}")
+        loaded = _load(resolve_checkpoint(model, None, ui), reading, ui)
         outcome = score_file(source, output, loaded, reading.tokens_per_pack, ui)
         if outcome.truncated:
             ui.say(f"note: {outcome.truncated} rows had their prompt cut on the left")

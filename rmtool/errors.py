@@ -24,7 +24,6 @@ class ExitCode(IntEnum):
     REMOTE = 7  # a remote service failed
     TRAINING = 8  # training failed: not finite, or a process died
     BUG = 70  # a bug in rmtool
-    STOPPED = 75  # stopped early; run the same command again
     INTERRUPTED = 130  # Ctrl-C
 
 

@@ -21,12 +21,11 @@ from pathlib import Path
 from rmtool.checkpoint import HELD_OUT_FILE, MANIFEST
 from rmtool.errors import ExitCode, RmtoolError
 from rmtool.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, Plan, launch_command
-from rmtool.recipe import dump_recipe
+from rmtool.recipe import CONFIG_FILE, dump_recipe
 from rmtool.ui import Replay, TerminalUi
 
 LOG_FILE = "train.log"
 EVENTS_FILE = ".events"
-CONFIG_FILE = "config.yaml"
 GRACE_S = 10.0  # between asking the processes to stop and killing them
 
 

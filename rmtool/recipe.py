@@ -17,6 +17,7 @@ import yaml
 from rmtool.config import Recipe
 from rmtool.errors import Place, RmtoolError
 
+CONFIG_FILE = "config.yaml"  # in a run folder: the resolved recipe, from the launcher to the training process
 BUNDLED = "bundled:"  # in a recipe: a file or folder that ships with rmtool
 
 

@@ -34,13 +34,11 @@ from rmtool.loss import bradley_terry
 from rmtool.metrics import PairSums
 from rmtool.model import PRECISIONS, RewardModel
 from rmtool.optim import build_optimizer, schedule_factor, set_learning_rate
-from rmtool.recipe import as_dict, load_recipe, resolve
+from rmtool.recipe import CONFIG_FILE, as_dict, load_recipe, resolve
 from rmtool.split import Split, describe_data, load_split, write_held_out
 from rmtool.steps import Unit, count_pairs, epoch_steps, plan_steps
 from rmtool.tracking import Tracker, draw_curves
 from rmtool.ui import Bar, Ui, worker_ui
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass

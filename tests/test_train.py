@@ -21,7 +21,7 @@ from rmtool.errors import RmtoolError
 from rmtool.loading import load_for_use, training_encoder, training_model
 from rmtool.loss import bradley_terry
 from rmtool.optim import build_optimizer
-from rmtool.recipe import dump_recipe, load_recipe
+from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.split import load_split
 from rmtool.steps import epoch_steps
 from rmtool.ui import SilentUi
@@ -48,7 +48,7 @@ def recipe(causal_lm: Path, tmp_path: Path) -> Recipe:
 
 def run(recipe: Recipe, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / train.CONFIG_FILE).write_text(dump_recipe(recipe))
+    (folder / CONFIG_FILE).write_text(dump_recipe(recipe))
     train.run(folder, Accelerator(cpu=True), SilentUi())
     return folder
 
