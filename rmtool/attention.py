@@ -81,11 +81,10 @@ def _node_by_node(
 ) -> torch.Tensor:
     # split and cat, not slices: the gradient of a slice is a full-length tensor of zeros, per node and layer.
     queries, keys, values = (tensor.split(packed.lengths, dim=2) for tensor in (query, key, value))
-    outputs = []
+    outputs, paths = [], list[list[int]]()
     for node, parent in enumerate(packed.parents):
-        k, v = keys[node], values[node]
-        if parent != NO_PARENT:
-            k, v = torch.cat((keys[parent], k), dim=2), torch.cat((values[parent], v), dim=2)
+        paths.append([*(paths[parent] if parent != NO_PARENT else ()), node])
+        k, v = (torch.cat([pieces[at] for at in paths[node]], dim=2) for pieces in (keys, values))
         outputs.append(_one_node(queries[node], k, v, scaling, window))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 

@@ -1,9 +1,9 @@
 """Which models may compute a prompt once for all its responses.
 
 In: a model as transformers built it, and a function that runs it both ways. Out: None, or the reason for running
-padded instead. Three gates, because each alone lets wrong rewards through: what the model declares (llama4 looks right
-otherwise), what its attention asks for (see `attention.py`), and a trial on made-up ids (only that catches phimoe,
-whose positions depend on the longest sequence of the batch).
+padded instead; an error for a model that padding changes. Three gates, because each alone lets wrong rewards through:
+what the model declares (llama4 looks right otherwise), what its attention asks for (see `attention.py`), and a trial on
+made-up ids (only that catches phimoe and qwen2_moe with a window: it is in their mask, and their attention is not told).
 Cost: one short forward, of a few hundred tokens, or as many as the sliding window holds.
 """
 
@@ -24,6 +24,9 @@ BATCH_DEPENDENT_ROPE = {"longrope", "dynamic"}
 # Largest difference allowed between shared and one-by-one rewards, relative to their spread or size. fp32 models that
 # may share differ by about 1e-6; half precision rounds each activation to 8 or 11 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# The same between padded and one-by-one rewards. Beyond it the model is refused, so it has room for what recurrent
+# layers and experts make of rounding: a token whose two best experts are nearly level may go to either.
+PADDED_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
 def declared_reason(backbone: PreTrainedModel) -> str | None:
@@ -36,7 +39,8 @@ def declared_reason(backbone: PreTrainedModel) -> str | None:
         return f"{config.model_type} has layers of the kind {', '.join(strange)}"
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         return f"{config.model_type} attends in both directions"
-    if any(getattr(module, "is_causal", True) is False for module in backbone.modules()):
+    # Only where text goes: the vision tower of gemma3 looks both ways, and never runs here.
+    if any(getattr(module, "is_causal", True) is False for module in backbone.get_decoder().modules()):
         return f"{config.model_type} has attention that is not causal"
     return None
 
@@ -100,14 +104,39 @@ def trial_reason(
 
     Returns why the difference rules sharing out, or None if the rewards agree.
     """
-    alone = torch.cat([single([build_tree([sequence.tolist()])]) for tree in trees for sequence in tree.sequences()])
+    alone = _one_by_one(trees, single)
     try:
         together = shared(trees)
     except UnsupportedAttentionError as reason:
         return str(reason)
-    # Rewards that lie close together far from zero carry the rounding of their size, not of their spread.
-    scale = max(float(alone.std()), 0.1 * float(alone.abs().max()), 1e-6)
-    error = float((together - alone).abs().max()) / scale
+    error = _difference(together, alone)
     if not error <= TOLERANCE[dtype]:
         return f"shared and one-by-one rewards differ by {error:.1e} of their size"
     return None
+
+
+def require_padding(
+    trees: Sequence[TokenTree], padded: Callable[[Sequence[TokenTree]], torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Refuse a model that reads a text otherwise when it is padded: doge looks ahead in a batch without padding.
+
+    Raises:
+        RmtoolError: E0412 rewards of a padded batch are others than one-by-one rewards.
+    """
+    error = _difference(padded(trees), _one_by_one(trees, padded))
+    if not error <= PADDED_TOLERANCE[dtype]:
+        raise RmtoolError(
+            "E0412",
+            f"padding changes this model's rewards by {error:.1e} of their size, so they would depend on the batch",
+            "use a model of another family (Llama, Qwen, Mistral, Gemma, OLMo, ...)",
+        )
+
+
+def _one_by_one(trees: Sequence[TokenTree], rewards: Callable[[Sequence[TokenTree]], torch.Tensor]) -> torch.Tensor:
+    return torch.cat([rewards([build_tree([sequence.tolist()])]) for tree in trees for sequence in tree.sequences()])
+
+
+def _difference(together: torch.Tensor, alone: torch.Tensor) -> float:
+    # Rewards that lie close together far from zero carry the rounding of their size, not of their spread.
+    scale = max(float(alone.std()), 0.1 * float(alone.abs().max()), 1e-6)
+    return float((together - alone).abs().max()) / scale

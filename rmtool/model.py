@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,25 +98,27 @@ def choose_layout(model: RewardModel, run: nn.Module, max_length: int) -> str | 
         run: what to call for a forward: the model, or the engine wrapped around it (the same on every rank).
 
     Raises:
-        RmtoolError: E0411 the model has too few positions; E0410 its rewards would depend on the batch in any layout.
+        RmtoolError: E0411 the model has too few positions; E0410, E0412 its rewards would depend on the batch in any
+            layout.
     """
     compat.require_positions(model.backbone, max_length)
     compat.require_fixed_positions(model.backbone, max_length)
-    reason = compat.declared_reason(model.backbone)
-    if reason is None:
-        config = model.backbone.config.get_text_config()
-        window = getattr(config, "sliding_window", None)
-        trees = compat.trial_trees(config.vocab_size, window, max_length)
-        training = model.training
-        run.eval()
+    config = model.backbone.config.get_text_config()
+    trees = compat.trial_trees(config.vocab_size, getattr(config, "sliding_window", None), max_length)
+    dtype = trial_dtype(model)
+    training = model.training
+    run.eval()
 
-        def rewards(shares: bool, trees: Sequence[TokenTree]) -> torch.Tensor:
-            model.share_prompts(shares)
-            with torch.no_grad():
-                return run(model.collate(trees))
+    @torch.no_grad()
+    def rewards(shares: bool, trees: Sequence[TokenTree]) -> torch.Tensor:
+        model.share_prompts(shares)
+        return run(model.collate(trees))
 
-        reason = compat.trial_reason(trees, lambda t: rewards(True, t), lambda t: rewards(False, t), trial_dtype(model))
-        run.train(training)
+    shared, padded = partial(rewards, True), partial(rewards, False)
+    reason = compat.declared_reason(model.backbone) or compat.trial_reason(trees, shared, padded, dtype)
+    if reason is not None:
+        compat.require_padding(trees, padded, dtype)
+    run.train(training)
     model.share_prompts(reason is None)
     return reason
 
@@ -215,7 +218,7 @@ def read_config(folder: Path) -> Any:
 def _draw(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     try:
         return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise RmtoolError("E0406", first_line(error), "use a decoder-only model (Llama, Qwen, ...)") from error
 
 
@@ -230,7 +233,7 @@ def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[PreTrainedMode
         classifier, info = AutoModelForSequenceClassification.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise RmtoolError(
             "E0404", f"the model cannot be loaded: {first_line(error)}", f"check the files in {folder}"
         ) from error

@@ -15,19 +15,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from rmtool.forest import NO_PARENT, build_forest
 from rmtool.tree import TokenTree
-
-NO_PARENT = -1
 
 
 @dataclass(frozen=True)
 class PackLayout:
-    """How attention reads a pack. Node s asks with its own tokens; its keys are its parent's tokens, then its own.
+    """How attention reads a pack. Node s asks with its own tokens; its keys are those of its path: the tokens of its
+    parents from the root on, then its own.
 
     lengths:      S ints, tokens of each node; the nodes lie in this order in the pack
-    parents:      S ints, the index of the prompt node, or NO_PARENT
+    parents:      S ints, the index of the node just before on its path, or NO_PARENT; a parent comes first
     cu_seqlens_q: int32[S + 1], running sum of lengths
-    cu_seqlens_k: int32[S + 1], running sum of key lengths (parent and own)
+    cu_seqlens_k: int32[S + 1], running sum of the paths' lengths
     kv_index:     int64[cu_seqlens_k[-1]], where in the pack each key stands
     """
 
@@ -77,42 +77,28 @@ Batch = PackedBatch | PaddedBatch
 
 
 def pack(trees: Sequence[TokenTree]) -> PackedBatch:
-    """Lay the trees end to end; rewards come out in the order of the trees, then of their responses."""
-    pieces: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    parents: list[int] = []
-    rewards: list[int] = []
-    end = 0
-    for tree in trees:
-        prompt_node = NO_PARENT
-        if len(tree.prompt):
-            prompt_node = len(pieces)
-            pieces.append(tree.prompt)
-            positions.append(np.arange(len(tree.prompt)))
-            parents.append(NO_PARENT)
-            end += len(tree.prompt)
-        for response in tree.responses:
-            pieces.append(response)
-            positions.append(np.arange(len(tree.prompt), len(tree.prompt) + len(response)))
-            parents.append(prompt_node)
-            end += len(response)
-            rewards.append(end - 1)
+    """Lay the trees end to end, every prefix that several sequences share once: a prompt for its responses, a system
+    prompt for its prompts, a response that two trees share. Rewards come out in the order of the trees, then of their
+    responses.
+    """
+    forest = build_forest([ids for tree in trees for ids in tree.sequences()])
+    lengths = [len(tokens) for tokens in forest.tokens]
+    last = np.cumsum(lengths) - 1
+    positions = [np.arange(depth, depth + length) for depth, length in zip(forest.depths, lengths, strict=True)]
     return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate(pieces).astype(np.int64))[None],
+        input_ids=torch.from_numpy(np.concatenate(forest.tokens).astype(np.int64))[None],
         position_ids=torch.from_numpy(np.concatenate(positions))[None],
-        reward_index=torch.tensor(rewards),
-        layout=_layout([len(piece) for piece in pieces], parents),
+        reward_index=torch.from_numpy(last[list(forest.ends)]),
+        layout=_layout(lengths, forest.parents),
     )
 
 
-def _layout(lengths: list[int], parents: list[int]) -> PackLayout:
+def _layout(lengths: Sequence[int], parents: Sequence[int]) -> PackLayout:
     starts = np.concatenate(([0], np.cumsum(lengths)))
-    keys = []
+    keys: list[np.ndarray] = []
     for node, parent in enumerate(parents):
         own = np.arange(starts[node], starts[node + 1])
-        keys.append(
-            own if parent == NO_PARENT else np.concatenate((np.arange(starts[parent], starts[parent + 1]), own))
-        )
+        keys.append(own if parent == NO_PARENT else np.concatenate((keys[parent], own)))
     key_lengths = [len(key) for key in keys]
     return PackLayout(
         lengths=tuple(lengths),

@@ -52,12 +52,12 @@ def build(config: Any) -> RewardModel:
     return RewardModel(classifier, pad_id=0).eval()
 
 
-def random_trees(seed: int, shapes: tuple[tuple[int, tuple[int, ...]], ...]) -> list[TokenTree]:
+def random_trees(seed: int, shapes: tuple[tuple[int, tuple[int, ...]], ...], last: int = VOCABULARY) -> list[TokenTree]:
     rng = np.random.default_rng(seed)
     trees = []
     for prompt_length, responses in shapes:
-        prompt = rng.integers(3, VOCABULARY, prompt_length)
-        trees.append(build_tree([np.concatenate((prompt, rng.integers(3, VOCABULARY, n))) for n in responses]))
+        prompt = rng.integers(3, last, prompt_length)
+        trees.append(build_tree([np.concatenate((prompt, rng.integers(3, last, n))) for n in responses]))
     return trees
 
 
@@ -163,17 +163,24 @@ def test_positions_that_depend_on_the_batch_are_refused_beyond_their_limit(kind:
     assert choose_layout(model, model, 64) is None
 
 
-def dense_oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Any, window: int | None) -> torch.Tensor:
-    """One dense mask over the whole pack, by definition: a token sees its own node's past and its whole parent."""
-    node = torch.repeat_interleave(torch.arange(len(layout.lengths)), torch.tensor(layout.lengths))
-    parent = torch.tensor(layout.parents)[node]
-    starts = layout.cu_seqlens_q[:-1].long()
-    within = torch.arange(len(node)) - starts[node]
-    base = torch.where(parent == NO_PARENT, 0, torch.tensor(layout.lengths)[parent.clamp_min(0)])
-    position = within + base
-    related = (node[:, None] == node[None, :]) | (parent[:, None] == node[None, :])
-    allowed = related & (position[None, :] <= position[:, None])
+def subtree_ends(layout: Any) -> torch.Tensor:
+    """For each token, where the last node that has the token's node on its path ends, by definition."""
+    paths: list[set[int]] = []
+    for node, parent in enumerate(layout.parents):
+        paths.append({node} | (paths[parent] if parent != NO_PARENT else set()))
+    ends = [
+        max(int(layout.cu_seqlens_q[other + 1]) for other in range(len(paths)) if node in paths[other])
+        for node in range(len(paths))
+    ]
+    return torch.repeat_interleave(torch.tensor(ends), torch.tensor(layout.lengths))
+
+
+def dense_oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Any, window: int | None) -> torch.Tensor:
+    """One dense mask over the whole pack: a token sees what lies before it and is on its path."""
+    at = torch.arange(batch.input_ids.shape[1])
+    allowed = (at[None, :] <= at[:, None]) & (at[:, None] < subtree_ends(batch.layout)[None, :])
     if window is not None:
+        position = batch.position_ids[0]
         allowed &= position[None, :] > position[:, None] - window
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -187,9 +194,9 @@ SHAPES = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(SHAPES, st.sampled_from([None, 1, 2, 5]), st.integers(0, 2**31))
-def test_packed_attention_equals_a_dense_mask(shapes: Any, window: int | None, seed: int) -> None:
-    batch = pack(random_trees(seed, tuple(shapes)))
+@given(SHAPES, st.sampled_from([None, 1, 2, 5]), st.integers(0, 2**31), st.sampled_from([4, 5, VOCABULARY]))
+def test_packed_attention_equals_a_dense_mask(shapes: Any, window: int | None, seed: int, last: int) -> None:
+    batch = pack(random_trees(seed, tuple(shapes), last))  # few different ids: trees share beginnings, forests are deep
     torch.manual_seed(seed)
     tokens = batch.input_ids.shape[1]
     q = torch.randn(1, 4, tokens, 8, dtype=torch.float64)
@@ -197,7 +204,7 @@ def test_packed_attention_equals_a_dense_mask(shapes: Any, window: int | None, s
     got, _ = packed_attention(
         torch.nn.Identity(), q, k, v, None, scaling=0.3, sliding_window=window, packed=batch.layout
     )
-    torch.testing.assert_close(got, dense_oracle(q, k, v, batch.layout, window))
+    torch.testing.assert_close(got, dense_oracle(q, k, v, batch, window))
 
 
 def test_fewer_queries_than_keys_see_the_last_keys() -> None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rmtool.forest import WINDOW, prefix_order
 from rmtool.packing import NO_PARENT, pack, pad, plan_packs
 from rmtool.tree import build_tree
 
@@ -31,22 +32,27 @@ def test_the_prefix_is_the_longest_that_leaves_each_response_a_token(sequences: 
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=4))
-def test_a_pack_holds_every_token_where_its_layout_says(groups: list[list[list[int]]]) -> None:
-    trees = [build_tree(group) for group in groups]
-    batch = pack(trees)
-    layout = batch.layout
-    ids, positions = batch.input_ids[0], batch.position_ids[0]
-    assert len(ids) == sum(tree.unique_tokens for tree in trees) == sum(layout.lengths)
-    nodes_with_reward = [
-        n for n in range(len(layout.lengths)) if int(layout.cu_seqlens_q[n + 1]) - 1 in batch.reward_index
-    ]
-    rebuilt = []
-    for node in nodes_with_reward:
+def test_a_pack_holds_every_distinct_prefix_once_and_reads_every_sequence(groups: list[list[list[int]]]) -> None:
+    batch = pack([build_tree(group) for group in groups])
+    layout, ids, positions = batch.layout, batch.input_ids[0], batch.position_ids[0]
+    sequences = [sequence for group in groups for sequence in group]
+    prefixes = {tuple(sequence[: length + 1]) for sequence in sequences for length in range(len(sequence))}
+    assert len(ids) == sum(layout.lengths) == len(prefixes)
+    assert all(parent < node for node, parent in enumerate(layout.parents))
+    ends = (layout.cu_seqlens_q[1:] - 1).tolist()
+    for sequence, last in zip(sequences, batch.reward_index.tolist(), strict=True):
+        node = ends.index(last)
         keys = layout.kv_index[layout.cu_seqlens_k[node] : layout.cu_seqlens_k[node + 1]]
+        assert keys[-1] == last
+        assert ids[keys].tolist() == sequence
         assert positions[keys].tolist() == list(range(len(keys)))
-        rebuilt.append(ids[keys].tolist())
-    assert rebuilt == [ids.tolist() for tree in trees for ids in tree.sequences()]
-    assert all(parent == NO_PARENT or layout.parents[parent] == NO_PARENT for parent in layout.parents)
+
+
+@given(st.lists(st.lists(st.integers(0, 1), max_size=2 * WINDOW + 3), max_size=9), st.integers(0, 2 * WINDOW))
+def test_the_prefix_order_is_that_of_sorted_and_keeps_equal_ones_in_order(lists: list[list[int]], same: int) -> None:
+    arrays = [np.array([1] * same + ids, dtype=np.int32) for ids in lists]
+    expected = sorted(range(len(arrays)), key=lambda item: (arrays[item].tolist(), item))
+    assert prefix_order(arrays.__getitem__, range(len(arrays))) == expected
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=4))
