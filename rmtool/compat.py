@@ -3,7 +3,7 @@
 In: a model as transformers built it, and a function that runs it both ways. Out: None, or the reason for running
 padded instead; an error for a model that padding changes. Three gates, because each alone lets wrong rewards through:
 what the model declares (llama4 looks right otherwise), what its attention asks for (see `attention.py`), and a trial on
-made-up ids (only that catches phimoe and qwen2_moe with a window: it is in their mask, and their attention is not told).
+made-up ids (only that catches phimoe and qwen2_moe with a window, which is in their mask but not told to attention).
 Cost: one short forward, of a few hundred tokens, or as many as the sliding window holds.
 """
 
