@@ -84,14 +84,18 @@ def require_fixed_positions(backbone: PreTrainedModel, max_length: int) -> None:
 
 
 def trial_trees(vocab_size: int, window: int | None, max_length: int) -> list[TokenTree]:
-    """Made-up trees with a prompt longer than the sliding window (where sequences can reach it) and odd lengths."""
+    """Made-up trees with a prompt longer than the sliding window (where sequences can reach it) and odd lengths, and
+    with what a pack can share: a prompt, its beginning, the beginning of a response, a whole response, nothing.
+    """
     rng = np.random.default_rng(0)
-    prompt_length = 37 if window is None or window >= max_length else window + 5
-    trees = []
-    for length, responses in ((prompt_length, (9, 4, 17)), (11, (6, 1))):
-        prompt = rng.integers(0, vocab_size, length)
-        trees.append(build_tree([[*prompt, *rng.integers(0, vocab_size, n)] for n in responses]))
-    return trees
+    length = 37 if window is None or window >= max_length else window + 5
+    prompt, first, brief = (rng.integers(0, vocab_size, n) for n in (length, 9, 3))
+    responses = (
+        (prompt, (first, rng.integers(0, vocab_size, 4), [*first[:6], *rng.integers(0, vocab_size, 11)])),
+        (prompt[:11], (rng.integers(0, vocab_size, 6), prompt[11:12])),
+        (brief, (rng.integers(0, vocab_size, 2), brief[:1])),
+    )
+    return [build_tree([[*start, *rest] for rest in rests]) for start, rests in responses]
 
 
 def trial_reason(

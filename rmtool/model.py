@@ -8,12 +8,14 @@ Cost: the weights, once; choosing the layout takes a few short forwards.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -22,7 +24,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from rmtool import attention, compat
 from rmtool.errors import RmtoolError
-from rmtool.packing import Batch, PackedBatch, pack, pad, plan_packs
+from rmtool.packing import Batch, PackedBatch, pack, pad, plan_packs, plan_reads
+from rmtool.readout import read_last_layer_sparsely
 from rmtool.tree import TokenTree
 from rmtool.ui import Bar
 
@@ -47,6 +50,7 @@ class RewardModel(nn.Module):
         self.precision = precision
         self.stock_attention = classifier.config._attn_implementation
         self.shares_prompts = False
+        read_last_layer_sparsely(self.backbone)
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -135,22 +139,33 @@ def trial_dtype(model: RewardModel) -> torch.dtype:
 
 @torch.no_grad()
 def compute_rewards(model: RewardModel, trees: Sequence[TokenTree], budget: int, bar: Bar) -> list[list[float]]:
-    """Rewards of every response of every tree, in the order given; `bar` advances by trees.
+    """Rewards of every response of every tree, in the order given.
+
+    Each distinct response is computed once, and each prompt once per pack that its responses fill, wherever in `trees`
+    they stand. `trees` is read several times, one tree at a time; it may live on disk. `bar` advances to len(trees).
 
     Raises:
         RmtoolError: E0503 a pack does not fit into the device's memory.
     """
     model.eval()
-    rewards: list[list[float]] = [[] for _ in trees]
-    for items in model.plan(trees, budget):
+    counts = [len(tree.responses) for tree in trees]
+    starts, row_of = np.cumsum([0, *counts]), np.repeat(np.arange(len(counts)), counts)
+
+    def single(item: int) -> TokenTree:
+        row = row_of[item]
+        return trees[row].keep([item - starts[row]])
+
+    plan = plan_reads(lambda item: single(item).sequence(0), len(row_of), budget, not model.shares_prompts)
+    values, read, distinct = np.empty(len(row_of)), 0.0, sum(map(len, plan.packs))
+    for items in plan.packs:
         try:
-            flat = iter(model(model.collate([trees[item] for item in items])).tolist())
+            values[items] = model(model.collate([single(item) for item in items])).cpu()
         except torch.OutOfMemoryError as error:
             raise out_of_memory("--tokens-per-pack") from error
-        for item in items:
-            rewards[item] = [next(flat) for _ in trees[item].responses]
-        bar.advance(len(items))
-    return rewards
+        before, read = read, read + len(items) / distinct
+        bar.advance(round(len(trees) * read) - round(len(trees) * before))
+    values = values[plan.same]
+    return [values[start:end].tolist() for start, end in itertools.pairwise(starts)]
 
 
 def out_of_memory(setting: str) -> RmtoolError:

@@ -3,20 +3,20 @@
 In: `TokenTree`s and a budget of unique tokens. Out: a plan (which trees share a pack, on which rank) and, per pack, a
 `PackedBatch` for the shared forward or a `PaddedBatch` for models that cannot share.
 Cost: planning sorts the trees, O(n log n); a batch costs one copy of its tokens.
-Shapes: T unique tokens of a pack, S nodes (a prompt or a response is a node), N responses, L longest sequence.
+Shapes: T unique tokens of a pack, S nodes (see `forest.py`), N responses, L longest sequence.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from rmtool.forest import NO_PARENT, build_forest
-from rmtool.tree import TokenTree
+from rmtool.forest import NO_PARENT, build_forest, prefix_order, shared_length
+from rmtool.tree import Ids, TokenTree
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class PackLayout:
     cu_seqlens_q: int32[S + 1], running sum of lengths
     cu_seqlens_k: int32[S + 1], running sum of the paths' lengths
     kv_index:     int64[cu_seqlens_k[-1]], where in the pack each key stands
+    read_index:   int64[<= N], ascending: the tokens whose last state is read
     """
 
     lengths: tuple[int, ...]
@@ -36,6 +37,7 @@ class PackLayout:
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
     kv_index: torch.Tensor
+    read_index: torch.Tensor
     max_q: int
     max_k: int
 
@@ -55,6 +57,7 @@ class PackedBatch:
             cu_seqlens_q=self.layout.cu_seqlens_q.to(device),
             cu_seqlens_k=self.layout.cu_seqlens_k.to(device),
             kv_index=self.layout.kv_index.to(device),
+            read_index=self.layout.read_index.to(device),
         )
         return PackedBatch(
             self.input_ids.to(device), self.position_ids.to(device), self.reward_index.to(device), layout
@@ -89,11 +92,11 @@ def pack(trees: Sequence[TokenTree]) -> PackedBatch:
         input_ids=torch.from_numpy(np.concatenate(forest.tokens).astype(np.int64))[None],
         position_ids=torch.from_numpy(np.concatenate(positions))[None],
         reward_index=torch.from_numpy(last[list(forest.ends)]),
-        layout=_layout(lengths, forest.parents),
+        layout=_layout(lengths, forest.parents, sorted(set(forest.ends))),
     )
 
 
-def _layout(lengths: Sequence[int], parents: Sequence[int]) -> PackLayout:
+def _layout(lengths: Sequence[int], parents: Sequence[int], read: Sequence[int]) -> PackLayout:
     starts = np.concatenate(([0], np.cumsum(lengths)))
     keys: list[np.ndarray] = []
     for node, parent in enumerate(parents):
@@ -106,6 +109,7 @@ def _layout(lengths: Sequence[int], parents: Sequence[int]) -> PackLayout:
         cu_seqlens_q=torch.from_numpy(starts.astype(np.int32)),
         cu_seqlens_k=torch.from_numpy(np.concatenate(([0], np.cumsum(key_lengths))).astype(np.int32)),
         kv_index=torch.from_numpy(np.concatenate(keys)),
+        read_index=torch.from_numpy(starts[1:][list(read)] - 1),
         max_q=max(lengths),
         max_k=max(key_lengths),
     )
@@ -124,29 +128,51 @@ def pad(trees: Sequence[TokenTree], pad_id: int) -> PaddedBatch:
 
 
 def plan_packs(trees: Sequence[TokenTree], budget: int, multiple: int = 1, padded: bool = False) -> list[list[int]]:
-    """Cut trees into packs of at most `budget` tokens each, their number a multiple of `multiple` (the ranks).
+    """Cut a step's trees into packs of at most `budget` tokens each, their number a multiple of `multiple` (the ranks).
 
-    A tree over the budget gets a pack of its own: the budget bounds memory as far as cutting can. Where there are
-    fewer trees than packs, the last packs stay empty; the caller runs something in them with weight zero.
-    `padded` counts a pack as rows times its longest row, as `pad` will build it, instead of unique tokens.
+    Trees that share most of a prompt stay together, as far as the budget allows. A tree over the budget gets a pack of
+    its own: the budget bounds memory as far as cutting can. Where there are fewer trees than packs, the last packs stay
+    empty; the caller runs something in them with weight zero. `padded` counts a pack as rows times its longest row, as
+    `pad` will build it, instead of unique tokens.
 
     Returns each pack's tree indices in ascending order: a plan depends on nothing but its arguments.
     """
-    packs = _by_length(trees, budget) if padded else _evenly(trees, budget, multiple)
+    sizes = [(len(tree.responses), tree.longest) for tree in trees]
+    packs = _by_length(sizes, budget) if padded else _evenly(trees, budget, multiple)
     packs += [[] for _ in range(-len(packs) % multiple)]
     return [sorted(items) for items in packs]
 
 
 def _evenly(trees: Sequence[TokenTree], budget: int, multiple: int) -> list[list[int]]:
     """Longest first, each to the lightest pack, with few packs that keep the budget: ranks then finish together."""
-    costs = [tree.unique_tokens for tree in trees]
-    order = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
+    groups, costs = _relatives(trees, budget)
+    order = sorted(range(len(costs)), key=lambda group: (-costs[group], groups[group]))
     count = _round_up(min(len(costs), -(-sum(costs) // budget)), multiple)
     packs = _spread(costs, order, count)
     while any(len(items) > 1 and sum(costs[item] for item in items) > budget for items in packs):
         count = _round_up(count + max(1, count // 16), multiple)
         packs = _spread(costs, order, count)
-    return packs
+    return [[item for group in members for item in groups[group]] for members in packs]
+
+
+def _relatives(trees: Sequence[TokenTree], budget: int) -> tuple[list[list[int]], list[int]]:
+    """Trees that share more than half of the shorter prompt, in groups within the budget; and what each group costs."""
+    firsts = [tree.sequences()[0] for tree in trees]
+    groups: list[list[int]] = []
+    costs: list[int] = []
+    last = -1
+    for item in prefix_order(firsts.__getitem__, range(len(trees))):
+        cost = trees[item].unique_tokens
+        shared = shared_length(firsts[last], firsts[item]) if groups else 0
+        half = min(len(tree.prompt) or tree.longest for tree in (trees[last], trees[item])) / 2
+        if groups and shared > half and costs[-1] + cost - shared <= budget:
+            groups[-1].append(item)
+            costs[-1] += cost - min(shared, cost)
+        else:
+            groups.append([item])
+            costs.append(cost)
+        last = item
+    return groups, costs
 
 
 def _spread(costs: Sequence[int], order: Sequence[int], count: int) -> list[list[int]]:
@@ -159,16 +185,59 @@ def _spread(costs: Sequence[int], order: Sequence[int], count: int) -> list[list
     return packs
 
 
-def _by_length(trees: Sequence[TokenTree], budget: int) -> list[list[int]]:
-    """Neighbours in length share a pack, so that little of it is padding."""
+def _by_length(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
+    """Neighbours in length share a pack, so that little of it is padding; a size is (rows, longest row)."""
     packs: list[list[int]] = []
     rows = longest = 0
-    for item in sorted(range(len(trees)), key=lambda index: (-trees[index].longest, index)):
-        rows += len(trees[item].responses)
+    for item in sorted(range(len(sizes)), key=lambda index: (-sizes[index][1], index)):
+        rows += sizes[item][0]
         if not packs or rows * longest > budget:
             packs.append([])
-            rows, longest = len(trees[item].responses), trees[item].longest
+            rows, longest = sizes[item]
         packs[-1].append(item)
+    return packs
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """Which sequences to read together; `same[i]` is the one to read for sequence i (itself, or an equal one)."""
+
+    packs: list[list[int]]
+    same: np.ndarray
+
+
+def plan_reads(read: Callable[[int], Ids], count: int, budget: int, padded: bool = False) -> ReadPlan:
+    """Cut any number of sequences, each read once and alone, into packs of at most `budget` tokens.
+
+    Sequences with the same beginning become neighbours and share it within their pack, wherever they stood in the
+    input; equal ones are read once. `read` gives a sequence's ids. Holds a few numbers per sequence (`prefix_order`).
+    """
+    same = np.arange(count)
+    order, sizes = list[int](), list[tuple[int, int]]()  # of each distinct sequence: its length, what it shares
+    last: Ids = np.empty(0, np.int32)
+    for item in prefix_order(read, range(count)):
+        ids = read(item)
+        shared = shared_length(last, ids)
+        if order and shared == len(ids) == len(last):
+            same[item] = order[-1]
+            continue
+        order.append(item)
+        sizes.append((len(ids), shared))
+        last = ids
+    packs = _by_length([(1, whole) for whole, _ in sizes], budget) if padded else _by_prefix(sizes, budget)
+    return ReadPlan([[order[at] for at in pack] for pack in packs], same)
+
+
+def _by_prefix(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
+    """Runs of neighbours; a size is (tokens, those of them that the one before has too)."""
+    packs: list[list[int]] = []
+    room = 0
+    for item, (whole, shared) in enumerate(sizes):
+        if not packs or whole - shared > room:
+            packs.append([])
+            room, shared = budget, 0
+        packs[-1].append(item)
+        room -= whole - shared
     return packs
 
 

@@ -39,7 +39,11 @@ class TokenTree:
 
     def sequences(self) -> list[Ids]:
         """Each response with its prompt before it, as a model without sharing reads it."""
-        return [np.concatenate((self.prompt, response)) for response in self.responses]
+        return [self.sequence(index) for index in range(len(self.responses))]
+
+    def sequence(self, index: int) -> Ids:
+        """One response with its prompt before it."""
+        return np.concatenate((self.prompt, self.responses[index]))
 
     def drop_left(self, count: int) -> TokenTree:
         """The tree without the first `count` tokens of its prompt."""

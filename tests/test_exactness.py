@@ -19,6 +19,7 @@ from rmtool.attention import _one_node, packed_attention
 from rmtool.errors import RmtoolError
 from rmtool.model import RewardModel, choose_layout, draw_head, turn_dropout_off
 from rmtool.packing import NO_PARENT, pack
+from rmtool.readout import read_last_layer_sparsely
 from rmtool.tree import TokenTree, build_tree
 
 VOCABULARY = 97
@@ -100,6 +101,28 @@ def test_packed_rewards_and_gradients_equal_one_by_one(family: str, checkpointin
     assert relative(rewards, expected) < 1e-5
     for name, gradient in gradients(model, rewards).items():
         assert relative(gradient, expected_gradients[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3"])
+def test_the_last_layer_computes_only_the_tokens_that_are_read(family: str) -> None:
+    model = build(FAMILIES[family])
+    layer = model.backbone.layers[-1]
+    rows: list[int] = []
+    layer.mlp.register_forward_pre_hook(lambda part, args: rows.append(args[0].shape[-2]))
+    model.share_prompts(True)
+    batch = pack(TREES)
+    model(batch)
+    assert rows == [len(batch.reward_index)]
+    model.share_prompts(False)
+    padded = model.collate(TREES)
+    model(padded)
+    assert rows[1:] == [padded.input_ids.shape[1]]
+
+
+def test_a_mixture_of_experts_runs_its_last_layer_whole() -> None:
+    config = hf.Qwen3MoeConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    backbone = AutoModelForSequenceClassification.from_config(config).model
+    assert read_last_layer_sparsely(backbone) == ["self_attn.o_proj"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

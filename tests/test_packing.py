@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmtool.forest import WINDOW, prefix_order
-from rmtool.packing import NO_PARENT, pack, pad, plan_packs
-from rmtool.tree import build_tree
+from rmtool.packing import NO_PARENT, pack, pad, plan_packs, plan_reads
+from rmtool.tree import TokenTree, build_tree
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=5)
 
@@ -67,17 +69,40 @@ def test_a_padded_batch_is_right_padded(groups: list[list[list[int]]]) -> None:
         assert set(ids[~mask.bool()].tolist()) <= {9}
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 100), st.integers(1, 8), st.booleans())
-def test_a_plan_is_a_partition_within_the_budget(lengths: list[int], budget: int, multiple: int, padded: bool) -> None:
-    trees = [build_tree([list(range(length))]) for length in lengths]
+def cost_of(trees: list[TokenTree], padded: bool) -> int:
+    return (pad(trees, 0) if padded else pack(trees)).input_ids.numel()
+
+
+@given(st.lists(SEQUENCES, min_size=1, max_size=20), st.integers(1, 60), st.integers(1, 8), st.booleans())
+def test_a_plan_is_a_partition_within_the_budget(groups: Any, budget: int, multiple: int, padded: bool) -> None:
+    trees = [build_tree(group) for group in groups]
     packs = plan_packs(trees, budget, multiple, padded)
     assert len(packs) % multiple == 0
     assert sorted(item for items in packs for item in items) == list(range(len(trees)))
     for items in packs:
-        sizes = [lengths[item] for item in items]
-        cost = len(sizes) * max(sizes, default=0) if padded else sum(sizes)
-        assert cost <= budget or len(items) == 1
+        assert len(items) <= 1 or cost_of([trees[item] for item in items], padded) <= budget
     assert packs == plan_packs(trees, budget, multiple, padded)
+
+
+@given(st.permutations(range(12)), st.integers(1, 4))
+def test_pairs_of_one_prompt_share_a_pack(order: list[int], ranks: int) -> None:
+    """Four prompts with three pairs each, in any order: the prompts are computed once."""
+    prompts = [[10 + index] * 30 for index in range(4)]
+    trees = [build_tree([[*prompts[at % 4], at, 1], [*prompts[at % 4], at, 2]]) for at in order]
+    packs = plan_packs(trees, 80, ranks)
+    assert sum(pack([trees[item] for item in items]).input_ids.numel() for items in packs if items) == 4 * 30 + 12 * 3
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=30), st.integers(1, 40), st.booleans())
+def test_every_distinct_sequence_is_read_once(sequences: list[list[int]], budget: int, padded: bool) -> None:
+    arrays = [np.array(ids, dtype=np.int32) for ids in sequences]
+    plan = plan_reads(arrays.__getitem__, len(arrays), budget, padded)
+    read = [item for items in plan.packs for item in items]
+    assert sorted(sequences[item] for item in read) == sorted(map(list, {tuple(ids) for ids in sequences}))
+    assert [sequences[item] for item in plan.same] == sequences
+    assert set(plan.same.tolist()) == set(read)
+    for items in plan.packs:
+        assert len(items) == 1 or cost_of([build_tree([sequences[item]]) for item in items], padded) <= budget
 
 
 def test_lengths_and_dtypes_are_what_kernels_want() -> None:
