@@ -2,14 +2,14 @@
 
 In: rows with prompt and response(s), or messages. Out: the same rows with "reward" added; a row with N responses gets
 "rewards" and "best", the index of the highest. A reward that is not a finite number is null, with an "error" field.
-The file is read twice: once to check every row and count tokens, so that a bad last row shows before the first
-forward; then chunk by chunk. The output appears under its name when it is whole.
-Cost: one forward over the unique tokens; memory for one chunk of rows.
+The file is read twice: once to check and tokenise every row, so that a bad last row shows before the first forward;
+then to write the rows with their rewards. The output appears under its name when it is whole.
+Cost: one forward over the tokens that are distinct in the whole file (`compute_rewards`); 4 bytes of disk per token
+beside the output while it runs; in memory about 100 bytes per response.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -21,13 +21,11 @@ from typing import Any
 from rmtool.data.encode import Encoder
 from rmtool.data.formats import score_record
 from rmtool.data.rows import Row, read_rows
-from rmtool.errors import RmtoolError
+from rmtool.errors import Place, RmtoolError
 from rmtool.loading import Loaded
 from rmtool.model import compute_rewards
-from rmtool.tree import TokenTree
+from rmtool.spool import TreeSpool
 from rmtool.ui import Ui
-
-CHUNK_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -44,21 +42,22 @@ def score_file(source: Path, output: Path, loaded: Loaded, budget: int, ui: Ui) 
     """Score every row of `source` into `output`.
 
     Raises:
-        RmtoolError: E03xx a row is malformed, empty or too long; E0502 the output cannot be written. Nothing is
-            written in either case.
+        RmtoolError: E03xx a row is malformed, empty or too long, or the file changed meanwhile; E0502 the output cannot
+            be written. Nothing is written in either case.
     """
-    rows = check_rows(source, loaded.encoder, ui)
     temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
-    outcome = Outcome(0, 0, 0, 0)
     try:
-        with open(temporary, "w", encoding="utf-8") as file, ui.progress("Scoring", rows, "rows") as bar:
-            reader = read_rows(str(source))
-            while chunk := list(itertools.islice(reader, CHUNK_ROWS)):
-                trees, truncated = _encode(chunk, loaded.encoder)
+        with TreeSpool(output.parent) as trees:
+            before = _signature(source)
+            truncated = _read_trees(source, loaded.encoder, trees, ui)
+            with ui.progress("Scoring", len(trees), "rows") as bar:
                 rewards = compute_rewards(loaded.model, trees, budget, bar)
-                for row, values in zip(chunk, rewards, strict=True):
-                    file.write(json.dumps(_with_rewards(row, values), ensure_ascii=False, allow_nan=False) + "\n")
-                outcome = _add(outcome, rewards, truncated)
+        with open(temporary, "w", encoding="utf-8") as file, ui.progress("Writing", len(rewards), "rows") as bar:
+            if _signature(source) != before:
+                raise RmtoolError("E0301", "the file changed while it was scored", "score it again", Place(str(source)))
+            for row, values in zip(read_rows(str(source)), rewards, strict=True):
+                file.write(json.dumps(_with_rewards(row, values), ensure_ascii=False, allow_nan=False) + "\n")
+                bar.advance()
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, output)
@@ -68,19 +67,27 @@ def score_file(source: Path, output: Path, loaded: Loaded, budget: int, ui: Ui) 
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    return outcome
+    flat = [value for values in rewards for value in values]
+    return Outcome(len(rewards), len(flat), sum(not math.isfinite(value) for value in flat), truncated)
 
 
-def check_rows(source: Path, encoder: Encoder, ui: Ui) -> int:
-    """Shape and tokenise every row; returns how many there are."""
-    rows = 0
-    with ui.progress(f"Checking {source.name}", None, "rows") as bar:
+def _signature(source: Path) -> tuple[int, int]:
+    status = source.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _read_trees(source: Path, encoder: Encoder, trees: TreeSpool, ui: Ui) -> int:
+    """Check and tokenise every row; returns how many lost the left side of their prompt."""
+    truncated = 0
+    with ui.progress(f"Reading {source.name}", None, "rows") as bar:
         for row in read_rows(str(source)):
-            encoder.encode(score_record(row))
+            tree, event = encoder.encode(score_record(row))
+            assert tree is not None, "dropping rows is no choice when scoring"
             _require_json(row)
-            rows += 1
+            trees.append(tree)
+            truncated += event == "truncated"
             bar.advance()
-    return rows
+    return truncated
 
 
 def _require_json(row: Row) -> None:
@@ -93,16 +100,6 @@ def _require_json(row: Row) -> None:
         ) from error
 
 
-def _encode(rows: Sequence[Row], encoder: Encoder) -> tuple[list[TokenTree], int]:
-    trees, truncated = [], 0
-    for row in rows:
-        tree, event = encoder.encode(score_record(row))
-        assert tree is not None, "dropping rows is no choice when scoring"
-        trees.append(tree)
-        truncated += event == "truncated"
-    return trees, truncated
-
-
 def _with_rewards(row: Row, rewards: Sequence[float]) -> dict[str, Any]:
     finite = [value if math.isfinite(value) else None for value in rewards]
     error = {} if None not in finite else {"error": "nonfinite"}
@@ -110,13 +107,3 @@ def _with_rewards(row: Row, rewards: Sequence[float]) -> dict[str, Any]:
         return {**row.data, "reward": finite[0], **error}
     known = [value for value in finite if value is not None]
     return {**row.data, "rewards": finite, "best": finite.index(max(known)) if known else None, **error}
-
-
-def _add(outcome: Outcome, rewards: Sequence[Sequence[float]], truncated: int) -> Outcome:
-    flat = [value for values in rewards for value in values]
-    return Outcome(
-        outcome.rows + len(rewards),
-        outcome.responses + len(flat),
-        outcome.nonfinite + sum(not math.isfinite(value) for value in flat),
-        outcome.truncated + truncated,
-    )

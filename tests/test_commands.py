@@ -79,17 +79,33 @@ def test_score_keeps_rows_and_order_and_adds_rewards(rmtool: Any, model: Path, t
     assert all(isinstance(value, float) for value in (rows[0]["reward"], *rows[1]["rewards"], rows[2]["reward"]))
 
 
-def test_a_score_does_not_depend_on_its_neighbours(rmtool: Any, model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_score_does_not_depend_on_its_neighbours(rmtool: Any, model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]} for row in pair_rows(9)]
     source = write_jsonl(tmp_path / "r.jsonl", rows)
     assert rmtool("score", source, "--model", model).code == 0
     whole = [value for row in scored(tmp_path / "r.scored.jsonl") for value in row["rewards"]]
-    monkeypatch.setattr("rmtool.score.CHUNK_ROWS", 2)
     single = [{"prompt": row["prompt"], "response": text} for row in rows for text in row["responses"]]
     other = write_jsonl(tmp_path / "s.jsonl", single[::-1])
     assert rmtool("score", other, "--model", model, "--tokens-per-pack", 1).code == 0
     alone = [row["reward"] for row in scored(tmp_path / "s.scored.jsonl")][::-1]
     assert alone == pytest.approx(whole, abs=1e-6)
+
+
+def test_a_file_that_changes_while_it_is_scored_is_refused(
+    rmtool: Any, model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    source = write_jsonl(tmp_path / "r.jsonl", RESPONSES)
+
+    def meanwhile(*arguments: Any) -> Any:
+        write_jsonl(source, RESPONSES[::-1])
+        return compute_rewards(*arguments)
+
+    from rmtool.model import compute_rewards
+
+    monkeypatch.setattr("rmtool.score.compute_rewards", meanwhile)
+    shown = rmtool("score", source, "--model", model)
+    assert (shown.code, shown.error) == (3, "E0301")
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} <= {"r.jsonl", "rmtool.log"}
 
 
 def test_a_gzipped_file_scores_the_same(rmtool: Any, model: Path, tmp_path: Path) -> None:

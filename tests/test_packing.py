@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from rmtool.forest import WINDOW, prefix_order
 from rmtool.packing import NO_PARENT, pack, pad, plan_packs, plan_reads
+from rmtool.spool import TreeSpool
 from rmtool.tree import TokenTree, build_tree
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=5)
@@ -103,6 +106,19 @@ def test_every_distinct_sequence_is_read_once(sequences: list[list[int]], budget
     assert set(plan.same.tolist()) == set(read)
     for items in plan.packs:
         assert len(items) == 1 or cost_of([build_tree([sequences[item]]) for item in items], padded) <= budget
+
+
+@given(st.lists(SEQUENCES, min_size=1, max_size=6))
+def test_a_spool_gives_its_trees_back_in_any_order(groups: list[list[list[int]]]) -> None:
+    trees = [build_tree(group) for group in groups]
+    with tempfile.TemporaryDirectory() as folder, TreeSpool(Path(folder)) as spool:
+        for tree in trees:
+            spool.append(tree)
+        assert not list(Path(folder).iterdir())
+        for index in reversed(range(len(trees))):
+            assert np.array_equal(spool[index].prompt, trees[index].prompt)
+            assert all(map(np.array_equal, spool[index].responses, trees[index].responses))
+        assert [len(tree.responses) for tree in spool] == [len(tree.responses) for tree in trees]
 
 
 def test_lengths_and_dtypes_are_what_kernels_want() -> None:
