@@ -12,14 +12,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_exactness import FAMILIES, VOCABULARY, build
+from transformers import AutoModelForSequenceClassification
 
 from rmtool.model import PRECISIONS, RewardModel, compute_rewards
-from rmtool.tree import Ids, build_tree
+from rmtool.tree import Ids, TokenTree, build_tree
 from rmtool.ui import SilentUi
 
 # Largest difference allowed between a reward in a batch and the same response alone, where the largest reward of the
@@ -40,11 +42,14 @@ class Pool:
 
 @dataclass(frozen=True)
 class Draw:
-    """One batch: the responses of each tree, how many tokens go into a pack, packed (shared) or padded."""
+    """One batch: the responses of each tree, how many tokens go into a pack, packed (shared) or padded, and whether
+    packs are made of whole trees, as in training, or of single responses, as in evaluation and scoring.
+    """
 
     trees: tuple[tuple[Ids, ...], ...]
     budget: int
     shared: bool
+    whole: bool = False
 
 
 def sequences(seed: int) -> tuple[tuple[Ids, ...], ...]:
@@ -61,12 +66,12 @@ def sequences(seed: int) -> tuple[tuple[Ids, ...], ...]:
 
 
 @torch.no_grad()
-def alone(model: RewardModel, ids: Ids) -> float:
-    """The slow twin: one response, plain transformers; the backbone in the model's precision, the head in fp32."""
+def alone(classifier: Any, ids: Ids, precision: str = "fp32") -> float:
+    """The slow twin: one response through a classifier as transformers built it; the backbone in `precision`."""
     tokens = torch.tensor(ids[None].astype(np.int64))
-    with torch.autocast("cpu", dtype=PRECISIONS[model.precision], enabled=model.precision != "fp32"):
-        state = model.backbone(input_ids=tokens).last_hidden_state[0, -1]
-    return float(model.classifier.score(state.float()))
+    with torch.autocast("cpu", dtype=PRECISIONS[precision], enabled=precision != "fp32"):
+        state = classifier.base_model(input_ids=tokens).last_hidden_state[0, -1]
+    return float(classifier.score(state.float()))
 
 
 @cache
@@ -75,12 +80,15 @@ def pool(family: str, precision: str = "fp32") -> Pool:
     config = copy.deepcopy(FAMILIES[family])
     config.initializer_range = 0.05
     model = build(config)
+    plain = AutoModelForSequenceClassification.from_config(config).eval()
+    plain.load_state_dict(model.classifier.state_dict())
     prompts = sequences(0)
     flat = [ids for responses in prompts for ids in responses]
-    with torch.no_grad():
-        model.classifier.score.weight /= max(abs(alone(model, ids)) for ids in flat)
+    largest = max(abs(alone(plain, ids)) for ids in flat)
+    for classifier in (plain, model.classifier):
+        classifier.score.weight.data /= largest
     model.precision = precision
-    return Pool(model, prompts, {ids.tobytes(): alone(model, ids) for ids in flat})
+    return Pool(model, prompts, {ids.tobytes(): alone(plain, ids, precision) for ids in flat})
 
 
 def draw(pool: Pool, seed: Sequence[int]) -> Draw:
@@ -92,7 +100,19 @@ def draw(pool: Pool, seed: Sequence[int]) -> Draw:
         responses = pool.prompts[index]
         count = rng.integers(1, len(responses) + 1)
         trees.append(tuple(responses[item] for item in rng.integers(0, len(responses), count)))
-    return Draw(tuple(trees), int(np.exp(rng.uniform(math.log(64), math.log(8192)))), bool(rng.integers(2)))
+    budget = int(np.exp(rng.uniform(math.log(64), math.log(8192))))
+    return Draw(tuple(trees), budget, bool(rng.integers(2)), bool(rng.integers(2)))
+
+
+@torch.no_grad()
+def rewards_of_a_step(model: RewardModel, trees: Sequence[TokenTree], budget: int) -> list[list[float]]:
+    """The rewards that a training step is computed from."""
+    rewards: list[list[float]] = [[] for _ in trees]
+    for items in model.plan(trees, budget):
+        flat = iter(model(model.collate([trees[item] for item in items])).tolist())
+        for item in items:
+            rewards[item] = [next(flat) for _ in trees[item].responses]
+    return rewards
 
 
 def check(pool: Pool, batch: Draw, bound: float | None = None) -> float:
@@ -104,7 +124,10 @@ def check(pool: Pool, batch: Draw, bound: float | None = None) -> float:
     bound = bound or BOUND[pool.model.precision]
     pool.model.share_prompts(batch.shared)
     trees = [build_tree([ids.tolist() for ids in responses]) for responses in batch.trees]
-    rewards = compute_rewards(pool.model, trees, batch.budget, SilentUi())
+    if batch.whole:
+        rewards = rewards_of_a_step(pool.model, trees, batch.budget)
+    else:
+        rewards = compute_rewards(pool.model, trees, batch.budget, SilentUi())
     assert [len(values) for values in rewards] == [len(responses) for responses in batch.trees]
     got = np.array([value for values in rewards for value in values])
     expected = np.array([pool.rewards[ids.tobytes()] for responses in batch.trees for ids in responses])
@@ -134,7 +157,7 @@ def test_the_pool_has_what_the_batches_are_to_be_tested_on() -> None:
     batches = [draw(pool("llama"), (0, index)) for index in range(250)]
     sizes = [len(batch.trees) for batch in batches]
     assert (min(sizes), max(sizes)) == (1, 64)
-    assert {batch.shared for batch in batches} == {False, True}
+    assert len({(batch.shared, batch.whole) for batch in batches}) == 4
     assert {len(responses) for batch in batches for responses in batch.trees} == set(range(1, 7))
     whole = batches[sizes.index(64)].trees
     assert len({tuple(ids.tobytes() for ids in responses) for responses in whole}) < len(whole)

@@ -77,16 +77,14 @@ def test_the_real_model_gives_one_reward_in_any_batch(smollm2: Path) -> None:
     from rmtool.model import RewardModel
 
     classifier, _ = build_classifier(smollm2, dtype=torch.float32)
-    draw_head(classifier, 0)
-    model = RewardModel(classifier, pad_id=0).eval()
+    draw_head(classifier.eval(), 0)
     encoder = Encoder(load_tokenizer(smollm2), 2048, on_empty="keep")
     trees = encode_all(encoder, read_all([str(HH)], preference_record, lambda: None), "error", lambda: None).trees
     shortest = sorted(trees, key=lambda tree: tree.longest)[:8]
     prompts = tuple(tuple(tree.sequences()) for tree in shortest)
-    with torch.no_grad():
-        largest = max(abs(alone(model, ids)) for responses in prompts for ids in responses)
-        classifier.score.weight /= largest
-    rewards = {ids.tobytes(): alone(model, ids) for responses in prompts for ids in responses}
+    classifier.score.weight.data /= max(abs(alone(classifier, ids)) for responses in prompts for ids in responses)
+    rewards = {ids.tobytes(): alone(classifier, ids) for responses in prompts for ids in responses}
+    model = RewardModel(classifier, pad_id=0)
     rng = np.random.default_rng(0)
     for budget, shared in ((150, True), (400, True), (4096, True), (150, False), (4096, False)):
         order = rng.permutation(np.r_[np.arange(len(prompts)), 0])
