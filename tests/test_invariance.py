@@ -192,3 +192,12 @@ def test_bf16_rewards_stay_within_their_bound_in_100_batches(family: str) -> Non
 def test_bf16_rewards_are_near_those_of_fp32(family: str) -> None:
     exact, rounded = (np.array(list(pool(family, precision).rewards.values())) for precision in ("fp32", "bf16"))
     assert np.abs(exact - rounded).max() < 2 * BOUND["bf16"]
+
+
+def test_bf16_rounds_the_backbone_and_not_the_reward() -> None:
+    """A head in bf16 would stay within the bound here, but put rewards near 4 on a grid of 0.03."""
+    half = pool("llama", "bf16")
+    half.model.share_prompts(True)
+    trees = [build_tree([ids.tolist()]) for responses in half.prompts for ids in responses]
+    rewards = torch.tensor(compute_rewards(half.model, trees, 4096, SilentUi()))
+    assert (rewards != rewards.bfloat16()).float().mean() > 0.9
