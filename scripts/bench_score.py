@@ -50,6 +50,7 @@ class Run:
     warmup_seconds: float
     seconds: float
     memory: int
+    tokens: int  # that were computed
     rewards: list[float]
 
 
@@ -61,7 +62,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     benchlib.add_common(parser)
     parser.add_argument("--responses", type=int, default=2, help="responses to a prompt (default 2: pairs as they are)")
     parser.add_argument("--count", type=int, default=256, help="responses to score (default 256)")
-    parser.add_argument("--min-prompt", type=int, default=0, help="only prompts of at least so many tokens (default 0)")
+    parser.add_argument("--min-prompt", type=int, default=0, help="tokens of the shortest prompt taken (default 0)")
     parser.add_argument(
         "--max-length", type=int, default=4096, help="rows with longer ones are left out (default 4096)"
     )
@@ -163,6 +164,13 @@ class Result:
     def responses(self) -> int:
         return sum(len(row) for row in self.prepared["lengths"])
 
+    @property
+    def unique_tokens(self) -> int:
+        """What rmtool computed; without what only fills a batch up, where it does that."""
+        rows = zip(self.prepared["lengths"], self.prepared["prompts"], strict=True)
+        trees = sum(sum(row) - (len(row) - 1) * prompt for row, prompt in rows)
+        return min(self.of(OURS)[0].tokens, trees)
+
     def speedup(self, system: str) -> benchlib.Spread:
         """Of rmtool over `system`, by rounds."""
         seconds = {name: {run.round: run.seconds for run in self.of(name)} for name in (OURS, system)}
@@ -177,7 +185,7 @@ class Result:
     def fraction_of_peak(self, system: str) -> float:
         """A forward takes 2 operations per weight and unique token."""
         seconds = benchlib.spread([run.seconds for run in self.of(system)]).median
-        return 2 * self.saved["matrix_parameters"] * sum(self.prepared["unique"]) / seconds / 1e9 / self.peak_gflops
+        return 2 * self.saved["matrix_parameters"] * self.unique_tokens / seconds / 1e9 / self.peak_gflops
 
     def problems(self) -> list[str]:
         limit = AGREEMENT[self.args.precision]
@@ -224,16 +232,14 @@ class Result:
         prepared = self.prepared
         flat = [[length] for row in prepared["lengths"] for length in row]
         batch = self.best.get("pipeline", 1)
-        padded = benchlib.count_tokens(flat, [], batch).padded
-        packed, shared = sum(row[0] for row in flat), sum(prepared["unique"])
-        each = [benchlib.digits(tokens / len(flat)) for tokens in (padded, packed, shared)]
+        each = benchlib.count_tokens(flat, self.unique_tokens, batch).per(len(flat))
         return [
-            f"tokens per response: {each[0]} padded {batch} at once, {each[1]} packed, {each[2]} with the prompt shared",
+            f"tokens per response: {each[0]} padded {batch} at once, {each[1]} packed, {each[2]} with shared prompts",
             f"tokens of a prompt: {percentiles(prepared['prompts'])}",
             f"tokens of prompt and response: {percentiles([row[0] for row in flat])}",
             f"responses paired in from other prompts: {prepared['paired']} of {len(flat)}",
             f"rewards: standard deviation {deviation(self.of(OURS)[0].rewards):.3g}",
-            f"matrix products: {self.peak_gflops:,.0f} GFLOP/s, the best of two measurements in this run",
+            f"matrix products: {benchlib.digits(self.peak_gflops)} GFLOP/s in {self.args.precision}, the best measured in this run",
             f"left out: {prepared['dropped']} rows (over {self.args.max_length} tokens, or a prompt that is too short)",
         ]
 
@@ -336,8 +342,7 @@ def write_rows(spec: Event) -> None:
     (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
     (folder / "sample.jsonl").write_text("".join(lines[: -(-spec["sample"] // spec["responses"])]), encoding="utf-8")
     lengths = [[len(ids) for ids in tree.sequences()] for tree in trees]
-    unique = [tree.unique_tokens for tree in trees]
-    emit("rows", lengths=lengths, unique=unique, prompts=prompts, paired=paired, dropped=dropped)
+    emit("rows", lengths=lengths, prompts=prompts, paired=paired, dropped=dropped)
 
 
 def candidates(spec: Event, rng: random.Random) -> Iterator[tuple[Any, list[Any], int]]:
@@ -372,7 +377,10 @@ def reads_alike(encoder: Any, row: dict[str, Any], tree: Any) -> bool:
 # --------------------------------------------------------------------------------------------------- workers
 
 
-def measure(spec: Event, load: Callable[[], Callable[[Path], list[float]]]) -> None:
+Score = Callable[[Path], tuple[list[float], int]]  # a file's rewards, and the tokens computed for them
+
+
+def measure(spec: Event, load: Callable[[], Score]) -> None:
     """Load, warm up on the sample, then time the whole file; emits one event."""
     folder, device = Path(spec["folder"]), spec["device"]
     started = time.perf_counter()
@@ -383,7 +391,7 @@ def measure(spec: Event, load: Callable[[], Callable[[Path], list[float]]]) -> N
     warm = time.perf_counter()
     benchlib.reset_memory_peak(device)
     begun = time.perf_counter()
-    rewards = score(folder / "rows.jsonl")
+    rewards, tokens = score(folder / "rows.jsonl")
     benchlib.synchronize(device)
     seconds = time.perf_counter() - begun
     emit(
@@ -392,11 +400,12 @@ def measure(spec: Event, load: Callable[[], Callable[[Path], list[float]]]) -> N
         warmup_seconds=warm - loaded,
         seconds=seconds,
         memory=benchlib.memory(device)[1],
+        tokens=tokens,
         rewards=rewards,
     )
 
 
-def try_sizes(spec: Event, load: Callable[[int], Callable[[Path], list[float]]]) -> None:
+def try_sizes(spec: Event, load: Callable[[int], Score]) -> None:
     """One event per size that works: responses per second on the sample, at its second run."""
     sample = Path(spec["folder"]) / "sample.jsonl"
     for candidate in spec["candidates"]:
@@ -404,7 +413,7 @@ def try_sizes(spec: Event, load: Callable[[int], Callable[[Path], list[float]]])
             score = load(candidate)
             score(sample)
             started = time.perf_counter()
-            count = len(score(sample))
+            count = len(score(sample)[0])
             benchlib.synchronize(spec["device"])
         except RuntimeError as error:  # a full device
             sys.stderr.write(f"{candidate}: {error}\n")
@@ -412,7 +421,7 @@ def try_sizes(spec: Event, load: Callable[[int], Callable[[Path], list[float]]])
         emit("tuned", candidate=candidate, rate=count / (time.perf_counter() - started))
 
 
-def load_rmtool(spec: Event) -> Callable[[Path], list[float]]:
+def load_rmtool(spec: Event) -> Score:
     from rmtool.loading import load_for_use
     from rmtool.score import score_file
     from rmtool.ui import SilentUi
@@ -424,20 +433,20 @@ def load_rmtool(spec: Event) -> Callable[[Path], list[float]]:
     if not loaded.model.shares_prompts:
         raise SystemExit(f"rmtool cannot share prompts in this model: {'; '.join(loaded.notices)}")
 
-    def score(source: Path) -> list[float]:
+    count = benchlib.TokenCount(loaded.model)
+
+    def score(source: Path) -> tuple[list[float], int]:
         output = Path(spec["scratch"]) / "scored.jsonl"
         score_file(source, output, loaded, spec["tokens_per_pack"], SilentUi())
-        lines = output.read_text(encoding="utf-8").splitlines()
-        return [float("nan") if reward is None else reward for line in lines for reward in json.loads(line)["rewards"]]
+        rewards = [reward for row in benchlib.read_jsonl(output) for reward in row["rewards"]]
+        return [float("nan") if reward is None else reward for reward in rewards], count.take()
 
     return score
 
 
 def render(source: Path, tokenizer: Any) -> list[str]:
     """The text of every response of a file, in its order."""
-    chats = [
-        chat for line in source.read_text(encoding="utf-8").splitlines() for chat in conversations(json.loads(line))
-    ]
+    chats = [chat for row in benchlib.read_jsonl(source) for chat in conversations(row)]
     return [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
 
 
@@ -447,7 +456,7 @@ def peer_dtype(spec: Event) -> Any:
     return torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
 
 
-def load_pipeline(spec: Event) -> Callable[[int], Callable[[Path], list[float]]]:
+def load_pipeline(spec: Event) -> Callable[[int], Score]:
     """The pipeline, loaded once; then a function that scores with a batch size."""
     from transformers import pipeline
 
@@ -456,18 +465,18 @@ def load_pipeline(spec: Event) -> Callable[[int], Callable[[Path], list[float]]]
         "text-classification", model=str(Path(spec["folder"]) / "model"), dtype=peer_dtype(spec), device=device
     )
 
-    def with_batch(size: int) -> Callable[[Path], list[float]]:
-        def score(source: Path) -> list[float]:
+    def with_batch(size: int) -> Score:
+        def score(source: Path) -> tuple[list[float], int]:
             texts = render(source, pipe.tokenizer)
             outputs = pipe(texts, batch_size=size, function_to_apply="none", add_special_tokens=False)
-            return [float(output["score"]) for output in outputs]
+            return [float(output["score"]) for output in outputs], 0
 
         return score
 
     return with_batch
 
 
-def load_sorted(spec: Event) -> Callable[[int], Callable[[Path], list[float]]]:
+def load_sorted(spec: Event) -> Callable[[int], Score]:
     """Model and tokenizer, loaded once; then a function that scores with a budget of padded tokens."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -476,17 +485,18 @@ def load_sorted(spec: Event) -> Callable[[int], Callable[[Path], list[float]]]:
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=peer_dtype(spec)).to(spec["device"]).eval()
 
-    def with_budget(budget: int) -> Callable[[Path], list[float]]:
+    def with_budget(budget: int) -> Score:
         @torch.inference_mode()
-        def score(source: Path) -> list[float]:
+        def score(source: Path) -> tuple[list[float], int]:
             ids = tokenizer(render(source, tokenizer), add_special_tokens=False)["input_ids"]
-            rewards = [0.0] * len(ids)
+            rewards, tokens = [0.0] * len(ids), 0
             for items in sorted_batches([len(one) for one in ids], budget):
                 batch = tokenizer.pad({"input_ids": [ids[item] for item in items]}, return_tensors="pt")
+                tokens += batch["input_ids"].numel()
                 logits = model(**batch.to(spec["device"]), use_cache=False).logits[:, 0].float().tolist()
                 for item, reward in zip(items, logits, strict=True):
                     rewards[item] = reward
-            return rewards
+            return rewards, tokens
 
         return score
 

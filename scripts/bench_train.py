@@ -198,14 +198,13 @@ class Result:
         """Per step and round: the same pairs."""
         return benchlib.ratio(_seconds(self.ours), _seconds(self.theirs))
 
-    def unique_tokens(self, run: Run) -> list[int]:
-        """Per measured step."""
-        size, unique = self.args.batch_size, self.prepared["unique"]
-        return [sum(unique[number * size : (number + 1) * size]) for number in range(1, len(run.steps))]
+    def unique_tokens(self, runs: Sequence[Run]) -> int:
+        """Of all measured steps of these runs: what rmtool had to compute in the same steps."""
+        return len(runs) * sum(step["tokens"] for step in self.ours[0].measured)
 
     def fraction_of_peak(self, runs: Sequence[Run]) -> float:
         """Forward and backward take 6 operations per weight and unique token."""
-        tokens = sum(sum(self.unique_tokens(run)) for run in runs)
+        tokens = self.unique_tokens(runs)
         seconds = sum(step["seconds"] for run in runs for step in run.measured)
         return 6 * self.saved["matrix_parameters"] * tokens / seconds / 1e9 / self.peak_gflops
 
@@ -219,8 +218,9 @@ class Result:
             if not abs(ours["loss"] - theirs["loss"]) <= limit:
                 found.append(f"step {number + 1}: loss {ours['loss']:.6f} and {theirs['loss']:.6f}, allowed {limit:g}")
         packed = sum(length for row in self.prepared["lengths"] for length in row)
-        if self.theirs[0].steps[-1]["tokens"] != packed:
-            found.append(f"TRL read {self.theirs[0].steps[-1]['tokens']} tokens and rmtool {packed}")
+        read = sum(step["tokens"] for step in self.theirs[0].steps)
+        if read != packed:
+            found.append(f"TRL read {read:.0f} tokens, where rmtool has {packed}")
         return found
 
     def text(self) -> str:
@@ -237,7 +237,7 @@ class Result:
     def row(self, name: str, runs: Sequence[Run]) -> list[str]:
         paces = benchlib.spread([step["pairs"] / step["seconds"] for run in runs for step in run.measured])
         steps = [step for run in runs for step in run.steps]
-        unique = sum(sum(self.unique_tokens(run)) for run in runs)
+        unique = self.unique_tokens(runs)
         return [
             name,
             str(paces),
@@ -251,11 +251,12 @@ class Result:
 
     def notes(self) -> list[str]:
         batch = self.theirs[0].batch if self.theirs else self.args.batch_size
-        tokens = benchlib.count_tokens(self.prepared["lengths"], self.prepared["unique"], batch)
+        shared_tokens = sum(step["tokens"] for step in self.ours[0].steps)
+        tokens = benchlib.count_tokens(self.prepared["lengths"], shared_tokens, batch)
         padded, packed, shared = tokens.per(len(self.prepared["lengths"]))
         notes = [
             f"tokens per pair: {padded} padded {batch} at once, {packed} packed, {shared} with the prompt shared",
-            f"matrix products: {self.peak_gflops:,.0f} GFLOP/s, the best of two measurements in this run",
+            f"matrix products: {benchlib.digits(self.peak_gflops)} GFLOP/s in {self.args.precision}, the best measured in this run",
             f"left out: {self.prepared['dropped']} pairs over {self.args.max_length} tokens",
         ]
         if self.theirs:
@@ -320,9 +321,7 @@ def write_pairs(spec: Event) -> None:
     order = [int(index) for index in epoch_order(spec["seed"], 0, len(lines))]
     (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
     (folder / "visited.jsonl").write_text("".join(lines[index] for index in order), encoding="utf-8")
-    visited = [trees[index] for index in order]
-    lengths = [[len(ids) for ids in tree.sequences()] for tree in visited]
-    emit("pairs", lengths=lengths, unique=[tree.unique_tokens for tree in visited], dropped=dropped)
+    emit("pairs", lengths=[[len(ids) for ids in trees[index].sequences()] for index in order], dropped=dropped)
 
 
 class StepClock:
@@ -346,9 +345,17 @@ class StepClock:
         emit("step", seconds=seconds, pairs=self.pairs, loss=loss, tokens=tokens, memory=peak)
         self.last = time.perf_counter()
 
+
+class Tracker:
+    """Is told every step by rmtool's training loop, as its own tracker is."""
+
+    def __init__(self, clock: StepClock, model: Any):
+        self.clock = clock
+        self.count = benchlib.TokenCount(model)
+
     def log(self, numbers: Event) -> None:
-        """As rmtool's tracker is called, once per step."""
-        self.step(numbers["train/rm/loss"], numbers["unique_tokens"])
+        # A batch may be filled up with tokens that do not count.
+        self.clock.step(numbers["train/rm/loss"], min(self.count.take(), numbers["unique_tokens"]))
 
 
 def train_with_rmtool(spec: Event) -> None:
@@ -388,29 +395,30 @@ def train_with_rmtool(spec: Event) -> None:
     if reason := models.choose_layout(model, engine, encoder.max_length):
         raise SystemExit(f"rmtool cannot share prompts in this model: {reason}")
     trainer = Trainer(recipe, accelerator, model, engine, optimizer)
+    tracker: Any = Tracker(clock, model)
     clock.start()
-    train_loop(trainer, Split(split.train, Encoded()), clock, SilentUi())  # type: ignore[arg-type]
+    train_loop(trainer, Split(split.train, Encoded()), tracker, SilentUi())
 
 
 def train_with_trl(spec: Event) -> None:
     """Worker: TRL's RewardTrainer on the pairs in the order in which rmtool takes them."""
     clock = StepClock(spec)
-    import json
-
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import RewardConfig, RewardTrainer
 
     class Clock(TrainerCallback):
+        tokens = 0.0
+
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             clock.start()
 
         def on_log(self, *_: Any, logs: Event, **__: Any) -> None:
             if "loss" in logs:
-                clock.step(logs["loss"], logs["num_tokens"])
+                clock.step(logs["loss"], logs["num_tokens"] - self.tokens)
+                self.tokens = logs["num_tokens"]
 
     folder = Path(spec["folder"])
-    lines = (folder / "visited.jsonl").read_text(encoding="utf-8").splitlines()
     liger = {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": False}}
     config = RewardConfig(
         output_dir=str(Path(spec["scratch"]) / "trl"),
@@ -439,7 +447,7 @@ def train_with_trl(spec: Event) -> None:
     trainer = RewardTrainer(
         model=str(folder / "model"),
         args=config,
-        train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
+        train_dataset=Dataset.from_list(benchlib.read_jsonl(folder / "visited.jsonl")),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         callbacks=[Clock()],
     )

@@ -40,7 +40,8 @@ VENV = ROOT / ".venv-bench"
 PEERS = ("trl==1.16.0",)
 STDERR_TAIL = 25  # lines shown of a worker that failed
 PEAK_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}
-PEAK_SECONDS = 2.0  # per size
+PEAK_SECONDS = 1.0  # per size and layout
+PEAK_LONGEST = 0.25  # a product that takes longer is large enough
 
 Event = dict[str, Any]
 Worker = Callable[[Event], None]
@@ -96,18 +97,17 @@ class Tokens:
         return [digits(value / count) for value in (self.padded, self.packed, self.shared)]
 
 
-def count_tokens(rows: Sequence[Sequence[int]], unique: Sequence[int], batch: int) -> Tokens:
+def count_tokens(rows: Sequence[Sequence[int]], shared: int, batch: int) -> Tokens:
     """The tokens of rows of responses, each given by its whole length, prompt included.
 
     Args:
         rows: per row (a pair, or a prompt's responses), the length of every sequence.
-        unique: per row, its tokens when the prompt is stored once.
+        shared: their tokens when what they share is computed once.
         batch: rows padded together to their longest sequence.
     """
     groups = [[length for row in rows[start : start + batch] for length in row] for start in range(0, len(rows), batch)]
-    return Tokens(
-        sum(len(group) * max(group) for group in groups), sum(length for row in rows for length in row), sum(unique)
-    )
+    packed = sum(length for row in rows for length in row)
+    return Tokens(sum(len(group) * max(group) for group in groups), packed, shared)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -362,6 +362,12 @@ def _git(*arguments: str) -> str:
     return ""
 
 
+def read_jsonl(path: Path) -> list[Any]:
+    """One value per line; only a newline ends a line, not the other characters that `splitlines` knows."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
+
+
 def write_json(path: Path | None, content: Event) -> None:
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -409,6 +415,25 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+class TokenCount:
+    """Counts the tokens of the batches that a reward model of rmtool makes."""
+
+    def __init__(self, model: Any):
+        self.tokens = 0
+        self._collate = model.collate
+        model.collate = self._counted
+
+    def _counted(self, trees: Any) -> Any:
+        batch = self._collate(trees)
+        self.tokens += batch.input_ids.numel()
+        return batch
+
+    def take(self) -> int:
+        """The tokens since the last call."""
+        taken, self.tokens = self.tokens, 0
+        return taken
+
+
 def reset_memory_peak(device: str) -> None:
     """From here on the peak counts; where the system has no such reset, loading counts too."""
     if device == "cuda":
@@ -438,19 +463,28 @@ def measure_peak(spec: Event) -> None:
     device, best = spec["device"], 0.0
     dtype = torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
     for size in PEAK_SIZES[device]:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        torch.mm(a, b)
+        fastest = _product_seconds(torch.randn(size, size, device=device).to(dtype))
+        best = max(best, 2 * size**3 / fastest / 1e9)
+        if fastest > PEAK_LONGEST:
+            break
+    emit("peak", gflops=best)
+
+
+def _product_seconds(matrix: Any) -> float:
+    """Seconds of the fastest product of a matrix with itself, in the three layouts of a linear layer: its forward, and
+    the gradients of its input and its weight. The first of each is not counted.
+    """
+    device, fastest = matrix.device.type, float("inf")
+    for left, right in ((matrix, matrix.T), (matrix, matrix), (matrix.T, matrix)):
+        left @ right
         end = time.perf_counter() + PEAK_SECONDS
-        while True:
+        while time.perf_counter() < end:
             synchronize(device)
             started = time.perf_counter()
-            torch.mm(a, b)
+            left @ right
             synchronize(device)
-            now = time.perf_counter()
-            best = max(best, 2 * size**3 / (now - started) / 1e9)
-            if now > end:
-                break
-    emit("peak", gflops=best)
+            fastest = min(fastest, time.perf_counter() - started)
+    return fastest
 
 
 LLAMAS = {
