@@ -239,7 +239,7 @@ class Result:
             f"tokens of prompt and response: {percentiles([row[0] for row in flat])}",
             f"responses paired in from other prompts: {prepared['paired']} of {len(flat)}",
             f"rewards: standard deviation {deviation(self.of(OURS)[0].rewards):.3g}",
-            f"matrix products: {benchlib.digits(self.peak_gflops)} GFLOP/s in {self.args.precision}, the best measured in this run",
+            f"matrix products in {self.args.precision}: {benchlib.digits(self.peak_gflops)} GFLOP/s, measured here",
             f"left out: {prepared['dropped']} rows (over {self.args.max_length} tokens, or a prompt that is too short)",
         ]
 

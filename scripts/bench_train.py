@@ -30,7 +30,7 @@ from benchlib import BenchError, Event, Session, emit, say, show
 FIRST_LOSS = {"fp32": 1e-3, "bf16": 3e-2}
 LATER_LOSS = {"fp32": 2e-2, "bf16": 1e-1}
 LEARNING_RATE = 1e-5
-AUTO_BATCHES = 2  # the whole batch, and half of it
+AUTO_BATCHES = 2  # tried of the whole batch, its half, its quarter, ...; more if none of these works
 OURS, THEIRS = "rmtool", "trl"
 
 
@@ -72,15 +72,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--peer-batch", default="auto", help="pairs that TRL pads together; the rest is accumulated (default: finds it)"
     )
-    parser.add_argument("--peer-liger", action="store_true", help="TRL with Liger kernels, which rmtool uses on a GPU")
+    parser.add_argument(
+        "--liger", choices=("auto", "off"), default="auto", help="rmtool's kernels on a GPU (default auto)"
+    )
     benchlib.add_peers(parser)
     return parser.parse_args(arguments)
 
 
 def peer_batches(text: str, batch_size: int) -> list[int]:
-    """The batches to try for TRL."""
+    """The batches to try for TRL, in this order, until enough of them have worked."""
     if text == "auto":
-        return [batch_size >> halvings for halvings in range(AUTO_BATCHES) if batch_size % (1 << halvings) == 0]
+        return [
+            batch_size >> halvings for halvings in range(batch_size.bit_length()) if batch_size % (1 << halvings) == 0
+        ]
     if not text.isdecimal() or int(text) < 1 or batch_size % int(text):
         raise BenchError(f"--peer-batch {text}: a number that divides --batch-size {batch_size}, or auto")
     return [int(text)]
@@ -125,7 +129,7 @@ def work_spec(session: Session, args: argparse.Namespace) -> Event:
         "folder": str(session.folder),
         **{name: getattr(args, name) for name in ("batch_size", "max_length", "precision", "seed", "tokens_per_pack")},
         "steps": 1 + args.steps,
-        "liger": args.peer_liger,
+        "liger": args.liger,
     }
 
 
@@ -134,23 +138,26 @@ def take_turns(session: Session, spec: Event, batches: list[int], rounds: int) -
     runs: list[Run] = []
     for number in range(1, rounds + 1):
         runs.append(one_run(session, spec, OURS, spec["batch_size"], number))
-        tried = [run for batch in batches if (run := try_peer(session, spec, batch, number, alone=len(batches) == 1))]
+        tried: list[Run] = []
+        for batch in batches:
+            if len(tried) < AUTO_BATCHES:
+                tried += try_peer(session, spec, batch, number, alone=len(batches) == 1)
         if batches and not tried:
-            raise BenchError("TRL failed with every batch size; name a smaller one with --peer-batch")
+            raise BenchError("TRL failed with every batch size; its errors are above")
         runs += tried
         batches = [max(tried, key=lambda run: run.pace).batch] if tried else []
     return runs
 
 
-def try_peer(session: Session, spec: Event, batch: int, number: int, *, alone: bool) -> Run | None:
-    """A run of TRL; None if it failed and there are other batch sizes to try."""
+def try_peer(session: Session, spec: Event, batch: int, number: int, *, alone: bool) -> list[Run]:
+    """A run of TRL; none if it failed (a full device) and there are other batch sizes to try."""
     try:
-        return one_run(session, spec, THEIRS, batch, number)
+        return [one_run(session, spec, THEIRS, batch, number)]
     except BenchError as error:
         if alone:
             raise
         say(f"TRL with {batch} pairs at once is left out: {error}")
-        return None
+        return []
 
 
 def one_run(session: Session, spec: Event, system: str, batch: int, number: int) -> Run:
@@ -256,7 +263,7 @@ class Result:
         padded, packed, shared = tokens.per(len(self.prepared["lengths"]))
         notes = [
             f"tokens per pair: {padded} padded {batch} at once, {packed} packed, {shared} with the prompt shared",
-            f"matrix products: {benchlib.digits(self.peak_gflops)} GFLOP/s in {self.args.precision}, the best measured in this run",
+            f"matrix products in {self.args.precision}: {benchlib.digits(self.peak_gflops)} GFLOP/s, measured here",
             f"left out: {self.prepared['dropped']} pairs over {self.args.max_length} tokens",
         ]
         if self.theirs:
@@ -385,6 +392,7 @@ def train_with_rmtool(spec: Event) -> None:
             seed=spec["seed"],
             precision=spec["precision"],
             tokens_per_pack=spec["tokens_per_pack"],
+            liger=spec["liger"],
         ),
     )
     accelerator = Accelerator(cpu=spec["device"] == "cpu")
@@ -419,7 +427,6 @@ def train_with_trl(spec: Event) -> None:
                 self.tokens = logs["num_tokens"]
 
     folder = Path(spec["folder"])
-    liger = {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": False}}
     config = RewardConfig(
         output_dir=str(Path(spec["scratch"]) / "trl"),
         per_device_train_batch_size=spec["batch"],
@@ -442,7 +449,6 @@ def train_with_trl(spec: Event) -> None:
         report_to="none",
         disable_tqdm=True,
         seed=spec["seed"],
-        **(liger if spec["liger"] else {}),
     )
     trainer = RewardTrainer(
         model=str(folder / "model"),

@@ -40,8 +40,8 @@ VENV = ROOT / ".venv-bench"
 PEERS = ("trl==1.16.0",)
 STDERR_TAIL = 25  # lines shown of a worker that failed
 PEAK_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}
-PEAK_SECONDS = 1.0  # per size and layout
-PEAK_LONGEST = 0.25  # a product that takes longer is large enough
+PEAK_SECONDS = 0.3  # per size and layout
+PEAK_LONGEST = 0.1  # a product that takes longer is large enough
 
 Event = dict[str, Any]
 Worker = Callable[[Event], None]
