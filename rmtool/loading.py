@@ -75,10 +75,20 @@ def load_for_use(
     models.turn_dropout_off(classifier)
     getattr(classifier, HEAD).float()
     model = RewardModel(classifier, config.pad_token_id or 0, precision).to(default_device()).eval()
+    notices += slow_precision(precision)
     reason = models.choose_layout(model, model, encoder.max_length)
     if reason:
         notices.append(f"prompts are computed once per response, not shared: {reason}")
     return Loaded(model, encoder, manifest, tuple(notices))
+
+
+def slow_precision(precision: str) -> list[str]:
+    """What to tell the user of a precision that this machine has no instructions for."""
+    has = torch.cpu.get_capabilities()
+    emulated = has.get("architecture") == "x86_64" and not (has.get("amx_bf16") or has.get("avx512_bf16"))
+    if precision == "fp32" or default_device().type == "cuda" or not emulated:
+        return []
+    return ["this CPU has no bf16 instructions: matrix products are several times slower than in fp32"]
 
 
 def default_device() -> torch.device:
@@ -119,8 +129,8 @@ def training_encoder(recipe: Recipe, folder: Path) -> tuple[Encoder, list[str]]:
 
 def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[RewardModel, list[str]]:
     """The model of a training run: fp32 weights, new or kept head, no dropout; and what to tell the user."""
-    notices = []
     train = recipe.train
+    notices = slow_precision(train.precision)
     # Random weights and adapters must not depend on what was drawn before.
     torch.manual_seed(train.seed)
     random_weights = recipe.model.weights == "random"

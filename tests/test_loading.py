@@ -19,7 +19,7 @@ from rmtool.checkpoint import default_model, read_manifest, resolve_checkpoint, 
 from rmtool.config import LoraConfig, Recipe
 from rmtool.data.formats import Message
 from rmtool.errors import RmtoolError
-from rmtool.loading import add_adapters, load_for_use, merge_adapters, training_encoder, training_model
+from rmtool.loading import add_adapters, load_for_use, merge_adapters, slow_precision, training_encoder, training_model
 from rmtool.recipe import load_recipe
 from rmtool.tokenizer import ensure_pad_token, load_tokenizer
 from rmtool.tree import build_tree
@@ -332,3 +332,11 @@ def test_a_model_that_is_nowhere(name: str, id: str, tmp_path: Path, monkeypatch
     with pytest.raises(RmtoolError) as caught:
         resolve_checkpoint(name, None, SilentUi())
     assert caught.value.id == id
+
+
+@pytest.mark.parametrize(("flag", "said"), [("avx2", True), ("amx_bf16", False), ("avx512_bf16", False)])
+def test_bf16_without_instructions_for_it_is_said(monkeypatch: pytest.MonkeyPatch, flag: str, said: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", flag: True})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bool(slow_precision("bf16")) == said
+    assert slow_precision("fp32") == []
