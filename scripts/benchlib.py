@@ -152,9 +152,15 @@ class Session:
     serial: int = 0
 
     def run(
-        self, worker: str, spec: Event, *, peer: bool = False, on_event: Callable[[Event], None] | None = None
+        self,
+        worker: str,
+        spec: Event,
+        *,
+        peer: bool = False,
+        variables: dict[str, str] | None = None,
+        on_event: Callable[[Event], None] | None = None,
     ) -> list[Event]:
-        """Run a worker to its end and return its events.
+        """Run a worker to its end and return its events; `variables` are added to its environment.
 
         Raises:
             BenchError: it failed; the message ends with the last lines it wrote to stderr.
@@ -169,7 +175,7 @@ class Session:
         errors = scratch / "stderr.txt"
         try:
             with open(errors, "wb") as stderr:
-                events = _run(command, self._environment(scratch), stderr, on_event)
+                events = _run(command, self._environment(scratch) | (variables or {}), stderr, on_event)
             if events and events[-1]["event"] == "end":
                 return events[:-1]
             raise BenchError(f"worker {worker} failed; the end of what it wrote:\n{_tail(errors)}")
