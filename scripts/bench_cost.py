@@ -300,11 +300,14 @@ def train_order(trees: SharedTokens, spec: Event) -> int:
 
 
 def score_order(trees: SharedTokens, spec: Event) -> int:
-    """A file to score: `compute_rewards` itself, with a model that packs and gives every response the reward 0."""
+    """A file to score: its trees kept on disk as `score_file` does, then `compute_rewards` itself, with a model that
+    packs and gives every response the reward 0.
+    """
     import torch
 
     from rmtool.model import RewardModel, compute_rewards
     from rmtool.packing import pack
+    from rmtool.spool import TreeSpool
     from rmtool.ui import SilentUi
 
     class Packs(RewardModel):
@@ -322,7 +325,10 @@ def score_order(trees: SharedTokens, spec: Event) -> int:
             return torch.zeros(len(batch.reward_index))
 
     model = Packs()
-    compute_rewards(model, trees, spec["tokens_per_pack"], SilentUi())
+    with TreeSpool(Path(spec["scratch"])) as spool:
+        for tree in trees:
+            spool.append(tree)
+        compute_rewards(model, spool, spec["tokens_per_pack"], SilentUi())
     return model.made
 
 

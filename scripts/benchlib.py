@@ -244,7 +244,8 @@ def session(script: str, device: str, cores: int) -> Iterator[Session]:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGTERM, signal.SIGINT):  # the second is ignored in what a script starts with &
+        signal.signal(number, stop)
     allowed = sorted(os.sched_getaffinity(0))
     taken = allowed[: max(1, min(cores, len(allowed)))] if device == "cpu" else allowed
     os.sched_setaffinity(0, taken)
