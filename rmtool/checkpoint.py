@@ -38,6 +38,7 @@ class Manifest:
     recipe: str
     base_model: str
     train_data: list[str]
+    layout: str = ""  # how training read prompts: "shared", or "padded: " and why
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

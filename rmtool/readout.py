@@ -20,10 +20,11 @@ PARTS = ("mlp", "self_attn.o_proj", "attention.dense", "attn.c_proj")
 
 
 class Readout:
-    """Hooks that keep PARTS of one layer to the rows in use. A padded batch passes unchanged."""
+    """Hooks that keep parts of one layer to the rows in use. A padded batch passes unchanged."""
 
     def __init__(self, layer: nn.Module, parts: list[nn.Module]):
-        self.rows: torch.Tensor | None = None
+        self.rows: torch.Tensor | None = None  # int64[<= N]; None: all
+        self.length = 0  # rows of the whole pack
         # Read from the layer's own arguments: gradient checkpointing runs the layer again, perhaps after another pack.
         layer.register_forward_pre_hook(self._see_layout, with_kwargs=True)
         for part in parts:
@@ -55,8 +56,8 @@ def read_last_layer_sparsely(backbone: PreTrainedModel) -> list[str]:
     last = stacks[0][-1]
     named = dict(last.named_modules())
     names = [name for name in PARTS if name in named and _is_positionwise(named[name])]
-    if names:
-        Readout(last, [named[name] for name in names])
+    if names and not hasattr(last, "readout"):  # a second set of hooks would look for rows that the first took away
+        last.readout = Readout(last, [named[name] for name in names])  # type: ignore[assignment]
     return names
 
 

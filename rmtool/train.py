@@ -180,7 +180,9 @@ def save_model(trainer: Trainer, encoder: Encoder, manifest: Manifest, folder: P
     write_folder(folder / "model", fill)
 
 
-def _manifest(recipe: Recipe, encoder: Encoder, fingerprint: str, metrics: dict[str, float]) -> Manifest:
+def _manifest(
+    recipe: Recipe, encoder: Encoder, fingerprint: str, metrics: dict[str, float], reason: str | None
+) -> Manifest:
     packages = ("rmtool", "torch", "transformers", "accelerate", "peft")
     return Manifest(
         fingerprint=fingerprint,
@@ -191,6 +193,7 @@ def _manifest(recipe: Recipe, encoder: Encoder, fingerprint: str, metrics: dict[
         recipe=recipe.name,
         base_model=public_name(recipe.model.path),
         train_data=[public_name(source) for source in recipe.data.train],
+        layout=f"padded: {reason}" if reason else "shared",
         settings=as_dict(recipe)["train"] | {"lora": as_dict(recipe)["lora"]},
         metrics=metrics,
         versions={name: metadata.version(name) for name in packages},
@@ -223,7 +226,7 @@ def run(folder: Path, accelerator: Accelerator, ui: Ui) -> None:
             tracker.close()
     if main:
         ui.say("Saving the checkpoint")
-        manifest = _manifest(recipe, encoder, fingerprint, metrics)
+        manifest = _manifest(recipe, encoder, fingerprint, metrics, reason)
         save_model(trainer, encoder, manifest, folder)
         draw_curves(folder)
     accelerator.wait_for_everyone()

@@ -119,6 +119,14 @@ def test_the_last_layer_computes_only_the_tokens_that_are_read(family: str) -> N
     assert rows[1:] == [padded.input_ids.shape[1]]
 
 
+def test_a_classifier_may_be_wrapped_twice() -> None:
+    first = build(FAMILIES["llama"])
+    again = RewardModel(first.classifier, pad_id=0)
+    expected = alone(again, TREES)
+    again.share_prompts(True)
+    assert relative(again(pack(TREES)), expected) < 1e-5
+
+
 def test_a_mixture_of_experts_runs_its_last_layer_whole() -> None:
     config = hf.Qwen3MoeConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     backbone = AutoModelForSequenceClassification.from_config(config).model

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import pair_rows, write_jsonl
+from conftest import pair_rows, tiny_config, write_jsonl
 
 from rmtool import train
+from rmtool.checkpoint import read_manifest
 from rmtool.config import Recipe
 from rmtool.data.encode import encode_all
 from rmtool.data.formats import preference_record
@@ -219,3 +220,20 @@ def test_bf16_trains_too(recipe: Recipe, tmp_path: Path) -> None:
     loaded = load_for_use(folder / "model")
     assert loaded.model.precision == "bf16"
     assert next(loaded.model.classifier.score.parameters()).dtype == torch.float32
+
+
+def test_the_manifest_says_how_prompts_were_read(recipe: Recipe, tmp_path: Path, tokenizer: Any) -> None:
+    """A fallback is recorded with its reason, not only said once."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    folder = tmp_path / "gemma2"
+    Gemma2ForCausalLM(Gemma2Config(**tiny_config(len(tokenizer)))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    gemma = replace(set_(recipe, max_steps=1), model=replace(recipe.model, path=str(folder)))
+    for name, chosen, layout in (
+        ("a", set_(recipe, max_steps=1), "shared"),
+        ("b", gemma, "padded: its attention takes"),
+    ):
+        manifest = read_manifest(run(chosen, tmp_path / name) / "model")
+        assert manifest
+        assert manifest.layout.startswith(layout)
