@@ -178,7 +178,9 @@ class Session:
                 events = _run(command, self._environment(scratch) | (variables or {}), stderr, on_event)
             if events and events[-1]["event"] == "end":
                 return events[:-1]
-            raise BenchError(f"worker {worker} failed; the end of what it wrote:\n{_tail(errors)}")
+            killed = bool(events) and events[-1].get("code") == -signal.SIGKILL
+            why = "was killed, as the system does when memory is full" if killed else "failed"
+            raise BenchError(f"worker {worker} {why}; the end of what it wrote:\n{_tail(errors)}")
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -224,7 +226,7 @@ def _run(
             if on_event:
                 on_event(events[-1])
         if process.wait() != 0:
-            events.append({"event": "failed"})
+            events.append({"event": "failed", "code": process.returncode})
         return events
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -401,6 +403,8 @@ def serve(workers: dict[str, Worker]) -> int:
     _events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     threading.Thread(target=_end_with_driver, daemon=True).start()
+    with contextlib.suppress(OSError):  # when memory is full, this process ends and nobody else's
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     ({"peak": measure_peak, "save": save_checkpoint} | workers)[name](
         json.loads(Path(path).read_text(encoding="utf-8"))
     )
