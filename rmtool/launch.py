@@ -28,10 +28,6 @@ LOG_FILE = "train.log"
 EVENTS_FILE = ".events"
 GRACE_S = 10.0  # between asking the processes to stop and killing them
 
-# glibc gives large blocks back to the system when they are freed, and each step then pays for clearing fresh ones:
-# about 4 % of a step on a CPU (scripts/SPEED.md). Other C libraries ignore the names.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-
 
 def prepare_folder(output: Path, overwrite: bool) -> None:
     """Make the run folder and see that it can be written.
@@ -128,7 +124,7 @@ def _environment(output: Path) -> dict[str, str]:
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
     # What a user has set for other programs of theirs must not reach into this run.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
-    return {**ALLOCATOR, **kept, **quiet, "RMTOOL_EVENTS": str(output / EVENTS_FILE)}
+    return {**kept, **quiet, "RMTOOL_EVENTS": str(output / EVENTS_FILE)}
 
 
 @contextlib.contextmanager

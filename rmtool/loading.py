@@ -6,6 +6,8 @@ Cost: reads the weights once.
 
 from __future__ import annotations
 
+import ctypes
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from rmtool.data.encode import CANNED, Encoder
 from rmtool.errors import Place, RmtoolError
 from rmtool.model import HEAD, PRECISIONS, RewardModel
 from rmtool.tokenizer import ensure_pad_token, load_tokenizer
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_MALLOC = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ def load_for_use(
         RmtoolError: E0401 no score head, E0403 the tokenizer reads otherwise than in training, E0402 and E0404 to
             E0408 as the functions called here say.
     """
+    keep_freed_memory()
     manifest = read_manifest(folder)
     notices = []
     tokenizer = load_tokenizer(folder, chat_template)
@@ -91,6 +97,17 @@ def slow_precision(precision: str) -> list[str]:
     return ["this CPU has no bf16 instructions: matrix products are several times slower than in fp32"]
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, on a CPU: it would give blocks over 32 MB back to the system, and each layer then
+    pays for clearing fresh ones (10 to 20 % of a forward of 8,192 tokens, scripts/SPEED.md). Holds until the process
+    ends; nothing is done where another C library runs, or where MALLOC_ variables say what the user wants.
+    """
+    library = ctypes.CDLL(None)
+    if default_device().type == "cpu" and hasattr(library, "gnu_get_libc_version") and not _MALLOC & os.environ.keys():
+        library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -129,6 +146,7 @@ def training_encoder(recipe: Recipe, folder: Path) -> tuple[Encoder, list[str]]:
 
 def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[RewardModel, list[str]]:
     """The model of a training run: fp32 weights, new or kept head, no dropout; and what to tell the user."""
+    keep_freed_memory()
     train = recipe.train
     notices = slow_precision(train.precision)
     # Random weights and adapters must not depend on what was drawn before.

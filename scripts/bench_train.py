@@ -168,11 +168,7 @@ def one_run(session: Session, spec: Event, system: str, batch: int, number: int)
             pace = event["pairs"] / event["seconds"]
             say(f"{label}: loss {event['loss']:.4f}, {event['seconds']:.2f} s, {benchlib.digits(pace)} pairs/s")
 
-    from rmtool.launch import ALLOCATOR  # here, because the peers' environment has no rmtool
-
-    peer = system == THEIRS
-    variables = {} if peer else ALLOCATOR  # as `rmtool train` starts its processes
-    events = session.run(system, {**spec, "batch": batch}, peer=peer, variables=variables, on_event=told)
+    events = session.run(system, {**spec, "batch": batch}, peer=system == THEIRS, on_event=told)
     start = next(event for event in events if event["event"] == "start")
     steps = [event for event in events if event["event"] == "step"]
     if len(steps) != spec["steps"]:

@@ -157,10 +157,9 @@ class Session:
         spec: Event,
         *,
         peer: bool = False,
-        variables: dict[str, str] | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> list[Event]:
-        """Run a worker to its end and return its events; `variables` are added to its environment.
+        """Run a worker to its end and return its events.
 
         Raises:
             BenchError: it failed; the message ends with the last lines it wrote to stderr.
@@ -175,7 +174,7 @@ class Session:
         errors = scratch / "stderr.txt"
         try:
             with open(errors, "wb") as stderr:
-                events = _run(command, self._environment(scratch) | (variables or {}), stderr, on_event)
+                events = _run(command, self._environment(scratch), stderr, on_event)
             if events and events[-1]["event"] == "end":
                 return events[:-1]
             killed = bool(events) and events[-1].get("code") == -signal.SIGKILL

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -340,3 +344,23 @@ def test_bf16_without_instructions_for_it_is_said(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bool(slow_precision("bf16")) == said
     assert slow_precision("fp32") == []
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc only")
+@pytest.mark.parametrize(("variables", "kept"), [({}, True), ({"MALLOC_MMAP_MAX_": "65536"}, False)])
+def test_large_blocks_are_reused(variables: dict[str, str], kept: bool) -> None:
+    """In a process of its own: 64 MB that were freed cost no page faults again, unless the user says so."""
+    code = """if True:
+        import resource, torch
+        from rmtool.loading import keep_freed_memory
+        keep_freed_memory()
+        for _ in range(3):
+            torch.ones(2**24)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, **variables, "CUDA_VISIBLE_DEVICES": ""}
+    faults = int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    assert (faults < 1000) == kept
