@@ -2,7 +2,8 @@
 
 In: id sequences. Out: an order in which sequences with the same beginning are neighbours, or the `Forest` itself:
 nodes, each a run of tokens with a parent whose tokens (and those of its own parents) come before.
-Cost: O(tokens) and one sort; `prefix_order` holds WINDOW ids a sequence at a time, whatever the sequences' lengths.
+Cost: O(tokens) and one sort. `build_forest` is for packs and holds all tokens; `prefix_order` is for whole files and
+holds WINDOW ids of each sequence at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from rmtool.tree import Ids
 
 NO_PARENT = -1
-WINDOW = 64  # ids compared at a time
+WINDOW = 128  # ids compared at a time
 _EQUAL = -1
 
 
@@ -46,7 +47,8 @@ class _Node:
 
 def build_forest(sequences: Sequence[Ids]) -> Forest:
     """The forest of all distinct prefixes; equal sequences end in the same node."""
-    order = prefix_order(sequences.__getitem__, range(len(sequences)))
+    keys = [_sortable(ids) for ids in sequences]
+    order = sorted(range(len(sequences)), key=keys.__getitem__)
     nodes: list[_Node] = []
     path: list[_Node] = []  # from the root to the end of the last sequence
     ends: dict[int, _Node] = {}
@@ -94,6 +96,11 @@ def shared_length(a: Ids, b: Ids) -> int:
     return first if limit and differs[first] else limit
 
 
+def _sortable(ids: Ids) -> bytes:
+    """Bytes that sort as the ids do, a beginning before what it begins."""
+    return ids.astype(">i4").tobytes()
+
+
 def prefix_order(read: Callable[[int], Ids], items: Sequence[int]) -> list[int]:
     """`items` in the lexicographic order of their ids; those with equal ids keep their order.
 
@@ -107,7 +114,7 @@ def prefix_order(read: Callable[[int], Ids], items: Sequence[int]) -> list[int]:
         if len(run) == 1 or start == _EQUAL:
             result += run
             continue
-        keys = {item: read(item)[start : start + WINDOW].astype(">i4").tobytes() for item in run}
+        keys = {item: _sortable(read(item)[start : start + WINDOW]) for item in run}
         groups = itertools.groupby(sorted(run, key=keys.__getitem__), key=keys.__getitem__)
         parts = [(list(same), start + WINDOW if len(key) == 4 * WINDOW else _EQUAL) for key, same in groups]
         pending += reversed(parts)

@@ -26,7 +26,7 @@ from rmtool import attention, compat
 from rmtool.errors import RmtoolError
 from rmtool.packing import Batch, PackedBatch, pack, pad, plan_packs, plan_reads
 from rmtool.readout import read_last_layer_sparsely
-from rmtool.tree import TokenTree
+from rmtool.tree import Ids, TokenTree, build_tree
 from rmtool.ui import Bar
 
 HEAD = "score"  # transformers' name for the last-token head of every decoder-only *ForSequenceClassification
@@ -151,15 +151,15 @@ def compute_rewards(model: RewardModel, trees: Sequence[TokenTree], budget: int,
     counts = [len(tree.responses) for tree in trees]
     starts, row_of = np.cumsum([0, *counts]), np.repeat(np.arange(len(counts)), counts)
 
-    def single(item: int) -> TokenTree:
+    def ids(item: int) -> Ids:
         row = row_of[item]
-        return trees[row].keep([item - starts[row]])
+        return trees[row].sequence(item - starts[row])
 
-    plan = plan_reads(lambda item: single(item).sequence(0), len(row_of), budget, not model.shares_prompts)
+    plan = plan_reads(ids, len(row_of), budget, not model.shares_prompts)
     values, read, distinct = np.empty(len(row_of)), 0.0, sum(map(len, plan.packs))
     for items in plan.packs:
         try:
-            values[items] = model(model.collate([single(item) for item in items])).cpu()
+            values[items] = model(model.collate([build_tree([ids(item)]) for item in items])).cpu()
         except torch.OutOfMemoryError as error:
             raise out_of_memory("--tokens-per-pack") from error
         before, read = read, read + len(items) / distinct

@@ -145,6 +145,8 @@ def plan_packs(trees: Sequence[TokenTree], budget: int, multiple: int = 1, padde
 
 def _evenly(trees: Sequence[TokenTree], budget: int, multiple: int) -> list[list[int]]:
     """Longest first, each to the lightest pack, with few packs that keep the budget: ranks then finish together."""
+    if multiple == 1 and sum(tree.unique_tokens for tree in trees) <= budget:
+        return [list(range(len(trees)))]
     groups, costs = _relatives(trees, budget)
     order = sorted(range(len(costs)), key=lambda group: (-costs[group], groups[group]))
     count = _round_up(min(len(costs), -(-sum(costs) // budget)), multiple)

@@ -7,6 +7,7 @@ is left of it however the process ends.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from array import array
 from collections.abc import Sequence
@@ -62,8 +63,9 @@ class TreeSpool(Sequence[TokenTree]):
             raise IndexError(index)
         if self._tokens is None:
             self._file.flush()
-            self._tokens = np.memmap(self._file, dtype=np.int32, mode="r")
-        tokens = np.array(self._tokens[self._start[index] : self._start[index + 1]])
-        lengths = self._lengths[self._first[index] : self._first[index + 1]]
-        prompt, *responses = np.split(tokens, np.cumsum(lengths[:-1]))
+            # A plain view: slices of a memmap object cost ten times as much.
+            self._tokens = np.memmap(self._file, dtype=np.int32, mode="r").view(np.ndarray)
+        first, last, start = self._first[index], self._first[index + 1], self._start[index]
+        ends = [start, *(start + end for end in itertools.accumulate(self._lengths[first:last]))]
+        prompt, *responses = (self._tokens[a:b] for a, b in itertools.pairwise(ends))
         return TokenTree(prompt, tuple(responses))

@@ -55,7 +55,7 @@ class TokenTree:
         return TokenTree(self.prompt, tuple(self.responses[index] for index in responses))
 
 
-def build_tree(sequences: Sequence[Sequence[int]]) -> TokenTree:
+def build_tree(sequences: Sequence[Sequence[int] | Ids]) -> TokenTree:
     """Share the longest common prefix of `sequences`; every sequence keeps at least its last token for itself."""
     arrays = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
     assert arrays
