@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from rmtool.packing import NO_PARENT, PackLayout
+from rmtool.forest import NO_PARENT
+from rmtool.packing import PackLayout
 
 NAME = "rmtool_packed"
 HALF = (torch.float16, torch.bfloat16)

@@ -95,7 +95,8 @@ def trial_trees(vocab_size: int, window: int | None, max_length: int) -> list[To
         (prompt[:11], (rng.integers(0, vocab_size, 6), prompt[11:12])),
         (brief, (rng.integers(0, vocab_size, 2), brief[:1])),
     )
-    return [build_tree([[*start, *rest] for rest in rests]) for start, rests in responses]
+    limit = max(2, max_length)  # no longer than what the model will be given
+    return [build_tree([[*start, *rest][:limit] for rest in rests]) for start, rests in responses]
 
 
 def trial_reason(

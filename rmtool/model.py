@@ -8,6 +8,7 @@ Cost: the weights, once; choosing the layout takes a few short forwards.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -121,7 +122,10 @@ def choose_layout(model: RewardModel, run: nn.Module, max_length: int) -> str | 
     shared, padded = partial(rewards, True), partial(rewards, False)
     reason = compat.declared_reason(model.backbone) or compat.trial_reason(trees, shared, padded, dtype)
     if reason is not None:
-        compat.require_padding(trees, padded, dtype)
+        # Without autocast: what rounding does to bf16 rewards would cover what padding does to them.
+        precision, model.precision = model.precision, "fp32"
+        compat.require_padding(trees, padded, trial_dtype(model))
+        model.precision = precision
     run.train(training)
     model.share_prompts(reason is None)
     return reason
@@ -151,9 +155,12 @@ def compute_rewards(model: RewardModel, trees: Sequence[TokenTree], budget: int,
     counts = [len(tree.responses) for tree in trees]
     starts, row_of = np.cumsum([0, *counts]), np.repeat(np.arange(len(counts)), counts)
 
+    @functools.lru_cache(maxsize=1)
+    def tree_of(row: int) -> TokenTree:
+        return trees[row]  # from a disk, it costs all its responses
+
     def ids(item: int) -> Ids:
-        row = row_of[item]
-        return trees[row].sequence(item - starts[row])
+        return tree_of(int(row_of[item])).sequence(item - starts[row_of[item]])
 
     plan = plan_reads(ids, len(row_of), budget, not model.shares_prompts)
     values, read, distinct = np.empty(len(row_of)), 0.0, sum(map(len, plan.packs))

@@ -18,6 +18,10 @@ import torch
 from rmtool.forest import NO_PARENT, build_forest, prefix_order, shared_length
 from rmtool.tree import Ids, TokenTree
 
+# The kernel for GPUs gathers every node's keys: a long prompt with very many short responses would have few tokens and
+# no end of keys.
+KEYS_PER_TOKEN = 16
+
 
 @dataclass(frozen=True)
 class PackLayout:
@@ -145,9 +149,10 @@ def plan_packs(trees: Sequence[TokenTree], budget: int, multiple: int = 1, padde
 
 def _evenly(trees: Sequence[TokenTree], budget: int, multiple: int) -> list[list[int]]:
     """Longest first, each to the lightest pack, with few packs that keep the budget: ranks then finish together."""
-    if multiple == 1 and sum(tree.unique_tokens for tree in trees) <= budget:
+    total = sum(tree.unique_tokens for tree in trees)
+    if multiple == 1 and total <= budget:
         return [list(range(len(trees)))]
-    groups, costs = _relatives(trees, budget)
+    groups, costs = _relatives(trees, budget, -(-total // multiple))
     order = sorted(range(len(costs)), key=lambda group: (-costs[group], groups[group]))
     count = _round_up(min(len(costs), -(-sum(costs) // budget)), multiple)
     packs = _spread(costs, order, count)
@@ -157,22 +162,26 @@ def _evenly(trees: Sequence[TokenTree], budget: int, multiple: int) -> list[list
     return [[item for group in members for item in groups[group]] for members in packs]
 
 
-def _relatives(trees: Sequence[TokenTree], budget: int) -> tuple[list[list[int]], list[int]]:
-    """Trees that share more than half of the shorter prompt, in groups within the budget; and what each group costs."""
-    firsts = [tree.sequences()[0] for tree in trees]
+def _relatives(trees: Sequence[TokenTree], budget: int, rank_share: int) -> tuple[list[list[int]], list[int]]:
+    """Trees that share more than half of the shorter prompt, in groups within the budget, none with more work than a
+    rank's share of it (else sharing would leave the others idle); and what each group costs.
+    """
+    firsts = [tree.sequence(0) for tree in trees]
     groups: list[list[int]] = []
     costs: list[int] = []
-    last = -1
+    last, work = -1, 0  # work: the last group's tokens without sharing among its trees
     for item in prefix_order(firsts.__getitem__, range(len(trees))):
         cost = trees[item].unique_tokens
         shared = shared_length(firsts[last], firsts[item]) if groups else 0
         half = min(len(tree.prompt) or tree.longest for tree in (trees[last], trees[item])) / 2
-        if groups and shared > half and costs[-1] + cost - shared <= budget:
+        if shared > half and costs[-1] + cost - shared <= budget and work + cost <= rank_share:
             groups[-1].append(item)
             costs[-1] += cost - min(shared, cost)
+            work += cost
         else:
             groups.append([item])
             costs.append(cost)
+            work = cost
         last = item
     return groups, costs
 
@@ -212,7 +221,7 @@ def plan_reads(read: Callable[[int], Ids], count: int, budget: int, padded: bool
     """Cut any number of sequences, each read once and alone, into packs of at most `budget` tokens.
 
     Sequences with the same beginning become neighbours and share it within their pack, wherever they stood in the
-    input; equal ones are read once. `read` gives a sequence's ids. Holds a few numbers per sequence (`prefix_order`).
+    input; equal ones are read once. `read` gives a sequence's ids. Holds up to 700 bytes per sequence (`prefix_order`).
     """
     same = np.arange(count)
     order, sizes = list[int](), list[tuple[int, int]]()  # of each distinct sequence: its length, what it shares
@@ -233,13 +242,14 @@ def plan_reads(read: Callable[[int], Ids], count: int, budget: int, padded: bool
 def _by_prefix(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
     """Runs of neighbours; a size is (tokens, those of them that the one before has too)."""
     packs: list[list[int]] = []
-    room = 0
+    room = keys = 0
     for item, (whole, shared) in enumerate(sizes):
-        if not packs or whole - shared > room:
+        if not packs or whole - shared > room or whole > keys:
             packs.append([])
-            room, shared = budget, 0
+            room, keys, shared = budget, KEYS_PER_TOKEN * budget, 0
         packs[-1].append(item)
         room -= whole - shared
+        keys -= whole
     return packs
 
 

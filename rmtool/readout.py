@@ -15,23 +15,25 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-# By the names that transformers gives them; a layer without them runs whole.
-PARTS = ("mlp", "self_attn.o_proj", "attention.dense", "attn.c_proj")
+# By the names that transformers gives them: a layer's attention, and what may follow it. Without one, it runs whole.
+ATTENTION = ("self_attn", "attention", "attn")
+PARTS = ("mlp", "self_attn.o_proj", "self_attn.dense", "attention.dense", "attn.c_proj")
 
 
 class Readout:
     """Hooks that keep parts of one layer to the rows in use. A padded batch passes unchanged."""
 
-    def __init__(self, layer: nn.Module, parts: list[nn.Module]):
+    def __init__(self, attention: nn.Module, parts: list[nn.Module]):
         self.rows: torch.Tensor | None = None  # int64[<= N]; None: all
         self.length = 0  # rows of the whole pack
-        # Read from the layer's own arguments: gradient checkpointing runs the layer again, perhaps after another pack.
-        layer.register_forward_pre_hook(self._see_layout, with_kwargs=True)
+        # Gradient checkpointing runs the layer's forward again, perhaps after another pack. What it runs again begins
+        # with attention, whose arguments are those of the pack; the layer's own hooks stay outside.
+        attention.register_forward_pre_hook(self._see_layout, with_kwargs=True)
         for part in parts:
             part.register_forward_pre_hook(self._keep_rows)
             part.register_forward_hook(self._spread_rows)
 
-    def _see_layout(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _see_layout(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         packed = kwargs.get("packed")
         self.rows = None if packed is None else packed.read_index
         self.length = 0 if packed is None else sum(packed.lengths)
@@ -56,8 +58,11 @@ def read_last_layer_sparsely(backbone: PreTrainedModel) -> list[str]:
     last = stacks[0][-1]
     named = dict(last.named_modules())
     names = [name for name in PARTS if name in named and _is_positionwise(named[name])]
+    attention = [named[name] for name in ATTENTION if name in named]
+    if not attention:
+        return []
     if names and not hasattr(last, "readout"):  # a second set of hooks would look for rows that the first took away
-        last.readout = Readout(last, [named[name] for name in names])  # type: ignore[assignment]
+        last.readout = Readout(attention[0], [named[name] for name in names])  # type: ignore[assignment]
     return names
 
 

@@ -24,6 +24,7 @@ bench train-smollm2-hh bench_train.py "${train[@]}"
 bench train-smollm2-hh-without-liger bench_train.py "${train[@]}" --liger off
 bench train-smollm2-rmb bench_train.py "${train[@]}" --data rmb
 bench train-1b-hh bench_train.py "${train[@]}" --random-llama 1b
+bench train-1b-hh-without-liger bench_train.py "${train[@]}" --random-llama 1b --liger off
 bench score-smollm2-hh bench_score.py --count 4096 --sample 512 "${peers[@]}"
 bench score-smollm2-16 bench_score.py --count 4096 --sample 512 --responses 16 "${peers[@]}"
 bench score-smollm2-16-long bench_score.py --count 1024 --sample 256 --responses 16 --min-prompt 512 "${peers[@]}"

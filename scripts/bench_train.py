@@ -7,7 +7,8 @@ In: preference pairs (a file, or hh and rmb of ../shared) and a causal LM. Out: 
 rmtool runs its own training loop (`rmtool.train.train_loop`), TRL its RewardTrainer: same checkpoint, same pairs in
 the same order, same AdamW, no dropout, no gradient checkpointing. They run in turn, a process each, --rounds times,
 TRL first with every batch size of --peer-batch, then with the one that was fastest. The first step of a process is
-warm-up: it counts in "all steps" only. The loss of every step is compared: without agreement there is no result.
+warm-up: it counts in "all steps" only. The loss of every step is compared: where they differ the script says so last
+and exits with 1.
 Cost: (1 + --steps) steps of --batch-size pairs per process; --rounds processes of rmtool, one more of TRL. TRL on two
 cores without bf16 hardware takes minutes a step in fp32, and about ten in bf16.
 """
@@ -181,7 +182,7 @@ def one_run(session: Session, spec: Event, system: str, batch: int, number: int)
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured, and what follows from it. TRL stands for its fastest batch size."""
+    """What was measured, and what follows from it. TRL stands for the fastest batch size that it was tried with."""
 
     args: argparse.Namespace
     saved: Event

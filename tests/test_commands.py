@@ -91,13 +91,14 @@ def test_a_score_does_not_depend_on_its_neighbours(rmtool: Any, model: Path, tmp
     assert alone == pytest.approx(whole, abs=1e-6)
 
 
+@pytest.mark.parametrize("change", [lambda path: write_jsonl(path, RESPONSES[::-1]), Path.unlink])
 def test_a_file_that_changes_while_it_is_scored_is_refused(
-    rmtool: Any, model: Path, tmp_path: Path, monkeypatch: Any
+    rmtool: Any, model: Path, tmp_path: Path, monkeypatch: Any, change: Any
 ) -> None:
     source = write_jsonl(tmp_path / "r.jsonl", RESPONSES)
 
     def meanwhile(*arguments: Any) -> Any:
-        write_jsonl(source, RESPONSES[::-1])
+        change(source)
         return compute_rewards(*arguments)
 
     from rmtool.model import compute_rewards

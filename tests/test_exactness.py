@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification
 from rmtool import compat
 from rmtool.attention import _one_node, packed_attention
 from rmtool.errors import RmtoolError
+from rmtool.forest import NO_PARENT
 from rmtool.model import RewardModel, choose_layout, draw_head, turn_dropout_off
-from rmtool.packing import NO_PARENT, pack
+from rmtool.packing import pack
 from rmtool.readout import read_last_layer_sparsely
 from rmtool.tree import TokenTree, build_tree
 
@@ -117,6 +118,22 @@ def test_the_last_layer_computes_only_the_tokens_that_are_read(family: str) -> N
     padded = model.collate(TREES)
     model(padded)
     assert rows[1:] == [padded.input_ids.shape[1]]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_layer_is_recomputed_with_the_rows_of_its_own_pack(reentrant: bool) -> None:
+    """Two packs of one size, the second forward before the first backward."""
+    shapes = (((20, (9, 6)),), ((11, (12, 12)),))
+    first, second = (random_trees(seed, shape) for seed, shape in enumerate(shapes))
+    model = build(FAMILIES["llama"])
+    expected = gradients(model, alone(model, first))
+    model.classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    model.share_prompts(True)
+    rewards = model(pack(first))
+    assert len(model(pack(second))) == len(rewards)
+    for name, gradient in gradients(model, rewards).items():
+        assert relative(gradient, expected[name]) < 1e-5, name
 
 
 def test_a_classifier_may_be_wrapped_twice() -> None:

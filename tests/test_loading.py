@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config, write_jsonl
+from transformers import AutoModelForSequenceClassification, Gemma2Config, GPT2Config
 
+from rmtool import compat
 from rmtool import model as models
 from rmtool.checkpoint import default_model, read_manifest, resolve_checkpoint, write_folder
 from rmtool.config import LoraConfig, Recipe
@@ -364,3 +366,24 @@ def test_large_blocks_are_reused(variables: dict[str, str], kept: bool) -> None:
     environment = {**os.environ, **variables, "CUDA_VISIBLE_DEVICES": ""}
     faults = int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
     assert (faults < 1000) == kept
+
+
+@pytest.mark.parametrize("positions", [8, 32, 48])
+def test_the_trial_is_no_longer_than_what_the_model_is_given(positions: int) -> None:
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=positions, num_labels=1)
+    classifier = AutoModelForSequenceClassification.from_config(config)
+    model = models.RewardModel(classifier, pad_id=0).eval()
+    assert models.choose_layout(model, model, positions) is None
+
+
+def test_padding_is_tried_without_the_rounding_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 the trial would have to allow so much that a model which padding changes passes."""
+    config = Gemma2Config(**tiny_config(97), num_labels=1)
+    model = models.RewardModel(
+        AutoModelForSequenceClassification.from_config(config), pad_id=0, precision="bf16"
+    ).eval()
+    tried: list[Any] = []
+    monkeypatch.setattr(compat, "require_padding", lambda *given: tried.append((given[2], model.precision)))
+    assert models.choose_layout(model, model, 512)
+    assert tried == [(torch.float32, "fp32")]
+    assert model.precision == "bf16"

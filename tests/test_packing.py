@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmtool.forest import WINDOW, prefix_order
-from rmtool.packing import NO_PARENT, pack, pad, plan_packs, plan_reads
+from rmtool.forest import NO_PARENT, WINDOW, prefix_order
+from rmtool.packing import KEYS_PER_TOKEN, pack, pad, plan_packs, plan_reads
 from rmtool.spool import TreeSpool
 from rmtool.tree import TokenTree, build_tree
 
@@ -94,6 +94,21 @@ def test_pairs_of_one_prompt_share_a_pack(order: list[int], ranks: int) -> None:
     trees = [build_tree([[*prompts[at % 4], at, 1], [*prompts[at % 4], at, 2]]) for at in order]
     packs = plan_packs(trees, 80, ranks)
     assert sum(pack([trees[item] for item in items]).input_ids.numel() for items in packs if items) == 4 * 30 + 12 * 3
+
+
+def test_relatives_do_not_leave_the_other_ranks_idle() -> None:
+    """Sixteen pairs under one long system prompt, eight ranks: each gets two."""
+    trees = [build_tree([[*range(2000), 5000 + at, 1], [*range(2000), 5000 + at, 2]]) for at in range(16)]
+    assert [len(items) for items in plan_packs(trees, 8192, 8)] == [2] * 8
+
+
+def test_a_long_prompt_with_many_short_responses_is_cut_by_its_keys() -> None:
+    sequences = [np.array([*range(400), at], dtype=np.int32) for at in range(900)]
+    plan = plan_reads(sequences.__getitem__, len(sequences), 1500)
+    assert len(plan.packs) > 1
+    for items in plan.packs:
+        batch = pack([build_tree([sequences[item]]) for item in items])
+        assert len(batch.layout.kv_index) <= KEYS_PER_TOKEN * 1500 + 400
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=30), st.integers(1, 40), st.booleans())

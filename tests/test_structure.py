@@ -22,7 +22,7 @@ ROWS = (
 WITHIN = {
     ("tree", "errors"), ("data", "errors"), ("data", "tree"), ("data", "data"),
     ("recipe", "errors"), ("recipe", "config"),
-    ("packing", "forest"), ("attention", "packing"), ("compat", "attention"),
+    ("packing", "forest"), ("attention", "forest"), ("attention", "packing"), ("compat", "attention"),
     ("model", "ui"), ("checkpoint", "ui"), ("tracking", "ui"), ("split", "ui"),
     ("loading", "model"), ("loading", "checkpoint"),
     ("train", "evaluate"), ("hub", "card"), ("hub", "hub_errors"), ("launch", "plan"), ("cli", "commands"),
