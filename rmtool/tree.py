@@ -43,7 +43,8 @@ class TokenTree:
 
     def sequence(self, index: int) -> Ids:
         """One response with its prompt before it."""
-        return np.concatenate((self.prompt, self.responses[index]))
+        response = self.responses[index]
+        return np.concatenate((self.prompt, response)) if len(self.prompt) else response
 
     def drop_left(self, count: int) -> TokenTree:
         """The tree without the first `count` tokens of its prompt."""
