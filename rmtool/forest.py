@@ -12,13 +12,11 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from rmtool.tree import Ids
 
 NO_PARENT = -1
 WINDOW = 128  # ids compared at a time
-_EQUAL = -1
+Window = Callable[[int, int, int], Ids]  # ids [start, stop) of an item
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,9 @@ def build_forest(sequences: Sequence[Ids]) -> Forest:
     nodes: list[_Node] = []
     path: list[_Node] = []  # from the root to the end of the last sequence
     ends: dict[int, _Node] = {}
-    last: Ids = np.empty(0, np.int32)
+    last = b""
     for index in order:
-        ids = sequences[index]
-        shared = shared_length(last, ids)
+        ids, shared = sequences[index], _shared(last, keys[index])
         while path and path[-1].start >= shared:
             path.pop()
         if path and path[-1].end > shared:
@@ -64,7 +61,7 @@ def build_forest(sequences: Sequence[Ids]) -> Forest:
             nodes.append(_Node(path[-1] if path else None, index, shared, len(ids)))
             path.append(nodes[-1])
         ends[index] = path[-1]
-        last = ids
+        last = keys[index]
     return _freeze(sequences, order, nodes, [ends[index] for index in range(len(sequences))])
 
 
@@ -88,34 +85,58 @@ def _freeze(sequences: Sequence[Ids], order: Sequence[int], nodes: list[_Node], 
     )
 
 
-def shared_length(a: Ids, b: Ids) -> int:
-    """Length of the longest common prefix."""
-    limit = min(len(a), len(b))
-    differs = a[:limit] != b[:limit]
-    first = int(differs.argmax()) if limit else 0
-    return first if limit and differs[first] else limit
-
-
 def _sortable(ids: Ids) -> bytes:
     """Bytes that sort as the ids do, a beginning before what it begins."""
     return ids.astype(">i4").tobytes()
 
 
-def prefix_order(read: Callable[[int], Ids], items: Sequence[int]) -> list[int]:
-    """`items` in the lexicographic order of their ids; those with equal ids keep their order.
+def _shared(a: bytes, b: bytes) -> int:
+    """Ids in the longest common prefix of two `_sortable`s."""
+    size = min(len(a), len(b))
+    differs = int.from_bytes(a[:size]) ^ int.from_bytes(b[:size])
+    return (8 * size - differs.bit_length()) // 32
 
-    `read` gives an item's ids. Only WINDOW ids of each are held at a time, so that millions of long sequences sort in
-    little memory.
+
+@dataclass(frozen=True)
+class _Run:
+    """Items that agree on their first `start` ids; `ended` if they have no more, so that they are equal. The first of
+    them shares `shared` ids with the item before it in the order.
     """
-    result: list[int] = []
-    pending = [(list(items), 0)]  # runs of items that agree on their first `start` ids; the last one comes first
+
+    items: list[int]
+    start: int
+    ended: bool
+    shared: int
+
+
+def prefix_order(read: Window, count: int) -> list[tuple[int, int]]:
+    """The items 0 to count - 1 in the lexicographic order of their ids, equal ones by their number; and with each how
+    many ids it shares with the one before it.
+
+    Only WINDOW ids of each are held at a time, so that millions of long sequences sort in little memory.
+
+    Args:
+        read: gives an item's ids [start, stop), fewer where it ends sooner.
+    """
+    result: list[tuple[int, int]] = []
+    pending = [_Run(list(range(count)), 0, not count, 0)]  # the last one comes first
     while pending:
-        run, start = pending.pop()
-        if len(run) == 1 or start == _EQUAL:
-            result += run
-            continue
-        keys = {item: _sortable(read(item)[start : start + WINDOW]) for item in run}
-        groups = itertools.groupby(sorted(run, key=keys.__getitem__), key=keys.__getitem__)
-        parts = [(list(same), start + WINDOW if len(key) == 4 * WINDOW else _EQUAL) for key, same in groups]
-        pending += reversed(parts)
+        run = pending.pop()
+        if run.ended or len(run.items) == 1:
+            result += zip(run.items, [run.shared, *[run.start] * (len(run.items) - 1)], strict=False)
+        else:
+            pending += reversed(_cut(run, read))
     return result
+
+
+def _cut(run: _Run, read: Window) -> list[_Run]:
+    """`run` by its next WINDOW ids, in order."""
+    keys = {item: _sortable(read(item, run.start, run.start + WINDOW)) for item in run.items}
+    parts: list[_Run] = []
+    last = b""
+    for key, items in itertools.groupby(sorted(run.items, key=keys.__getitem__), key=keys.__getitem__):
+        length = len(key) // 4
+        shared = run.start + _shared(last, key) if parts else run.shared
+        parts.append(_Run(list(items), run.start + length, length < WINDOW, shared))
+        last = key
+    return parts

@@ -20,6 +20,7 @@ from rmtool.config import LoraConfig, Recipe
 from rmtool.data.encode import CANNED, Encoder
 from rmtool.errors import Place, RmtoolError
 from rmtool.model import HEAD, PRECISIONS, RewardModel
+from rmtool.products import lacks_bf16
 from rmtool.tokenizer import ensure_pad_token, load_tokenizer
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
@@ -90,11 +91,9 @@ def load_for_use(
 
 def slow_precision(precision: str) -> list[str]:
     """What to tell the user of a precision that this machine has no instructions for."""
-    has = torch.cpu.get_capabilities()
-    emulated = has.get("architecture") == "x86_64" and not (has.get("amx_bf16") or has.get("avx512_bf16"))
-    if precision == "fp32" or default_device().type == "cuda" or not emulated:
+    if precision == "fp32" or default_device().type == "cuda" or not lacks_bf16():
         return []
-    return ["this CPU has no bf16 instructions: matrix products are several times slower than in fp32"]
+    return ["this CPU has no bf16 instructions: bf16 rounds as it should, but is no faster than fp32"]
 
 
 def keep_freed_memory() -> None:

@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from rmtool import attention, compat
 from rmtool.errors import RmtoolError
 from rmtool.packing import Batch, PackedBatch, pack, pad, plan_packs, plan_reads
+from rmtool.products import wide_products
 from rmtool.readout import read_last_layer_sparsely
 from rmtool.tree import Ids, TokenTree, build_tree
 from rmtool.ui import Bar
@@ -63,12 +65,16 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Rewards float32[N], in the order in which `pack` or `pad` laid the responses."""
-        half = self.precision != "fp32"
-        with torch.autocast(self.device.type, dtype=PRECISIONS[self.precision], enabled=half):
+        half = torch.autocast(self.device.type, dtype=PRECISIONS[self.precision], enabled=self.precision != "fp32")
+        with half, self.products():
             states = self._last_states(batch)
         with torch.autocast(self.device.type, enabled=False):
             head = getattr(self.classifier, HEAD)
             return head(states.to(next(head.parameters()).dtype))[:, 0].float()
+
+    def products(self) -> AbstractContextManager[Any]:
+        """A block that backwards run in, as forwards do: see `products.py`."""
+        return wide_products(self.device, self.precision)
 
     def _last_states(self, batch: Batch) -> torch.Tensor:
         """Hidden states of each response's last token, [N, hidden]."""
@@ -152,21 +158,25 @@ def compute_rewards(model: RewardModel, trees: Sequence[TokenTree], budget: int,
         RmtoolError: E0503 a pack does not fit into the device's memory.
     """
     model.eval()
-    counts = [len(tree.responses) for tree in trees]
-    starts, row_of = np.cumsum([0, *counts]), np.repeat(np.arange(len(counts)), counts)
+    sizes = [[len(tree.prompt) + len(response) for response in tree.responses] for tree in trees]
+    lengths = list(itertools.chain.from_iterable(sizes))
+    starts = list(itertools.accumulate(map(len, sizes), initial=0))
+    row_of = np.repeat(np.arange(len(sizes)), np.diff(starts)).tolist()
 
     @functools.lru_cache(maxsize=1)
     def tree_of(row: int) -> TokenTree:
         return trees[row]  # from a disk, it costs all its responses
 
-    def ids(item: int) -> Ids:
-        return tree_of(int(row_of[item])).sequence(item - starts[row_of[item]])
+    def window(item: int, start: int, stop: int) -> Ids:
+        row = row_of[item]
+        return tree_of(row).window(item - starts[row], start, stop)
 
-    plan = plan_reads(ids, len(row_of), budget, not model.shares_prompts)
-    values, read, distinct = np.empty(len(row_of)), 0.0, sum(map(len, plan.packs))
+    plan = plan_reads(window, lengths, budget, not model.shares_prompts)
+    values, read, distinct = np.empty(len(lengths)), 0.0, sum(map(len, plan.packs))
     for items in plan.packs:
         try:
-            values[items] = model(model.collate([build_tree([ids(item)]) for item in items])).cpu()
+            alone = [build_tree([window(item, 0, lengths[item])]) for item in items]
+            values[items] = model(model.collate(alone)).cpu()
         except torch.OutOfMemoryError as error:
             raise out_of_memory("--tokens-per-pack") from error
         before, read = read, read + len(items) / distinct

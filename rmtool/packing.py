@@ -9,14 +9,14 @@ Shapes: T unique tokens of a pack, S nodes (see `forest.py`), N responses, L lon
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from rmtool.forest import NO_PARENT, build_forest, prefix_order, shared_length
-from rmtool.tree import Ids, TokenTree
+from rmtool.forest import NO_PARENT, Forest, Window, build_forest, prefix_order
+from rmtool.tree import TokenTree
 
 # The kernel for GPUs gathers every node's keys: a long prompt with very many short responses would have few tokens and
 # no end of keys.
@@ -89,34 +89,39 @@ def pack(trees: Sequence[TokenTree]) -> PackedBatch:
     responses.
     """
     forest = build_forest([ids for tree in trees for ids in tree.sequences()])
-    lengths = [len(tokens) for tokens in forest.tokens]
+    lengths = np.array([len(tokens) for tokens in forest.tokens])
     last = np.cumsum(lengths) - 1
-    positions = [np.arange(depth, depth + length) for depth, length in zip(forest.depths, lengths, strict=True)]
     return PackedBatch(
         input_ids=torch.from_numpy(np.concatenate(forest.tokens).astype(np.int64))[None],
-        position_ids=torch.from_numpy(np.concatenate(positions))[None],
+        position_ids=torch.from_numpy(_runs(np.array(forest.depths), lengths))[None],
         reward_index=torch.from_numpy(last[list(forest.ends)]),
-        layout=_layout(lengths, forest.parents, sorted(set(forest.ends))),
+        layout=_layout(lengths, forest, last[sorted(set(forest.ends))]),
     )
 
 
-def _layout(lengths: Sequence[int], parents: Sequence[int], read: Sequence[int]) -> PackLayout:
+def _layout(lengths: np.ndarray, forest: Forest, read: np.ndarray) -> PackLayout:
     starts = np.concatenate(([0], np.cumsum(lengths)))
-    keys: list[np.ndarray] = []
-    for node, parent in enumerate(parents):
-        own = np.arange(starts[node], starts[node + 1])
-        keys.append(own if parent == NO_PARENT else np.concatenate((keys[parent], own)))
-    key_lengths = [len(key) for key in keys]
+    paths = list[list[int]]()
+    for node, parent in enumerate(forest.parents):
+        paths.append([*(paths[parent] if parent != NO_PARENT else ()), node])
+    on_paths = np.concatenate(paths)
+    key_lengths = np.array(forest.depths) + lengths
     return PackLayout(
-        lengths=tuple(lengths),
-        parents=tuple(parents),
+        lengths=tuple(lengths.tolist()),
+        parents=forest.parents,
         cu_seqlens_q=torch.from_numpy(starts.astype(np.int32)),
         cu_seqlens_k=torch.from_numpy(np.concatenate(([0], np.cumsum(key_lengths))).astype(np.int32)),
-        kv_index=torch.from_numpy(np.concatenate(keys)),
-        read_index=torch.from_numpy(starts[1:][list(read)] - 1),
-        max_q=max(lengths),
-        max_k=max(key_lengths),
+        kv_index=torch.from_numpy(_runs(starts[on_paths], lengths[on_paths])),
+        read_index=torch.from_numpy(read),
+        max_q=int(lengths.max()),
+        max_k=int(key_lengths.max()),
     )
+
+
+def _runs(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int64: `lengths[i]` whole numbers from `firsts[i]` on, for one i after the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(firsts - (ends - lengths), lengths) + np.arange(ends[-1])
 
 
 def pad(trees: Sequence[TokenTree], pad_id: int) -> PaddedBatch:
@@ -167,12 +172,12 @@ def _relatives(trees: Sequence[TokenTree], budget: int, rank_share: int) -> tupl
     rank's share of it (else sharing would leave the others idle); and what each group costs.
     """
     firsts = [tree.sequence(0) for tree in trees]
+    order = prefix_order(lambda item, start, stop: firsts[item][start:stop], len(trees))
     groups: list[list[int]] = []
     costs: list[int] = []
     last, work = -1, 0  # work: the last group's tokens without sharing among its trees
-    for item in prefix_order(firsts.__getitem__, range(len(trees))):
+    for item, shared in order:
         cost = trees[item].unique_tokens
-        shared = shared_length(firsts[last], firsts[item]) if groups else 0
         half = min(len(tree.prompt) or tree.longest for tree in (trees[last], trees[item])) / 2
         if shared > half and costs[-1] + cost - shared <= budget and work + cost <= rank_share:
             groups[-1].append(item)
@@ -217,24 +222,24 @@ class ReadPlan:
     same: np.ndarray
 
 
-def plan_reads(read: Callable[[int], Ids], count: int, budget: int, padded: bool = False) -> ReadPlan:
+def plan_reads(read: Window, lengths: Sequence[int], budget: int, padded: bool = False) -> ReadPlan:
     """Cut any number of sequences, each read once and alone, into packs of at most `budget` tokens.
 
     Sequences with the same beginning become neighbours and share it within their pack, wherever they stood in the
-    input; equal ones are read once. `read` gives a sequence's ids. Holds up to 700 bytes per sequence (`prefix_order`).
+    input; equal ones are read once. Holds up to 700 bytes per sequence (`prefix_order`).
+
+    Args:
+        read: gives a sequence's ids [start, stop), fewer where it ends sooner.
+        lengths: of each sequence.
     """
-    same = np.arange(count)
+    same = np.arange(len(lengths))
     order, sizes = list[int](), list[tuple[int, int]]()  # of each distinct sequence: its length, what it shares
-    last: Ids = np.empty(0, np.int32)
-    for item in prefix_order(read, range(count)):
-        ids = read(item)
-        shared = shared_length(last, ids)
-        if order and shared == len(ids) == len(last):
+    for item, shared in prefix_order(read, len(lengths)):
+        if order and shared == lengths[item]:
             same[item] = order[-1]
             continue
         order.append(item)
-        sizes.append((len(ids), shared))
-        last = ids
+        sizes.append((int(lengths[item]), shared))
     packs = _by_length([(1, whole) for whole, _ in sizes], budget) if padded else _by_prefix(sizes, budget)
     return ReadPlan([[order[at] for at in pack] for pack in packs], same)
 

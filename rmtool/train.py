@@ -67,7 +67,8 @@ class Trainer:
                 # A rank without work in this round runs a unit with weight zero: all ranks must take part.
                 pack_sums, loss = self._pack([units[item] for item in items] or units[:1])
                 weight = world / pairs if items else 0.0  # engines average gradients over ranks
-                self.accelerator.backward(loss * weight)
+                with self.model.products():
+                    self.accelerator.backward(loss * weight)
             if items:
                 sums += pack_sums
         total = self.accelerator.reduce(sums.vector().to(self.accelerator.device), "sum").cpu()

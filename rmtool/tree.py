@@ -46,6 +46,15 @@ class TokenTree:
         response = self.responses[index]
         return np.concatenate((self.prompt, response)) if len(self.prompt) else response
 
+    def window(self, index: int, start: int, stop: int) -> Ids:
+        """Ids [start, stop) of `sequence(index)`, fewer where it ends sooner."""
+        prompt, response, cut = self.prompt, self.responses[index], len(self.prompt)
+        if stop <= cut:
+            return prompt[start:stop]
+        if start >= cut:
+            return response[start - cut : stop - cut]
+        return np.concatenate((prompt[start:], response[: stop - cut]))
+
     def drop_left(self, count: int) -> TokenTree:
         """The tree without the first `count` tokens of its prompt."""
         assert 0 <= count <= len(self.prompt)
@@ -61,7 +70,9 @@ def build_tree(sequences: Sequence[Sequence[int] | Ids]) -> TokenTree:
     arrays = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
     assert arrays
     assert all(len(array) for array in arrays)
-    prefix = 0 if len(arrays) == 1 else common_prefix(arrays)
+    if len(arrays) == 1:
+        return TokenTree(arrays[0][:0], tuple(arrays))
+    prefix = common_prefix(arrays)
     return TokenTree(arrays[0][:prefix], tuple(array[prefix:] for array in arrays))
 
 

@@ -12,7 +12,7 @@ loading of the model and a short warm-up not (both are shown). They run in turn,
   pipeline  text-classification, at the batch size that was fastest on a sample
   sorted    all texts tokenised, sorted by length, right-padded batches of at most as many tokens as were fastest
 All rewards are compared: where they differ the script says so last and exits with 1.
-Cost: (3 * --rounds) forwards of all rows, and 5 + 4 of the sample.
+Cost: (3 * --rounds) forwards of all rows, and two of the sample for each size tried (a single one is not).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchlib import BenchError, Event, Session, emit, say, show
 
 # The largest difference of two systems' rewards. bf16 keeps 8 bits: what is added up in another order differs.
 AGREEMENT = {"fp32": 1e-3, "bf16": 0.25}
-CANDIDATES = {"pipeline": (1, 4, 8, 16, 32), "sorted": (512, 1024, 2048, 8192)}
+CANDIDATES = {"pipeline": "1,4,8,16,32", "sorted": "512,1024,2048,8192"}
 UNITS = {"pipeline": "responses at once", "sorted": "padded tokens at once"}
 OURS = "rmtool"
 PERCENTILES = (0, 10, 50, 90, 100)
@@ -67,9 +67,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--max-length", type=int, default=4096, help="rows with longer ones are left out (default 4096)"
     )
     parser.add_argument("--sample", type=int, default=32, help="responses to choose a batch size on (default 32)")
+    for system, sizes in CANDIDATES.items():
+        parser.add_argument(
+            f"--{system}-sizes", default=sizes, type=positive, help=f"{UNITS[system]}, tried on the sample ({sizes})"
+        )
     parser.add_argument("--rounds", type=int, default=3, help="processes of each system, in turn (default 3)")
     benchlib.add_peers(parser)
     return parser.parse_args(arguments)
+
+
+def positive(text: str) -> list[int]:
+    """Numbers above zero, with commas between them."""
+    sizes = [int(part) for part in text.split(",")]
+    if min(sizes) < 1:
+        raise ValueError
+    return sizes
 
 
 def main(args: argparse.Namespace) -> int:
@@ -110,7 +122,11 @@ def prepare(session: Session, args: argparse.Namespace, model: Path, data: Path)
 def tune(session: Session, args: argparse.Namespace) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
     """For each peer its fastest batch on the sample, and the responses per second of all that it tried."""
     best, tuned = dict[str, int](), dict[str, dict[str, float]]()
-    for system, candidates in CANDIDATES.items():
+    for system in CANDIDATES:
+        candidates = getattr(args, f"{system}_sizes")
+        if len(candidates) == 1:
+            best[system] = candidates[0]
+            continue
         events = session.run(f"tune-{system}", {**work_spec(session, args), "candidates": candidates}, peer=True)
         rates = {int(event["candidate"]): float(event["rate"]) for event in events}
         if not rates:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmtool.forest import NO_PARENT, WINDOW, prefix_order
+from rmtool.forest import NO_PARENT, WINDOW, Window, prefix_order
 from rmtool.packing import KEYS_PER_TOKEN, pack, pad, plan_packs, plan_reads
 from rmtool.spool import TreeSpool
-from rmtool.tree import TokenTree, build_tree
+from rmtool.tree import Ids, TokenTree, build_tree
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=5)
 
@@ -53,11 +55,28 @@ def test_a_pack_holds_every_distinct_prefix_once_and_reads_every_sequence(groups
         assert positions[keys].tolist() == list(range(len(keys)))
 
 
+def prefix_length(a: list[int], b: list[int]) -> int:
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def windows(arrays: Sequence[Ids]) -> Window:
+    return lambda item, start, stop: arrays[item][start:stop]
+
+
+@given(SEQUENCES, st.integers(0, 12), st.integers(0, 12))
+def test_a_window_is_a_slice_of_the_sequence(group: list[list[int]], start: int, length: int) -> None:
+    tree = build_tree(group)
+    for index, ids in enumerate(group):
+        assert tree.window(index, start, start + length).tolist() == ids[start : start + length]
+
+
 @given(st.lists(st.lists(st.integers(0, 1), max_size=2 * WINDOW + 3), max_size=9), st.integers(0, 2 * WINDOW))
-def test_the_prefix_order_is_that_of_sorted_and_keeps_equal_ones_in_order(lists: list[list[int]], same: int) -> None:
+def test_the_prefix_order_is_that_of_sorted_with_what_neighbours_share(lists: list[list[int]], same: int) -> None:
     arrays = [np.array([1] * same + ids, dtype=np.int32) for ids in lists]
-    expected = sorted(range(len(arrays)), key=lambda item: (arrays[item].tolist(), item))
-    assert prefix_order(arrays.__getitem__, range(len(arrays))) == expected
+    order = sorted(range(len(arrays)), key=lambda item: (arrays[item].tolist(), item))
+    lists = [arrays[item].tolist() for item in order]
+    shared = [prefix_length(*two) for two in itertools.pairwise([[], *lists])]
+    assert prefix_order(windows(arrays), len(arrays)) == list(zip(order, shared, strict=True))
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=4))
@@ -104,7 +123,7 @@ def test_relatives_do_not_leave_the_other_ranks_idle() -> None:
 
 def test_a_long_prompt_with_many_short_responses_is_cut_by_its_keys() -> None:
     sequences = [np.array([*range(400), at], dtype=np.int32) for at in range(900)]
-    plan = plan_reads(sequences.__getitem__, len(sequences), 1500)
+    plan = plan_reads(windows(sequences), [401] * 900, 1500)
     assert len(plan.packs) > 1
     for items in plan.packs:
         batch = pack([build_tree([sequences[item]]) for item in items])
@@ -114,7 +133,7 @@ def test_a_long_prompt_with_many_short_responses_is_cut_by_its_keys() -> None:
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=30), st.integers(1, 40), st.booleans())
 def test_every_distinct_sequence_is_read_once(sequences: list[list[int]], budget: int, padded: bool) -> None:
     arrays = [np.array(ids, dtype=np.int32) for ids in sequences]
-    plan = plan_reads(arrays.__getitem__, len(arrays), budget, padded)
+    plan = plan_reads(windows(arrays), list(map(len, arrays)), budget, padded)
     read = [item for items in plan.packs for item in items]
     assert sorted(sequences[item] for item in read) == sorted(map(list, {tuple(ids) for ids in sequences}))
     assert [sequences[item] for item in plan.same] == sequences

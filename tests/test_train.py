@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import pair_rows, tiny_config, write_jsonl
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtool import train
 from rmtool.checkpoint import read_manifest
@@ -132,6 +134,35 @@ def trainer(recipe: Recipe, source: Path) -> tuple[train.Trainer, Any]:
     accelerator = Accelerator(cpu=True)
     engine, optimizer = accelerator.prepare(model, build_optimizer(model, recipe.train))
     return train.Trainer(recipe, accelerator, model, engine, optimizer), split
+
+
+class HalfProducts(TorchDispatchMode):
+    """How many products reach torch in bf16, and in fp32, while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.seen[args[0].dtype] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_without_bf16_instructions_a_whole_step_multiplies_in_fp32(
+    checkpointing: bool, recipe: Recipe, causal_lm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for lacks in (False, True):
+        monkeypatch.setattr("rmtool.products.lacks_bf16", lambda lacks=lacks: lacks)
+        mine, split = trainer(set_(recipe, precision="bf16", gradient_checkpointing=checkpointing), causal_lm)
+        units = next(epoch_steps(split.train.records, split.train.trees, 0, 0, 8))
+        with HalfProducts() as products:
+            sums, norm = mine.step(units)
+        assert (products.seen[torch.bfloat16] == 0) == lacks
+        results.append((sums.loss, norm))
+    assert results[1] == pytest.approx(results[0], rel=2**-7)
 
 
 def test_a_step_equals_the_obvious_slow_one(recipe: Recipe, causal_lm: Path) -> None:

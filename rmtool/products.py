@@ -1,0 +1,70 @@
+"""Matrix products of bfloat16 numbers on a CPU that has no instructions for them.
+
+In: the operations that torch runs inside a `wide_products` block. Out: the same results; torch would multiply bfloat16
+by bfloat16 in loops 5 to 50 times slower than its fp32 products (scripts/SPEED.md). A product of two bfloat16 numbers
+is exact in fp32, and hardware adds such products up in fp32 too: only the order of the sums can differ.
+Cost: a copy of both factors in fp32 while a product runs; about 10 us of Python per operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+_ATEN = torch.ops.aten
+# What a forward with or without gradients is made of; under inference_mode torch hands on larger operations.
+_PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default}
+# Their second result, the logarithm of the softmax's sum, is fp32 anyway.
+_ATTENTION = {_ATEN._scaled_dot_product_flash_attention_for_cpu.default}
+_ATTENTION_BACKWARD = {_ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default}
+
+
+def lacks_bf16() -> bool:
+    """Whether torch has no fast bfloat16 products on this CPU."""
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def wide_products(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """A block for forwards and backwards in `precision`; it changes nothing where bfloat16 is fast or not used."""
+    if device.type != "cpu" or precision == "fp32" or not lacks_bf16():
+        return contextlib.nullcontext()
+    return _WideProducts()
+
+
+class _WideProducts(TorchDispatchMode):
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        half = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.bfloat16
+        if half and func in _PRODUCTS | _ATTENTION_BACKWARD:
+            return _each(_round, _in_fp32(func, args, kwargs))
+        if half and func in _ATTENTION:
+            output, *rest = _in_fp32(func, args, kwargs)
+            return _round(output), *rest
+        return func(*args, **kwargs)
+
+
+def _in_fp32(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*_each(_widen, args), **_each(_widen, kwargs))
+
+
+def _each(change: Callable[[torch.Tensor], torch.Tensor], tensors: Any) -> Any:
+    return tree_map_only(torch.Tensor, change, tensors)
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+def _round(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.bfloat16()
