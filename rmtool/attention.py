@@ -134,4 +134,5 @@ def _varlen(
     return output[None]
 
 
-AttentionInterface.register(NAME, packed_attention)
+# Outside of compiled layers: it loops over the nodes of one pack, and each pack has others.
+AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))

@@ -54,6 +54,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     liger: Literal["auto", "off"] = "auto"  # auto: on CUDA devices
+    compile: bool = False  # torch.compile for the decoder layers; its start takes longer than short runs gain
     eval_every: int | None = None  # optimiser steps; evaluation at the end happens in any case
     save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the final checkpoint
 

@@ -15,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rmtool.layers import decoder_layers
+
 # By the names that transformers gives them: a layer's attention, and what may follow it. Without one, it runs whole.
 ATTENTION = ("self_attn", "attention", "attn")
 PARTS = ("mlp", "self_attn.o_proj", "self_attn.dense", "attention.dense", "attn.c_proj")
@@ -50,12 +52,10 @@ class Readout:
 
 def read_last_layer_sparsely(backbone: PreTrainedModel) -> list[str]:
     """Install the hooks; returns the names of the parts that they keep to the rows read (none: nothing changed)."""
-    layers = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
-    count = backbone.config.get_text_config().num_hidden_layers
-    stacks = [module for module in layers if len(module) == count]
-    if len(stacks) != 1:
+    layers = decoder_layers(backbone)
+    if not layers:
         return []
-    last = stacks[0][-1]
+    last = layers[-1]
     named = dict(last.named_modules())
     names = [name for name in PARTS if name in named and _is_positionwise(named[name])]
     attention = [named[name] for name in ATTENTION if name in named]

@@ -29,6 +29,7 @@ from rmtool.checkpoint import HELD_OUT_FILE, Manifest, public_name, resolve_chec
 from rmtool.config import Recipe
 from rmtool.data.encode import Encoded, Encoder
 from rmtool.errors import ExitCode, RmtoolError
+from rmtool.layers import compile_layers
 from rmtool.loading import merge_adapters, training_encoder, training_model
 from rmtool.loss import bradley_terry
 from rmtool.metrics import PairSums
@@ -212,6 +213,8 @@ def run(folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     optimizer = build_optimizer(model, recipe.train)
     engine, optimizer = accelerator.prepare(model, optimizer)
     reason = models.choose_layout(model, engine, encoder.max_length)
+    if recipe.train.compile:  # after the trials of both layouts, of which one is used
+        more += [f"compiled layers: {compile_layers(model.backbone)}"]
     sharing = f"padded, because {reason}" if reason else "computed once for both responses of a pair"
     for notice in (*notices, *more, f"prompts: {sharing}", describe_data(split)):
         ui.say(notice)
@@ -246,6 +249,11 @@ def main() -> None:
         traceback.print_exc()
         full = models.out_of_memory("train.tokens_per_pack, or set train.gradient_checkpointing=true")
         status = {"exit": int(full.exit_code), "error": full.as_dict()}
+    except torch._dynamo.exc.TorchDynamoException as error:
+        traceback.print_exc()
+        hint = "set train.compile=false, or install a C++ compiler (on a GPU also Triton)"
+        failed = RmtoolError("E0504", f"torch cannot compile the layers here: {models.first_line(error)}", hint)
+        status = {"exit": int(failed.exit_code), "error": failed.as_dict()}
     except Exception:  # noqa: BLE001 - the last line of defence: said, written down, and passed on as a bug
         traceback.print_exc()
         status = {"exit": int(ExitCode.BUG), "error": None}

@@ -18,6 +18,7 @@ from rmtool import compat
 from rmtool.attention import _one_node, packed_attention
 from rmtool.errors import RmtoolError
 from rmtool.forest import NO_PARENT
+from rmtool.layers import compile_layers
 from rmtool.model import RewardModel, choose_layout, draw_head, turn_dropout_off
 from rmtool.packing import pack
 from rmtool.readout import read_last_layer_sparsely
@@ -280,3 +281,25 @@ def test_a_reward_does_not_depend_on_its_batch(seed: int, order: list[int], budg
 
 
 MODEL = build(FAMILIES["llama"])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_compiled_layers_are_exact_and_compiled_once_for_all_lengths(family: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = copy.deepcopy(FAMILIES[family])
+    config.update({"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2})
+    model = build(config)
+    model.share_prompts(True)
+    expected = model(model.collate(TREES))
+    expected_gradients = gradients(model, expected)
+    assert compile_layers(model.backbone, "aot_eager") == 3
+    rewards = model(model.collate(TREES))
+    assert relative(rewards, expected) < 1e-6
+    for name, gradient in gradients(model, rewards).items():
+        assert relative(gradient, expected_gradients[name]) < 1e-6, name
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for seed in range(4):
+        model(model.collate(random_trees(seed, ((9 + seed, (3 + 2 * seed, 4)),) * (seed + 1))))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

@@ -9,6 +9,7 @@ import torch
 from test_exactness import FAMILIES, TREES, alone, build, gradients, relative
 
 from rmtool.attention import _node_by_node, _varlen
+from rmtool.layers import compile_layers
 from rmtool.model import apply_liger, choose_layout
 from rmtool.packing import pack
 
@@ -31,9 +32,10 @@ def test_one_kernel_call_equals_the_loop(window: int | None) -> None:
         assert relative(one.float(), other.float()) < 1e-2
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("liger", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral_window"])
-def test_rewards_and_gradients_on_the_gpu(family: str, liger: bool) -> None:
+def test_rewards_and_gradients_on_the_gpu(family: str, liger: bool, compiled: bool) -> None:
     model = build(FAMILIES[family])
     expected = alone(model, TREES)
     expected_gradients = gradients(model, expected)
@@ -41,6 +43,8 @@ def test_rewards_and_gradients_on_the_gpu(family: str, liger: bool) -> None:
         apply_liger(model.classifier)
     model = model.cuda()
     assert choose_layout(model, model, 512) is None
+    if compiled:
+        assert compile_layers(model.backbone) == 1
     rewards: Any = model(model.collate(TREES)).cpu()
     assert relative(rewards, expected) < 1e-3
     for name, gradient in gradients(model, rewards).items():

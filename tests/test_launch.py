@@ -180,3 +180,33 @@ def until(holds: Callable[[], bool], seconds: float = 90.0) -> None:
     while not holds():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.1)
+
+
+COMPILED = ("train", "--recipe", "debug", "--set", "train.compile=true", "--set", "train.max_steps=3")
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_others_do(tmp_path: Path) -> None:
+    """Inductor's own kernels, on the debug recipe: the same metrics."""
+    losses = []
+    for arguments in (COMPILED, (*COMPILED, "--set", "train.compile=false")):
+        folder = tmp_path / str(len(losses))
+        folder.mkdir()
+        shown = shell(*arguments, cwd=folder)
+        assert shown.returncode == 0, shown.stderr
+        assert ("compiled layers: " in shown.stderr) == (not losses)
+        rows = [json.loads(line) for line in (folder / "runs/debug/metrics.jsonl").read_text().splitlines()]
+        losses.append([[row["train/rm/loss"], row["grad_norm"]] for row in rows])
+    assert len(losses[0]) == 3
+    for one, other in zip(*losses, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    shown = shell(*COMPILED, cwd=tmp_path)
+    assert shown.returncode == 5
+    assert "E0504" in shown.stderr
+    assert "train.compile=false" in shown.stderr
