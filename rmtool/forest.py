@@ -3,19 +3,20 @@
 In: id sequences. Out: an order in which sequences with the same beginning are neighbours, or the `Forest` itself:
 nodes, each a run of tokens with a parent whose tokens (and those of its own parents) come before.
 Cost: O(tokens) and one sort. `build_forest` is for packs and holds all tokens; `prefix_order` is for whole files and
-holds WINDOW ids of each sequence at a time.
+holds a window of each sequence at a time.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rmtool.tree import Ids
 
 NO_PARENT = -1
-WINDOW = 128  # ids compared at a time
+# Ids of an item compared at a time, and of all items together, within these bounds.
+SHORTEST_WINDOW, LONGEST_WINDOW, WINDOWS = 32, 1024, 2**22
 Window = Callable[[int, int, int], Ids]  # ids [start, stop) of an item
 
 
@@ -97,46 +98,41 @@ def _shared(a: bytes, b: bytes) -> int:
     return (8 * size - differs.bit_length()) // 32
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Items that agree on their first `start` ids; `ended` if they have no more, so that they are equal. The first of
-    them shares `shared` ids with the item before it in the order.
-    """
-
-    items: list[int]
-    start: int
-    ended: bool
-    shared: int
-
-
-def prefix_order(read: Window, count: int) -> list[tuple[int, int]]:
+def prefix_order(read: Window, count: int) -> Iterator[tuple[int, int]]:
     """The items 0 to count - 1 in the lexicographic order of their ids, equal ones by their number; and with each how
     many ids it shares with the one before it.
 
-    Only WINDOW ids of each are held at a time, so that millions of long sequences sort in little memory.
+    Only a window of the ids of each is held at a time, a short one where there are many, so that millions of long
+    sequences sort in little memory.
 
     Args:
         read: gives an item's ids [start, stop), fewer where it ends sooner.
     """
-    result: list[tuple[int, int]] = []
-    pending = [_Run(list(range(count)), 0, not count, 0)]  # the last one comes first
+    pending = [_cut(range(count), 0, 0, read)]  # the items of each agree in all windows of those before it
     while pending:
-        run = pending.pop()
-        if run.ended or len(run.items) == 1:
-            result += zip(run.items, [run.shared, *[run.start] * (len(run.items) - 1)], strict=False)
+        items, start, ended, shared = next(pending[-1], _NOTHING)
+        if not items:
+            pending.pop()
+        elif ended or len(items) == 1:
+            yield items[0], shared
+            yield from ((item, start) for item in items[1:])
         else:
-            pending += reversed(_cut(run, read))
-    return result
+            pending.append(_cut(items, start, shared, read))
 
 
-def _cut(run: _Run, read: Window) -> list[_Run]:
-    """`run` by its next WINDOW ids, in order."""
-    keys = {item: _sortable(read(item, run.start, run.start + WINDOW)) for item in run.items}
-    parts: list[_Run] = []
-    last = b""
-    for key, items in itertools.groupby(sorted(run.items, key=keys.__getitem__), key=keys.__getitem__):
-        length = len(key) // 4
-        shared = run.start + _shared(last, key) if parts else run.shared
-        parts.append(_Run(list(items), run.start + length, length < WINDOW, shared))
+_NOTHING: tuple[Sequence[int], int, bool, int] = ((), 0, True, 0)
+
+
+def _cut(items: Sequence[int], start: int, shared: int, read: Window) -> Iterator[tuple[Sequence[int], int, bool, int]]:
+    """`items`, which agree on their first `start` ids, in groups by the next ones, in order: the group, on how many ids
+    it agrees, whether its items end there, and how many ids its first one shares with the item before it.
+    """
+    window = max(SHORTEST_WINDOW, min(LONGEST_WINDOW, WINDOWS // max(1, len(items))))
+    keys = [_sortable(read(item, start, start + window)) for item in items]
+    order = sorted(range(len(items)), key=keys.__getitem__)
+    last: bytes | None = None
+    for key, same in itertools.groupby(order, key=keys.__getitem__):
+        if last is not None:
+            shared = start + _shared(last, key)
+        yield [items[at] for at in same], start + len(key) // 4, len(key) < 4 * window, shared
         last = key
-    return parts

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -158,10 +159,11 @@ def compute_rewards(model: RewardModel, trees: Sequence[TokenTree], budget: int,
         RmtoolError: E0503 a pack does not fit into the device's memory.
     """
     model.eval()
-    sizes = [[len(tree.prompt) + len(response) for response in tree.responses] for tree in trees]
-    lengths = list(itertools.chain.from_iterable(sizes))
-    starts = list(itertools.accumulate(map(len, sizes), initial=0))
-    row_of = np.repeat(np.arange(len(sizes)), np.diff(starts)).tolist()
+    lengths, starts, row_of = array("q"), array("q", [0]), array("q")
+    for row, tree in enumerate(trees):
+        lengths.extend(len(tree.prompt) + len(response) for response in tree.responses)
+        starts.append(len(lengths))
+        row_of.extend([row] * len(tree.responses))
 
     @functools.lru_cache(maxsize=1)
     def tree_of(row: int) -> TokenTree:

@@ -9,6 +9,7 @@ Shapes: T unique tokens of a pack, S nodes (see `forest.py`), N responses, L lon
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -226,29 +227,30 @@ def plan_reads(read: Window, lengths: Sequence[int], budget: int, padded: bool =
     """Cut any number of sequences, each read once and alone, into packs of at most `budget` tokens.
 
     Sequences with the same beginning become neighbours and share it within their pack, wherever they stood in the
-    input; equal ones are read once. Holds up to 700 bytes per sequence (`prefix_order`).
+    input; equal ones are read once. Holds some 350 bytes per sequence (`prefix_order`).
 
     Args:
         read: gives a sequence's ids [start, stop), fewer where it ends sooner.
         lengths: of each sequence.
     """
     same = np.arange(len(lengths))
-    order, sizes = list[int](), list[tuple[int, int]]()  # of each distinct sequence: its length, what it shares
+    order, sizes, shares = array("q"), array("q"), array("q")  # of each distinct sequence: length, what it shares
     for item, shared in prefix_order(read, len(lengths)):
         if order and shared == lengths[item]:
             same[item] = order[-1]
             continue
         order.append(item)
-        sizes.append((int(lengths[item]), shared))
-    packs = _by_length([(1, whole) for whole, _ in sizes], budget) if padded else _by_prefix(sizes, budget)
+        sizes.append(lengths[item])
+        shares.append(shared)
+    packs = _by_length([(1, size) for size in sizes], budget) if padded else _by_prefix(sizes, shares, budget)
     return ReadPlan([[order[at] for at in pack] for pack in packs], same)
 
 
-def _by_prefix(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
-    """Runs of neighbours; a size is (tokens, those of them that the one before has too)."""
+def _by_prefix(sizes: Sequence[int], shares: Sequence[int], budget: int) -> list[list[int]]:
+    """Runs of neighbours; of each its tokens, and how many of them the one before has too."""
     packs: list[list[int]] = []
     room = keys = 0
-    for item, (whole, shared) in enumerate(sizes):
+    for item, (whole, shared) in enumerate(zip(sizes, shares, strict=True)):
         if not packs or whole - shared > room or whole > keys:
             packs.append([])
             room, keys, shared = budget, KEYS_PER_TOKEN * budget, 0

@@ -7,7 +7,6 @@ is left of it however the process ends.
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from array import array
 from collections.abc import Sequence
@@ -65,7 +64,8 @@ class TreeSpool(Sequence[TokenTree]):
             self._file.flush()
             # A plain view: slices of a memmap object cost ten times as much.
             self._tokens = np.memmap(self._file, dtype=np.int32, mode="r").view(np.ndarray)
-        first, last, start = self._first[index], self._first[index + 1], self._start[index]
-        ends = [start, *(start + end for end in itertools.accumulate(self._lengths[first:last]))]
-        prompt, *responses = (self._tokens[a:b] for a, b in itertools.pairwise(ends))
-        return TokenTree(prompt, tuple(responses))
+        pieces, start = list[Ids](), self._start[index]
+        for length in self._lengths[self._first[index] : self._first[index + 1]]:
+            pieces.append(self._tokens[start : start + length])
+            start += length
+        return TokenTree(pieces[0], tuple(pieces[1:]))

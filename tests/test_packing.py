@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmtool.forest import NO_PARENT, WINDOW, Window, prefix_order
+from rmtool.forest import NO_PARENT, Window, prefix_order
 from rmtool.packing import KEYS_PER_TOKEN, pack, pad, plan_packs, plan_reads
 from rmtool.spool import TreeSpool
 from rmtool.tree import Ids, TokenTree, build_tree
@@ -70,13 +71,17 @@ def test_a_window_is_a_slice_of_the_sequence(group: list[list[int]], start: int,
         assert tree.window(index, start, start + length).tolist() == ids[start : start + length]
 
 
-@given(st.lists(st.lists(st.integers(0, 1), max_size=2 * WINDOW + 3), max_size=9), st.integers(0, 2 * WINDOW))
-def test_the_prefix_order_is_that_of_sorted_with_what_neighbours_share(lists: list[list[int]], same: int) -> None:
+@given(st.lists(st.lists(st.integers(0, 1), max_size=12), max_size=9), st.integers(0, 9), st.sampled_from((1, 4, 1024)))
+def test_the_prefix_order_is_that_of_sorted_with_what_neighbours_share(
+    lists: list[list[int]], same: int, window: int
+) -> None:
     arrays = [np.array([1] * same + ids, dtype=np.int32) for ids in lists]
     order = sorted(range(len(arrays)), key=lambda item: (arrays[item].tolist(), item))
     lists = [arrays[item].tolist() for item in order]
     shared = [prefix_length(*two) for two in itertools.pairwise([[], *lists])]
-    assert prefix_order(windows(arrays), len(arrays)) == list(zip(order, shared, strict=True))
+    with patch("rmtool.forest.SHORTEST_WINDOW", 1), patch("rmtool.forest.LONGEST_WINDOW", window):
+        found = list(prefix_order(windows(arrays), len(arrays)))
+    assert found == list(zip(order, shared, strict=True))
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=4))
