@@ -209,6 +209,10 @@ def _check(recipe: Recipe, file: str) -> None:
         (train.max_steps is None or train.max_steps >= 1, "train.max_steps is at least 1"),
         (train.eval_every is None or train.eval_every >= 1, "train.eval_every is at least 1"),
         (train.tokens_per_pack >= 1, "train.tokens_per_pack is at least 1"),
+        (
+            not (train.compile and train.gradient_checkpointing),
+            "train.compile and train.gradient_checkpointing exclude each other: torch compiles no checkpointed layer",
+        ),
         (0 < train.learning_rate < float("inf"), "train.learning_rate is above 0"),
         (train.warmup_steps >= 0, "train.warmup_steps is at least 0"),
         (train.weight_decay >= 0, "train.weight_decay is at least 0"),

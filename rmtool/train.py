@@ -202,6 +202,13 @@ def _manifest(
     )
 
 
+def _compile(model: RewardModel) -> str:
+    """Compile the layers; says how many, or why none."""
+    if not isinstance(model.products(), contextlib.nullcontext):
+        return "none, because torch compiles nothing where bf16 products are computed in fp32"
+    return str(compile_layers(model.backbone))
+
+
 def run(folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     """Train as config.yaml in `folder` says."""
     recipe = load_recipe(str(folder / CONFIG_FILE))
@@ -214,7 +221,7 @@ def run(folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     engine, optimizer = accelerator.prepare(model, optimizer)
     reason = models.choose_layout(model, engine, encoder.max_length)
     if recipe.train.compile:  # after the trials of both layouts, of which one is used
-        more += [f"compiled layers: {compile_layers(model.backbone)}"]
+        more += [f"compiled layers: {_compile(model)}"]
     sharing = f"padded, because {reason}" if reason else "computed once for both responses of a pair"
     for notice in (*notices, *more, f"prompts: {sharing}", describe_data(split)):
         ui.say(notice)

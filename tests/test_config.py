@@ -78,6 +78,7 @@ WRONG: list[tuple[str, str, str]] = [
     ("track.wandb=maybe", "E0205", "true or false"),
     ("launch.nodes=2", "E0205", "several processes"),
     ("data.holdout=5", "E0205", ""),
+    ("train.compile=true", "E0205", "torch compiles no checkpointed layer"),
 ]
 
 
@@ -85,6 +86,7 @@ WRONG: list[tuple[str, str, str]] = [
 def test_a_wrong_value_is_refused(tmp_path: Path, setting: str, id: str, words: str) -> None:
     path = write(tmp_path, "name: n\n" + MINIMAL)
     extra = [("data.eval", ["y.jsonl"])] if setting.startswith("data.holdout") else []
+    extra += [("train.gradient_checkpointing", True)] if setting.startswith("train.compile=") else []
     with pytest.raises(RmtoolError) as caught:
         load_recipe(path, [*extra, parse_set(setting)])
     assert (caught.value.id, caught.value.exit_code) == (id, 2)

@@ -118,7 +118,14 @@ def group_members(session: int) -> list[int]:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_run_leaves_no_process_and_can_be_run_again(number: int, code: int, tmp_path: Path) -> None:
     command = [PROGRAM, "train", "--recipe", "debug", "--set", "train.epochs=100"]
-    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # A shell that runs the tests in the background has them ignore Ctrl-C, and every program they start.
+    running = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     metrics = tmp_path / "runs/debug/metrics.jsonl"
     until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
     if number == signal.SIGTERM:

@@ -165,6 +165,15 @@ def test_without_bf16_instructions_a_whole_step_multiplies_in_fp32(
     assert results[1] == pytest.approx(results[0], rel=2**-7)
 
 
+@pytest.mark.parametrize("lacks", [False, True])
+def test_what_is_not_compiled_is_said(
+    lacks: bool, recipe: Recipe, causal_lm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rmtool.products.lacks_bf16", lambda: lacks)
+    mine, _ = trainer(set_(recipe, precision="bf16"), causal_lm)
+    assert train._compile(mine.model).startswith("none, because" if lacks else "1")
+
+
 def test_a_step_equals_the_obvious_slow_one(recipe: Recipe, causal_lm: Path) -> None:
     """Each response alone through transformers, the mean loss over the step's pairs, one backward."""
     mine, split = trainer(set_(recipe, max_grad_norm=None), causal_lm)
