@@ -9,6 +9,7 @@ holds a window of each sequence at a time.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -98,6 +99,18 @@ def _shared(a: bytes, b: bytes) -> int:
     return (8 * size - differs.bit_length()) // 32
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Neighbours in the order. Open: they agree on `start` ids, and the first one shares `shared` with the item before
+    it. With `shares`, one number per item, their own order is known.
+    """
+
+    items: Sequence[int]
+    start: int = 0
+    shared: int = 0
+    shares: array[int] | None = None
+
+
 def prefix_order(read: Window, count: int) -> Iterator[tuple[int, int]]:
     """The items 0 to count - 1 in the lexicographic order of their ids, equal ones by their number; and with each how
     many ids it shares with the one before it.
@@ -108,31 +121,33 @@ def prefix_order(read: Window, count: int) -> Iterator[tuple[int, int]]:
     Args:
         read: gives an item's ids [start, stop), fewer where it ends sooner.
     """
-    pending = [_cut(range(count), 0, 0, read)]  # the items of each agree in all windows of those before it
+    pending = [_Run(range(count))]  # the next one is the last
     while pending:
-        items, start, ended, shared = next(pending[-1], _NOTHING)
-        if not items:
-            pending.pop()
-        elif ended or len(items) == 1:
-            yield items[0], shared
-            yield from ((item, start) for item in items[1:])
+        run = pending.pop()
+        if run.shares is None:
+            pending += reversed(_cut(run, read))
         else:
-            pending.append(_cut(items, start, shared, read))
+            yield from zip(run.items, run.shares, strict=True)
 
 
-_NOTHING: tuple[Sequence[int], int, bool, int] = ((), 0, True, 0)
-
-
-def _cut(items: Sequence[int], start: int, shared: int, read: Window) -> Iterator[tuple[Sequence[int], int, bool, int]]:
-    """`items`, which agree on their first `start` ids, in groups by the next ones, in order: the group, on how many ids
-    it agrees, whether its items end there, and how many ids its first one shares with the item before it.
-    """
-    window = max(SHORTEST_WINDOW, min(LONGEST_WINDOW, WINDOWS // max(1, len(items))))
-    keys = [_sortable(read(item, start, start + window)) for item in items]
-    order = sorted(range(len(items)), key=keys.__getitem__)
+def _cut(run: _Run, read: Window) -> list[_Run]:
+    """An open run, cut by its items' next ids."""
+    window = max(SHORTEST_WINDOW, min(LONGEST_WINDOW, WINDOWS // max(1, len(run.items))))
+    keys = [_sortable(read(item, run.start, run.start + window)) for item in run.items]
+    parts = list[_Run]()
     last: bytes | None = None
-    for key, same in itertools.groupby(order, key=keys.__getitem__):
-        if last is not None:
-            shared = start + _shared(last, key)
-        yield [items[at] for at in same], start + len(key) // 4, len(key) < 4 * window, shared
-        last = key
+    for key, places in itertools.groupby(sorted(range(len(keys)), key=keys.__getitem__), key=keys.__getitem__):
+        items = array("q", (run.items[at] for at in places))
+        shared = run.shared if last is None else run.start + _shared(last, key)
+        end, last = run.start + len(key) // 4, key
+        if len(items) > 1 and len(key) == 4 * window:
+            parts.append(_Run(items, end, shared))
+            continue
+        if not parts or parts[-1].shares is None:
+            parts.append(_Run(array("q"), shares=array("q")))  # one for all settled neighbours: there may be millions
+        settled = parts[-1]
+        assert isinstance(settled.items, array)
+        assert settled.shares is not None
+        settled.items.extend(items)
+        settled.shares.extend([shared, *[end] * (len(items) - 1)])
+    return parts

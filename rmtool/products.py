@@ -1,8 +1,10 @@
 """Matrix products of bfloat16 numbers on a CPU that has no instructions for them.
 
-In: the operations that torch runs inside a `wide_products` block. Out: the same results; torch would multiply bfloat16
-by bfloat16 in loops 5 to 50 times slower than its fp32 products (scripts/SPEED.md). A product of two bfloat16 numbers
-is exact in fp32, and hardware adds such products up in fp32 too: only the order of the sums can differ.
+In: the operations that torch runs inside a `wide_products` block, with gradients or under no_grad (under inference_mode
+torch hands on larger operations, which are left alone). Out: the same matrix products; torch would compute them in
+loops 5 to 50 times slower than in fp32 (scripts/SPEED.md). A product of two bfloat16 numbers is exact in fp32, and
+hardware adds such products up in fp32 too: only the order of the sums can differ. Attention keeps its probabilities in
+fp32 and rounds its result.
 Cost: a copy of both factors in fp32 while a product runs; about 10 us of Python per operation.
 """
 
@@ -17,16 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 _ATEN = torch.ops.aten
-# What a forward with or without gradients is made of; under inference_mode torch hands on larger operations.
-_PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default}
-# Their second result, the logarithm of the softmax's sum, is fp32 anyway.
-_ATTENTION = {_ATEN._scaled_dot_product_flash_attention_for_cpu.default}
-_ATTENTION_BACKWARD = {_ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default}
+_ROUNDED = {
+    *(_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
+}
+# Its second result, the logarithm of the softmax's sum, is fp32 anyway.
+_ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def lacks_bf16() -> bool:
     """Whether torch has no fast bfloat16 products on this CPU."""
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def wide_products(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -46,9 +49,9 @@ class _WideProducts(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         half = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.bfloat16
-        if half and func in _PRODUCTS | _ATTENTION_BACKWARD:
+        if half and func in _ROUNDED:
             return _each(_round, _in_fp32(func, args, kwargs))
-        if half and func in _ATTENTION:
+        if half and func is _ATTENTION:
             output, *rest = _in_fp32(func, args, kwargs)
             return _round(output), *rest
         return func(*args, **kwargs)

@@ -258,7 +258,7 @@ def main() -> None:
         status = {"exit": int(full.exit_code), "error": full.as_dict()}
     except torch._dynamo.exc.TorchDynamoException as error:
         traceback.print_exc()
-        hint = "set train.compile=false, or install a C++ compiler (on a GPU also Triton)"
+        hint = "set train.compile=false; where a C++ compiler or Triton is missing, install it"
         failed = RmtoolError("E0504", f"torch cannot compile the layers here: {models.first_line(error)}", hint)
         status = {"exit": int(failed.exit_code), "error": failed.as_dict()}
     except Exception:  # noqa: BLE001 - the last line of defence: said, written down, and passed on as a bug

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,22 @@ def test_the_prefix_order_is_that_of_sorted_with_what_neighbours_share(
     with patch("rmtool.forest.SHORTEST_WINDOW", 1), patch("rmtool.forest.LONGEST_WINDOW", window):
         found = list(prefix_order(windows(arrays), len(arrays)))
     assert found == list(zip(order, shared, strict=True))
+
+
+def test_planning_memory_does_not_grow_with_what_all_share() -> None:
+    peaks = []
+    for shared in (50, 4000):
+        prefix, ends = np.arange(shared, dtype=np.int32), np.arange(40_000, dtype=np.int32).reshape(-1, 2)
+
+        def read(item: int, start: int, stop: int, prefix: Any = prefix, ends: Any = ends) -> Ids:
+            return np.concatenate((prefix, ends[item]))[start:stop]
+
+        tracemalloc.start()
+        plan_reads(read, [shared + 2] * len(ends), 8192)
+        peaks.append(tracemalloc.get_traced_memory()[1] / len(ends))
+        tracemalloc.stop()
+    assert max(peaks) < 1100
+    assert peaks[1] < 3 * peaks[0]
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,21 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def slow_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "lacks_bf16", lambda: True)
+
+
+class Seen(TorchDispatchMode):
+    """Which products and attentions reach torch, and in which dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.dtypes = list[str](), list[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
+        if name in ("mm", "addmm", "bmm", "baddbmm") or "attention" in name:
+            self.names.append(name)
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 def half(*shape: int) -> torch.Tensor:
@@ -47,15 +63,20 @@ def test_products_are_those_of_fp32_rounded_once(
     torch.manual_seed(0)
     tensors = [half(*shape) for shape in shapes]
     twins = [tensor.detach().float().requires_grad_() for tensor in tensors]
-    with torch.set_grad_enabled(gradients), products.wide_products(CPU, "bf16"):
-        output = function(*tensors)
+    with torch.set_grad_enabled(gradients):
         expected = function(*twins).bfloat16()
-        assert output.dtype == torch.bfloat16
-        assert torch.equal(output, expected)
-        if not gradients:
-            return
-        output.backward(torch.ones_like(output))
-        expected.backward(torch.ones_like(output))
+        with Seen() as seen, products.wide_products(CPU, "bf16"):
+            output = function(*tensors)
+            if gradients:
+                output.backward(torch.ones_like(output))
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, expected)
+    # What reaches torch is fp32: three products or two attentions with gradients, one without.
+    assert set(seen.dtypes) == {torch.float32}
+    assert len(seen.dtypes) == (1 if not gradients else 2 if "attention" in seen.names[0] else 3)
+    if not gradients:
+        return
+    expected.backward(torch.ones_like(output))
     for tensor, twin in zip(tensors, twins, strict=True):
         # The backward of attention reads its output, which was rounded.
         assert tensor.grad is not None
@@ -75,6 +96,6 @@ def test_only_slow_bf16_on_a_cpu_is_changed(monkeypatch: pytest.MonkeyPatch, slo
 
 def test_fp32_is_left_alone(slow_cpu: None) -> None:
     a, b = torch.randn(33, 65), torch.randn(65, 17)
+    expected = a @ b
     with products.wide_products(CPU, "bf16"):
-        assert torch.equal(a @ b, torch.mm(a, b))
-        assert (a @ b).dtype == torch.float32
+        assert torch.equal(a @ b, expected)
