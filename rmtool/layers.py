@@ -1,7 +1,7 @@
 """The decoder layers of a backbone: where they are, and compiled.
 
 In: a transformers backbone. Out: its stack of layers; or the same layers, each compiled once for all lengths.
-Cost of compiling: some 20 s at a run's first step, and more where layers differ in kind.
+Cost of compiling: some 20 s at a run's first step, again at its first evaluation, more where layers differ in kind.
 """
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ def plan_reads(read: Window, lengths: Sequence[int], budget: int, padded: bool =
     """Cut any number of sequences, each read once and alone, into packs of at most `budget` tokens.
 
     Sequences with the same beginning become neighbours and share it within their pack, wherever they stood in the
-    input; equal ones are read once. Holds up to 1 KB per sequence, some 250 bytes of millions.
+    input; equal ones are read once. Holds some 20 MB, or 250 bytes per sequence of millions.
 
     Args:
         read: gives a sequence's ids [start, stop), fewer where it ends sooner.

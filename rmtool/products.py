@@ -2,7 +2,7 @@
 
 In: the operations that torch runs inside a `wide_products` block, with gradients or under no_grad (under inference_mode
 torch hands on larger operations, which are left alone). Out: the same matrix products; torch would compute them in
-loops 5 to 50 times slower than in fp32 (scripts/SPEED.md). A product of two bfloat16 numbers is exact in fp32, and
+loops, some ten times slower than in fp32 (scripts/SPEED.md). A product of two bfloat16 numbers is exact in fp32, and
 hardware adds such products up in fp32 too: only the order of the sums can differ. Attention keeps its probabilities in
 fp32 and rounds its result.
 Cost: a copy of both factors in fp32 while a product runs; about 10 us of Python per operation.
@@ -28,8 +28,9 @@ _ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def lacks_bf16() -> bool:
-    """Whether torch has no fast bfloat16 products on this CPU."""
-    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether this CPU has no instructions for bfloat16 products."""
+    has = torch.cpu.get_capabilities()
+    return has.get("architecture") == "x86_64" and not (has.get("amx_bf16") or has.get("avx512_bf16"))
 
 
 def wide_products(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

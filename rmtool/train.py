@@ -206,7 +206,7 @@ def _compile(model: RewardModel) -> str:
     """Compile the layers; says how many, or why none."""
     if not isinstance(model.products(), contextlib.nullcontext):
         return "none, because torch compiles nothing where bf16 products are computed in fp32"
-    return str(compile_layers(model.backbone))
+    return str(compile_layers(model.backbone) or "none, because there is no stack of several layers that is known")
 
 
 def run(folder: Path, accelerator: Accelerator, ui: Ui) -> None:

@@ -86,6 +86,12 @@ def test_products_are_those_of_fp32_rounded_once(
         )
 
 
+@pytest.mark.parametrize(("flag", "lacks"), [("avx2", True), ("amx_bf16", False), ("avx512_bf16", False)])
+def test_what_lacks_bf16(monkeypatch: pytest.MonkeyPatch, flag: str, lacks: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", flag: True})
+    assert products.lacks_bf16() == lacks
+
+
 def test_only_slow_bf16_on_a_cpu_is_changed(monkeypatch: pytest.MonkeyPatch, slow_cpu: None) -> None:
     assert isinstance(products.wide_products(CPU, "bf16"), TorchDispatchMode)
     assert not isinstance(products.wide_products(CPU, "fp32"), TorchDispatchMode)
