@@ -41,6 +41,9 @@ TemplateOption = Annotated[
 ]
 
 
+BadRowOption = Annotated[
+    str, typer.Option(help="A malformed row: fail, or skip it (set aside in NAME.rejects.jsonl, exit code 1).")
+]
 AllowEmptyOption = Annotated[bool, typer.Option("--allow-empty", help="Accept responses without text.")]
 
 
@@ -63,6 +66,9 @@ def train(
     eval_data: Annotated[list[str] | None, typer.Option(help="File or Hub dataset to evaluate on; repeatable.")] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/RECIPE.")] = None,
     set_: SetOption = None,
+    on_bad_row: Annotated[
+        str | None, typer.Option(help="A malformed row: fail, or skip it (set aside in rejects.jsonl, exit code 1).")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run in the run folder.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and the launch commands, and stop.")
@@ -79,6 +85,8 @@ def train(
         overrides.append(("data.train", data))
     if eval_data:
         overrides += [("data.eval", eval_data), ("data.holdout", 0)]
+    if on_bad_row:
+        overrides.append(("data.on_bad_row", on_bad_row))
     overrides += [recipes.parse_set(text) for text in set_ or []]  # last: what is written out wins
     resolved = recipes.load_recipe(recipe, overrides)
     from rmtool.commands import train_command
@@ -93,6 +101,10 @@ def eval_(
         list[str] | None,
         typer.Option(help="File or Hub dataset (owner/name:split). Default: the pairs that the model's run held out."),
     ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OURS=THEIRS", help="Read a field under another name, prompt=question; repeatable."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Sampled pairs to show.")] = 5,
     precision: PrecisionOption = None,
     max_length: MaxLengthOption = None,
@@ -100,14 +112,17 @@ def eval_(
         str | None, typer.Option(help="A pair over the limit: error, drop or truncate_prompt. Default: as in training.")
     ] = None,
     allow_empty: AllowEmptyOption = False,
+    on_bad_row: BadRowOption = "fail",
     tokens_per_pack: TokensOption = 8192,
     chat_template: TemplateOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Report the eval/rm/* metrics on held-out pairs, per subset too."""
     from rmtool.commands import Reading, eval_command
+    from rmtool.recipe import parse_column
 
-    reading = Reading(precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template)
+    columns = tuple(parse_column(text) for text in column or [])
+    reading = Reading(precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row, columns)
     eval_command(model, data, samples, reading, as_json=as_json)
 
 
@@ -123,6 +138,7 @@ def score(
     max_length: MaxLengthOption = None,
     on_long: Annotated[str, typer.Option(help="A conversation over the limit: error or truncate_prompt.")] = "error",
     allow_empty: AllowEmptyOption = False,
+    on_bad_row: BadRowOption = "fail",
     tokens_per_pack: TokensOption = 8192,
     chat_template: TemplateOption = None,
     as_json: JsonOption = False,
@@ -130,7 +146,7 @@ def score(
     """Add a reward to every response of a JSONL file."""
     from rmtool.commands import Reading, score_command
 
-    reading = Reading(precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template)
+    reading = Reading(precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row)
     score_command(responses, model, output, reading, overwrite=overwrite, as_json=as_json)
 
 

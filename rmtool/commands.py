@@ -5,18 +5,25 @@ Row 4 of the design, beside `cli`, which parses; kept apart because this half im
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmtool.config import Recipe
+from rmtool.data.rejects import REJECTS_FILE, Rejects
 from rmtool.errors import ExitCode, Place, RmtoolError
-from rmtool.ui import TerminalUi, captured, print_json
+from rmtool.recipe import resolve
+from rmtool.ui import SilentUi, TerminalUi, Ui, captured, print_json
 
 if TYPE_CHECKING:
+    from rmtool.data.formats import Record
     from rmtool.loading import Loaded
+    from rmtool.plan import Plan
+    from rmtool.report import DataReport
 
 RUNS = Path("runs")
+LENGTHS_FILE = "lengths.png"
 DEFAULT_EVAL_DATA = "allenai/reward-bench:filtered"
 
 
@@ -30,10 +37,18 @@ class Reading:
     allow_empty: bool
     tokens_per_pack: int
     chat_template: str | None
+    on_bad_row: str = "fail"
+    columns: tuple[tuple[str, str], ...] = ()
+
+    def rejects(self, beside: Path) -> Rejects:
+        """Where bad rows go: `beside` with the ending .rejects.jsonl, or into the error."""
+        return Rejects(_ending(beside, ".rejects.jsonl") if self.on_bad_row == "skip" else None)
 
     def check(self, on_long: tuple[str, ...]) -> None:
         if self.precision not in (None, "fp32", "bf16"):
             raise RmtoolError("E0206", f"--precision {self.precision} is unknown", "use fp32 or bf16")
+        if self.on_bad_row not in ("fail", "skip"):
+            raise RmtoolError("E0206", f"--on-bad-row {self.on_bad_row} is unknown", "use fail or skip")
         if self.on_long not in (None, *on_long):
             raise RmtoolError("E0206", f"--on-long {self.on_long} is unknown", f"use one of {', '.join(on_long)}")
 
@@ -50,14 +65,10 @@ def train_command(recipe: Recipe, output: Path, *, overwrite: bool, dry_run: boo
         plan = make_plan(recipe, output)
         if not dry_run:
             launch.prepare_folder(output, overwrite)
-        if as_json and dry_run:
-            print_json({"plan": plan.as_dict()}, ui)
-            return
-        ui.table(f"Plan: {recipe.name}", ("", ""), plan.rows(), numeric_from=2, to_stderr=not dry_run)
         if dry_run:
-            for node, command in enumerate(plan.commands):
-                ui.result(f"\n# node {node}\n{command}")
+            _show_plan(plan, output, as_json, ui)
             return
+        ui.facts(f"Plan: {recipe.name}", plan.rows())
         launch.run(plan, ui, overwrite)
         metrics = launch.final_metrics(output)
         if recipe.hub.repo_id:
@@ -66,9 +77,62 @@ def train_command(recipe: Recipe, output: Path, *, overwrite: bool, dry_run: boo
             ui.say(push_checkpoint(output / "model", recipe.hub.repo_id, private=not recipe.hub.public, ui=ui))
         if as_json:
             print_json({"output": str(output), "metrics": metrics}, ui)
-            return
-        ui.table("Result", ("metric", "value"), [(name, f"{value:.4f}") for name, value in metrics.items()])
-        ui.result(f"checkpoint: {output / 'model'}\ncurves:     {output / 'curves.png'}")
+        else:
+            _show_result(output, metrics, ui)
+    if (output / REJECTS_FILE).exists():
+        raise SystemExit(ExitCode.SET_ASIDE)
+
+
+def _show_plan(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:
+    """The plan and, where data and tokenizer are at hand, the report on the data."""
+    if as_json:
+        report, missing = _report(plan, output, SilentUi())
+        data = {"report": report.as_dict()} if report else {"report": None, "why": missing}
+        print_json({"plan": plan.as_dict(), **data}, ui)
+        return
+    ui.table(f"Plan: {plan.recipe.name}", ("", ""), plan.rows(), numeric_from=2)
+    for node, command in enumerate(plan.commands):
+        ui.result(f"\n# node {node}\n{command}")
+    report, missing = _report(plan, output, ui)
+    if report:
+        ui.table("Data", ("", ""), report.rows(), numeric_from=2)
+        ui.result(f"lengths: {output / LENGTHS_FILE}")
+    else:
+        ui.result(f"no report on the data: {missing}")
+
+
+def _report(plan: Plan, output: Path, ui: Ui) -> tuple[DataReport | None, str]:
+    """The report, or why there is none; writes the picture of the lengths."""
+    from rmtool.checkpoint import resolve_checkpoint
+    from rmtool.launch import prepare_folder
+    from rmtool.loading import training_encoder
+    from rmtool.report import build_report, example, write_report
+    from rmtool.split import load_split
+
+    recipe = plan.recipe
+    if plan.pairs is None:
+        return None, "a dataset is on the Hub, and is loaded when training starts"
+    try:
+        source = resolve_checkpoint(resolve(recipe.model.path), recipe.model.revision, ui)
+    except RmtoolError as error:
+        if error.exit_code != ExitCode.REMOTE:
+            raise
+        return None, f"the tokenizer of {recipe.model.path} is not at hand ({error.what})"
+    encoder, _ = training_encoder(recipe, source)
+    with Rejects(Path(os.devnull) if recipe.data.on_bad_row == "skip" else None) as rejects:
+        split = load_split(recipe, encoder, rejects, ui)
+    report = build_report(split, recipe.train.batch_size, recipe.train.seed)
+    ui.say(f"an example: {example(encoder, split.train.records[0], split.train.trees[0])}")
+    prepare_folder(output, overwrite=True)
+    write_report(report, split.train, output)
+    return report, ""
+
+
+def _show_result(output: Path, metrics: dict[str, float], ui: TerminalUi) -> None:
+    ui.table("Result", ("metric", "value"), [(name, f"{value:.4f}") for name, value in metrics.items()])
+    ui.result(f"checkpoint: {output / 'model'}\ncurves:     {output / 'curves.png'}")
+    if (output / REJECTS_FILE).exists():
+        ui.result(f"bad rows:   {output / REJECTS_FILE}")
 
 
 def _load(folder: Path, reading: Reading, ui: TerminalUi) -> Loaded:
@@ -93,32 +157,59 @@ def eval_command(model: str, data: list[str] | None, samples: int, reading: Read
     with captured() as ui:
         from rmtool.checkpoint import resolve_checkpoint
         from rmtool.data.encode import encode_all
-        from rmtool.data.formats import preference_record
-        from rmtool.data.rows import read_all
         from rmtool.evaluate import evaluate
+        from rmtool.split import FATES
 
         folder = resolve_checkpoint(model, None, ui)
         sources = data or _default_eval_data(folder)
         ui.say(f"model: {folder}\ndata:  {', '.join(sources)}")
-        with ui.progress("Reading", None, "rows") as bar:
-            records = read_all(sources, preference_record, bar.advance)
-        loaded = _load(folder, reading, ui)
-        with ui.progress("Tokenising", len(records), "pairs") as bar:
-            encoded = encode_all(loaded.encoder, records, "keep", bar.advance)
+        with reading.rejects(Path(Path(sources[0]).name)) as rejects:
+            records = _read_records(sources, reading, rejects, ui)
+            loaded = _load(folder, reading, ui)
+            with ui.progress("Tokenising", len(records), "rows") as bar:
+                encoded = encode_all(loaded.encoder, records, "keep", bar.advance, rejects)
+            rejects.settle()
         if not encoded.records:
             raise RmtoolError("E0302", "no pair is left to evaluate", "raise --max-length", Place(", ".join(sources)))
         with ui.progress("Evaluating", len(encoded.records), "pairs") as bar:
             result = evaluate(loaded.model, encoded.records, encoded.trees, reading.tokens_per_pack, bar, samples)
         if as_json:
             print_json(
-                {"model": str(folder), "data": sources, **result.as_dict(), "set_aside": dict(encoded.counts)}, ui
+                {
+                    "model": str(folder),
+                    "data": sources,
+                    **result.as_dict(),
+                    "set_aside": dict(encoded.counts),
+                    "rejected": rejects.count,
+                },
+                ui,
             )
         else:
             _show_eval(ui, result)
         for reason, count in encoded.counts.items():
-            ui.say(f"note: {count} pairs {reason}")
-    if encoded.counts["long"]:
+            ui.say(f"note: rows {FATES[reason]}: {count}")
+        _say_rejected(rejects, ui)
+    if encoded.counts["long"] or rejects.count:
         raise SystemExit(ExitCode.SET_ASIDE)
+
+
+def _read_records(sources: list[str], reading: Reading, rejects: Rejects, ui: TerminalUi) -> list[Record]:
+    """All records of the sources; says what each was recognised as."""
+    from rmtool.data import formats
+    from rmtool.data.sources import SourceCount, read_records
+
+    how, records = formats.Reading(reading.columns), list[formats.Record]()
+    for source in sources:
+        count = SourceCount(source)
+        with ui.progress(f"Reading {Path(source).name}", None, "rows") as bar:
+            records += read_records(source, how, rejects, count, bar.advance)
+        ui.say(f"{source}: {count.format}")
+    return records
+
+
+def _say_rejected(rejects: Rejects, ui: TerminalUi) -> None:
+    if rejects.count:
+        ui.say(f"note: {rejects.count:,} bad rows were set aside in {rejects.path}")
 
 
 def _default_eval_data(folder: Path) -> list[str]:
@@ -178,7 +269,9 @@ def score_command(
         from rmtool.score import score_file
 
         loaded = _load(resolve_checkpoint(model, None, ui), reading, ui)
-        outcome = score_file(source, output, loaded, reading.tokens_per_pack, ui)
+        with reading.rejects(output) as rejects:
+            outcome = score_file(source, output, loaded, reading.tokens_per_pack, rejects, ui)
+        _say_rejected(rejects, ui)
         if outcome.truncated:
             ui.say(f"note: {outcome.truncated} rows had their prompt cut on the left")
         if outcome.nonfinite:
@@ -187,15 +280,20 @@ def score_command(
             print_json({"model": model, "output": str(output), **vars(outcome)}, ui)
         else:
             ui.result(f"{outcome.responses} responses in {outcome.rows} rows scored: {output}")
-    if outcome.nonfinite:
+    if outcome.nonfinite or outcome.rejected:
         raise SystemExit(ExitCode.SET_ASIDE)
 
 
 def _scored_name(source: Path) -> Path:
-    name = source.name
+    return _ending(source, ".scored.jsonl")
+
+
+def _ending(path: Path, ending: str) -> Path:
+    """`path` with another ending in place of a data file's."""
+    name = path.name
     for suffix in (".gz", ".jsonl", ".json", ".parquet"):
         name = name.removesuffix(suffix)
-    return source.with_name(f"{name}.scored.jsonl")
+    return path.with_name(name + ending)
 
 
 def _check_output(source: Path, output: Path, overwrite: bool) -> None:

@@ -22,12 +22,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class Source:
+    """One part of a mixture; without `fraction` and `rows`, all of it."""
+
+    path: str  # a file (.jsonl .json .parquet, .gz) or a Hub dataset (owner/name or owner/name:split)
+    fraction: float | None = None  # of its prompts; above 1, some stand in it several times
+    rows: int | None = None  # so many of its prompts
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What it is trained and evaluated on."""
 
-    train: tuple[str, ...]  # files (.jsonl .json .parquet, .gz) or Hub datasets (owner/name or owner/name:split)
-    eval: tuple[str, ...] = ()  # likewise
-    holdout: int = 0  # without `eval`: this many training pairs are held out, chosen by prompt
+    train: tuple[str | Source, ...]  # paths, or mappings with path and fraction or rows
+    eval: tuple[str | Source, ...] = ()  # likewise
+    holdout: int | float = 0  # without `eval`: so many training pairs, or this share of them, are held out by prompt
+    columns: dict[str, str] = field(default_factory=dict)  # our field name: the data's; dots lead into objects
+    rating_margins: bool = False  # rated responses: a pair's margin is the difference of its ratings
+    on_bad_row: Literal["fail", "skip"] = "fail"  # skip: bad rows are set aside in rejects.jsonl
     max_length: int = 2048  # tokens of prompt and response together
     on_long: Literal["error", "drop", "truncate_prompt"] = "error"
     on_empty: Literal["error", "drop", "keep"] = "error"  # a response without text

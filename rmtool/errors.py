@@ -48,17 +48,29 @@ class RmtoolError(Exception):
         hint: one thing to do next.
         place: where, if it is in a file.
         found: what stood there, if that helps.
+        rows: what is wrong with each of several rows, a sentence with its place each.
+        more: how many rows beside those.
     """
 
-    def __init__(self, id: str, what: str, hint: str, place: Place | None = None, found: str | None = None):
+    def __init__(
+        self,
+        id: str,
+        what: str,
+        hint: str,
+        place: Place | None = None,
+        found: str | None = None,
+        rows: tuple[str, ...] = (),
+        more: int = 0,
+    ):
         assert id[0] == "E", id
         assert len(id) == 5, id
         super().__init__(what)
         self.id, self.what, self.hint, self.place, self.found = id, what, hint, place, found
+        self.rows, self.more = rows, more
         self.exit_code = ExitCode(int(id[1:3]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RmtoolError, (self.id, self.what, self.hint, self.place, self.found)
+        return RmtoolError, (self.id, self.what, self.hint, self.place, self.found, self.rows, self.more)
 
     def as_dict(self) -> dict[str, Any]:
         """The `--json` form, without the outer {"error": ...}."""
@@ -72,19 +84,24 @@ class RmtoolError(Exception):
             "column": place.column,
             "found": self.found,
             "hint": self.hint,
+            **({"rows": list(self.rows), "more_rows": self.more} if self.rows else {}),
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RmtoolError:
         """The inverse of `as_dict`: a worker process writes its error to a file, the launcher shows it."""
         place = Place(data["file"], data["line"], data["column"]) if data["file"] else None
-        return cls(data["code"], data["message"], data["hint"], place, data["found"])
+        rows, more = tuple(data.get("rows", ())), data.get("more_rows", 0)
+        return cls(data["code"], data["message"], data["hint"], place, data["found"], rows, more)
 
 
 def format_error(error: RmtoolError) -> str:
     """The one way an error looks on the terminal (without colour)."""
     lines = [f"error[{error.id}]: {error.what}"]
-    if error.place:
+    if error.rows:
+        lines += [f"  --> {row}" for row in error.rows]
+        lines += [f"  and {error.more:,} more"] if error.more else []
+    elif error.place:
         lines.append(f"  --> {error.place}")
     if error.found:
         lines.append(f"  found: {error.found}")

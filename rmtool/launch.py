@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rmtool.checkpoint import HELD_OUT_FILE, MANIFEST
+from rmtool.data.rejects import REJECTS_FILE
 from rmtool.errors import ExitCode, RmtoolError
 from rmtool.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, Plan, launch_command
 from rmtool.recipe import CONFIG_FILE, dump_recipe
@@ -81,6 +82,7 @@ def _set_aside(output: Path) -> None:
         for name in ("model", HELD_OUT_FILE, "metrics.jsonl", "curves.png", CONFIG_FILE, LOG_FILE):
             if (output / name).exists():
                 (output / name).rename(previous / name)
+    (output / REJECTS_FILE).unlink(missing_ok=True)
     for leftover in output.glob(".tmp-model-*"):
         shutil.rmtree(leftover)
 

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rmtool.config import Recipe
-from rmtool.data.formats import preference_record
-from rmtool.data.rows import is_hub_source, read_rows
+import numpy as np
+
+from rmtool.config import Recipe, Source
+from rmtool.data.rejects import Rejects
+from rmtool.data.rows import is_hub_source
+from rmtool.data.sources import SourceCount, draw_share, read_records
 from rmtool.errors import RmtoolError
-from rmtool.recipe import resolve
+from rmtool.recipe import as_source
+from rmtool.split import reading_of, sources_of
 from rmtool.steps import plan_steps
 
 # accelerate takes what a command leaves out from a file in the user's home, unless it is given another.
@@ -49,7 +53,7 @@ class Plan:
         recipe, train, data, launch = self.recipe, self.recipe.train, self.recipe.data, self.recipe.launch
         unknown = "known when the dataset is loaded"
         weights = f"LoRA rank {recipe.lora.rank}" if recipe.lora.rank else "all weights"
-        held_out = f"{data.holdout} pairs held out" if data.holdout else "none"
+        held_out = f"{_held(data.holdout)} held out" if data.holdout else "none"
         when = f"every {train.eval_every} steps and at the end" if train.eval_every else "at the end"
         nodes = f"{launch.nodes} node{'s' * (launch.nodes > 1)} x {launch.processes_per_node}"
         limit = f", at most {train.max_steps}" if train.max_steps else ""
@@ -58,9 +62,9 @@ class Plan:
         pushed = f", then pushed to {recipe.hub.repo_id}" if recipe.hub.repo_id else ""
         return [
             ("model", f"{recipe.model.path} ({recipe.model.weights} weights; trained: {weights})"),
-            ("training data", ", ".join(data.train)),
+            ("training data", ", ".join(map(_shown, data.train))),
             ("training pairs", unknown if self.pairs is None else f"{self.pairs:,}"),
-            ("evaluation", f"{', '.join(data.eval) or held_out}; {when}"),
+            ("evaluation", f"{', '.join(map(_shown, data.eval)) or held_out}; {when}"),
             ("longest sequence", f"{data.max_length:,} tokens; longer: {data.on_long}"),
             ("processes", f"{self.world_size} = {nodes}, {launch.engine}, {train.precision}"),
             ("pairs per step", f"{train.batch_size:,} over all processes ({share})"),
@@ -95,11 +99,10 @@ def make_plan(recipe: Recipe, output: Path) -> Plan:
     steps = None
     if pairs is not None:
         train = recipe.train
-        if recipe.data.holdout >= pairs:
-            raise RmtoolError(
-                "E0302", f"data.holdout is {recipe.data.holdout}, and there are {pairs} pairs", "hold out fewer pairs"
-            )
-        pairs -= recipe.data.holdout
+        held = recipe.data.holdout if isinstance(recipe.data.holdout, int) else int(recipe.data.holdout * pairs)
+        if held >= pairs:
+            raise RmtoolError("E0302", f"data.holdout is {held}, and there are {pairs} pairs", "hold out fewer pairs")
+        pairs -= held
         steps = plan_steps(train.epochs, train.max_steps, pairs, train.batch_size)
     launch = recipe.launch
     commands = tuple(_for_a_shell(launch_command(recipe, output, node)) for node in range(launch.nodes))
@@ -111,20 +114,38 @@ def _for_a_shell(command: list[str]) -> str:
     return " ".join(part if part == "$MASTER_ADDR" else shlex.quote(part) for part in command)
 
 
+def _shown(item: str | Source) -> str:
+    source = as_source(item)
+    share = f"{source.rows:,} rows of " if source.rows else f"{source.fraction:g} of " if source.fraction else ""
+    return share + source.path
+
+
+def _held(holdout: int | float) -> str:
+    return f"{holdout} pairs" if isinstance(holdout, int) else f"{holdout:.3g} of the pairs"
+
+
 def _count_pairs(recipe: Recipe) -> int | None:
     """Pairs to train on, before any is held out; None if a source is on the Hub. Local rows are checked here already:
     a mistake in line 3 shows in a second, not after the libraries are imported.
+
+    Raises:
+        RmtoolError: E03xx as reading says; bad rows are passed over where the recipe sets them aside.
     """
-    train = [_check_source(resolve(source)) for source in recipe.data.train]
-    for source in recipe.data.eval:
-        _check_source(resolve(source))
+    data = recipe.data
+    with Rejects(Path(os.devnull) if data.on_bad_row == "skip" else None) as rejects:
+        train = [_count_source(source, number, recipe, rejects) for number, source in enumerate(sources_of(data.train))]
+        for number, source in enumerate(sources_of(data.eval)):
+            _count_source(source, number, recipe, rejects)
+        rejects.settle()
     return None if None in train else sum(count or 0 for count in train)
 
 
-def _check_source(source: str) -> int | None:
-    if is_hub_source(source):
+def _count_source(source: Source, number: int, recipe: Recipe, rejects: Rejects) -> int | None:
+    if is_hub_source(source.path):
         return None
-    return sum(len(preference_record(row).preferences) for row in read_rows(source))
+    records = read_records(source.path, reading_of(recipe.data), rejects, SourceCount(source.path), lambda: None)
+    pairs = np.array([len(record.preferences) for record in records], dtype=int)
+    return int(pairs[draw_share(source, len(pairs), recipe.train.seed, number)].sum())
 
 
 def launch_command(recipe: Recipe, output: Path, node: int) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rmtool.config import Recipe
+from rmtool.config import Recipe, Source
 from rmtool.errors import Place, RmtoolError
 
 CONFIG_FILE = "config.yaml"  # in a run folder: the resolved recipe, from the launcher to the training process
@@ -108,6 +108,18 @@ def parse_set(text: str) -> tuple[str, Any]:
         raise RmtoolError("E0206", f"the value of --set {text} is not YAML", "put it in quotes") from error
 
 
+def parse_column(text: str) -> tuple[str, str]:
+    """`ours=theirs`, two field names.
+
+    Raises:
+        RmtoolError: E0206 not of that form.
+    """
+    ours, _, theirs = text.partition("=")
+    if not ours or not theirs:
+        raise RmtoolError("E0206", f"--column {text} is not of the form ours=theirs", "write e.g. prompt=question")
+    return ours, theirs
+
+
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
@@ -146,11 +158,19 @@ def _unknown(path: str, key: str, known: list[str], file: str) -> RmtoolError:
 def _value(kind: Any, value: Any, path: str, file: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, f"{path}.", file)
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        value = [_item(kind, item, f"{path}[{at}].", file) for at, item in enumerate(value)]
     for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
         accepted, result = _plain(option, value)
         if accepted:
             return result
     raise RmtoolError("E0205", f"{path} is {_describe(kind)}", "mend this value", Place(file), repr(value))
+
+
+def _item(kind: Any, value: Any, path: str, file: str) -> Any:
+    """A mapping in a list is built, if the list may hold some."""
+    sections = [option for option in typing.get_args(typing.get_args(kind)[0]) if dataclasses.is_dataclass(option)]
+    return _build(sections[0], value, path, file) if sections and isinstance(value, dict) else value
 
 
 def _plain(kind: Any, value: Any) -> tuple[bool, Any]:
@@ -166,6 +186,12 @@ def _plain(kind: Any, value: Any) -> tuple[bool, Any]:
             return False, None
         pairs = [_plain(inner[0], item) for item in values]
         return all(accepted for accepted, _ in pairs), tuple(item for _, item in pairs)
+    if isinstance(kind, types.UnionType):
+        tried = [_plain(option, value) for option in typing.get_args(kind)]
+        return next((result for result in tried if result[0]), (False, None))
+    if typing.get_origin(kind) is dict:
+        accepted = isinstance(value, dict) and all(isinstance(part, str) for item in value.items() for part in item)
+        return accepted, value
     if kind is float:
         return _as_float(value)
     if kind is int:
@@ -190,7 +216,13 @@ def _describe(kind: Any) -> str:
     if isinstance(kind, types.UnionType):
         return " or ".join(_describe(option) for option in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return f"a list of {_describe(typing.get_args(kind)[0]).removeprefix('a ')}s"
+        inner = typing.get_args(kind)[0]
+        options = typing.get_args(inner) if isinstance(inner, types.UnionType) else (inner,)
+        return f"a list, each item {' or '.join(_describe(option) for option in options)}"
+    if typing.get_origin(kind) is dict:
+        return "a mapping of names to names"
+    if dataclasses.is_dataclass(kind):
+        return f"a mapping with {', '.join(item.name for item in dataclasses.fields(kind))}"
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
     return names[kind]
 
@@ -201,6 +233,18 @@ def _check(recipe: Recipe, file: str) -> None:
     rules = (
         (bool(recipe.data.train), "data.train names at least one source"),
         (recipe.data.holdout >= 0, "data.holdout is at least 0"),
+        (
+            isinstance(recipe.data.holdout, int) or recipe.data.holdout < 1,
+            "data.holdout is a whole number of pairs, or a share below 1",
+        ),
+        *(
+            (source.fraction is None or source.rows is None, "a source of data has fraction or rows, not both")
+            for source in map(as_source, (*recipe.data.train, *recipe.data.eval))
+        ),
+        *(
+            (all(n is None or n > 0 for n in (source.fraction, source.rows)), "fraction and rows are above 0")
+            for source in map(as_source, (*recipe.data.train, *recipe.data.eval))
+        ),
         (recipe.data.max_length >= 2, "data.max_length is at least 2"),
         (not (recipe.data.eval and recipe.data.holdout), "data.eval and data.holdout exclude each other"),
         (train.seed >= 0, "train.seed is at least 0"),
@@ -231,6 +275,11 @@ def _check(recipe: Recipe, file: str) -> None:
             raise RmtoolError("E0205", rule, "mend this value", Place(file))
 
 
+def as_source(item: str | Source) -> Source:
+    """A source of data, however it is written."""
+    return Source(item) if isinstance(item, str) else item
+
+
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data, every key written out."""
     plain = dataclasses.asdict(recipe)
@@ -240,7 +289,7 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
 def _lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+    return [_lists(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def dump_recipe(recipe: Recipe) -> str:

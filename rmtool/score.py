@@ -14,13 +14,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rmtool.data.encode import Encoder
 from rmtool.data.formats import score_record
+from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row, read_rows
 from rmtool.errors import Place, RmtoolError
 from rmtool.loading import Loaded
@@ -31,31 +32,34 @@ from rmtool.ui import Ui
 
 @dataclass(frozen=True)
 class Outcome:
-    """`nonfinite` responses have a null reward; `truncated` ones lost the left side of their prompt."""
+    """`nonfinite` responses have a null reward; `truncated` ones lost the left side of their prompt; `rejected` rows
+    were set aside.
+    """
 
     rows: int
     responses: int
     nonfinite: int
     truncated: int
+    rejected: int
 
 
-def score_file(source: Path, output: Path, loaded: Loaded, budget: int, ui: Ui) -> Outcome:
+def score_file(source: Path, output: Path, loaded: Loaded, budget: int, rejects: Rejects, ui: Ui) -> Outcome:
     """Score every row of `source` into `output`.
 
     Raises:
-        RmtoolError: E03xx a row is malformed, empty or too long, or the file changed meanwhile; E0502 the output cannot
-            be written. Nothing is written in either case.
+        RmtoolError: E03xx a row is malformed, empty or too long (unless `rejects` sets such rows aside), or the file
+            changed meanwhile; E0502 the output cannot be written. No output is written in any case.
     """
     temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
     try:
         with TreeSpool(output.parent) as trees:
             before = _signature(source)
-            truncated = _read_trees(source, loaded.encoder, trees, ui)
+            truncated, left_out = _read_trees(source, loaded.encoder, trees, rejects, ui)
             with ui.progress("Scoring", len(trees), "rows") as bar:
                 rewards = compute_rewards(loaded.model, trees, budget, bar)
         with open(temporary, "w", encoding="utf-8") as file, ui.progress("Writing", len(rewards), "rows") as bar:
             _require_unchanged(source, before)
-            for row, values in zip(read_rows(str(source)), rewards, strict=False):
+            for row, values in zip(_kept_rows(source, left_out), rewards, strict=False):
                 file.write(json.dumps(_with_rewards(row, values), ensure_ascii=False, allow_nan=False) + "\n")
                 bar.advance()
             file.flush()
@@ -69,7 +73,8 @@ def score_file(source: Path, output: Path, loaded: Loaded, budget: int, ui: Ui) 
     finally:
         temporary.unlink(missing_ok=True)
     flat = [value for values in rewards for value in values]
-    return Outcome(len(rewards), len(flat), sum(not math.isfinite(value) for value in flat), truncated)
+    nonfinite = sum(not math.isfinite(value) for value in flat)
+    return Outcome(len(rewards), len(flat), nonfinite, truncated, rejects.count)
 
 
 def _signature(source: Path) -> tuple[int, int] | None:
@@ -86,18 +91,36 @@ def _require_unchanged(source: Path, before: tuple[int, int] | None) -> None:
         raise RmtoolError("E0301", "the file changed while it was scored", "score it again", Place(str(source)))
 
 
-def _read_trees(source: Path, encoder: Encoder, trees: TreeSpool, ui: Ui) -> int:
-    """Check and tokenise every row; returns how many lost the left side of their prompt."""
-    truncated = 0
+def _read_trees(source: Path, encoder: Encoder, trees: TreeSpool, rejects: Rejects, ui: Ui) -> tuple[int, set[Place]]:
+    """Check and tokenise every row; returns how many lost the left side of their prompt, and where the rows stand that
+    are JSON and were rejected all the same.
+    """
+    truncated, left_out = 0, set[Place]()
     with ui.progress(f"Reading {source.name}", None, "rows") as bar:
-        for row in read_rows(str(source)):
-            tree, event = encoder.encode(score_record(row))
+        for row in read_rows(str(source), rejects):
+            bar.advance()
+            try:
+                tree, event = encoder.encode(score_record(row))
+                _require_json(row)
+            except RmtoolError as error:
+                rejects.add(error, row.data)
+                left_out.add(row.place)
+                continue
             assert tree is not None, "dropping rows is no choice when scoring"
-            _require_json(row)
             trees.append(tree)
             truncated += event == "truncated"
-            bar.advance()
-    return truncated
+    rejects.settle()
+    if not len(trees):
+        raise RmtoolError(
+            "E0302", "no row is left to score", "look at the rows that were set aside", Place(str(source))
+        )
+    return truncated, left_out
+
+
+def _kept_rows(source: Path, left_out: set[Place]) -> Iterator[Row]:
+    """The rows that have trees, once more."""
+    with Rejects(Path(os.devnull)) as again:
+        yield from (row for row in read_rows(str(source), again) if row.place not in left_out)
 
 
 def _require_json(row: Row) -> None:

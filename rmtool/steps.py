@@ -24,6 +24,11 @@ class Unit:
     tree: TokenTree
     preferences: tuple[tuple[int, int, float], ...]
 
+    @property
+    def weight(self) -> float:
+        """What each of the preferences counts in the loss."""
+        return self.record.weight
+
 
 def count_pairs(records: Sequence[Record]) -> int:
     return sum(len(record.preferences) for record in records)
@@ -70,15 +75,20 @@ def unit_of(record: Record, tree: TokenTree, preferences: Sequence[int]) -> Unit
     )
 
 
-def hold_out(records: Sequence[Record], pairs: int, seed: int) -> tuple[list[Record], list[Record]]:
-    """(training records, held-out records): `pairs` pairs held out by prompt, so that no prompt stands on both sides.
+def hold_out(records: Sequence[Record], pairs: int | float, seed: int) -> tuple[list[Record], list[Record]]:
+    """(training records, held-out records): held out by prompt, so that no prompt stands on both sides.
 
     Prompts are taken in a random order; one with more pairs than are still wanted is passed over. A record without a
     prompt stands for itself.
 
+    Args:
+        pairs: how many are held out; or, below 1, at most which share of them.
+
     Raises:
         RmtoolError: E0308 whole prompts do not add up to `pairs`.
     """
+    share = isinstance(pairs, float)
+    pairs = int(pairs * count_pairs(records)) if share else int(pairs)
     groups: dict[object, list[int]] = {}
     for index, record in enumerate(records):
         groups.setdefault(record.prompt or index, []).append(index)
@@ -90,7 +100,7 @@ def hold_out(records: Sequence[Record], pairs: int, seed: int) -> tuple[list[Rec
         if size <= wanted:
             held.update(members[group])
             wanted -= size
-    if wanted:
+    if wanted and not share:
         raise RmtoolError(
             "E0308",
             f"{pairs} pairs cannot be held out by whole prompts, {pairs - wanted} can",

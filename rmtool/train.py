@@ -28,6 +28,7 @@ from rmtool import model as models
 from rmtool.checkpoint import HELD_OUT_FILE, Manifest, public_name, resolve_checkpoint, write_folder, write_manifest
 from rmtool.config import Recipe
 from rmtool.data.encode import Encoded, Encoder
+from rmtool.data.rejects import REJECTS_FILE, Rejects
 from rmtool.errors import ExitCode, RmtoolError
 from rmtool.layers import compile_layers
 from rmtool.loading import merge_adapters, training_encoder, training_model
@@ -35,8 +36,9 @@ from rmtool.loss import bradley_terry
 from rmtool.metrics import PairSums
 from rmtool.model import PRECISIONS, RewardModel
 from rmtool.optim import build_optimizer, schedule_factor, set_learning_rate
-from rmtool.recipe import CONFIG_FILE, as_dict, load_recipe, resolve
-from rmtool.split import Split, describe_data, load_split, write_held_out
+from rmtool.recipe import CONFIG_FILE, as_dict, as_source, load_recipe, resolve
+from rmtool.report import build_report, example, write_report
+from rmtool.split import Split, load_split, write_held_out
 from rmtool.steps import Unit, count_pairs, epoch_steps, plan_steps
 from rmtool.tracking import Tracker, draw_curves
 from rmtool.ui import Bar, Ui, worker_ui
@@ -79,16 +81,17 @@ class Trainer:
 
     def _pack(self, units: Sequence[Unit]) -> tuple[PairSums, torch.Tensor]:
         rewards = self.engine(self.model.collate([unit.tree for unit in units]))
-        start, winners, losers, margins = 0, list[int](), list[int](), list[float]()
+        start, winners, losers, margins, weights = 0, list[int](), list[int](), list[float](), list[float]()
         for unit in units:
             for winner, loser, margin in unit.preferences:
                 winners.append(start + winner)
                 losers.append(start + loser)
                 margins.append(margin)
+                weights.append(unit.weight)
             start += len(unit.tree.responses)
         chosen, rejected = rewards[winners], rewards[losers]
         taken_off = rewards.new_tensor(margins) if self.recipe.train.use_margins else None
-        losses = bradley_terry(chosen, rejected, taken_off)
+        losses = bradley_terry(chosen, rejected, taken_off) * rewards.new_tensor(weights)
         return PairSums.of(chosen, rejected, losses), losses.sum()
 
     def evaluate(self, held_out: Encoded, bar: Bar) -> dict[str, float]:
@@ -194,7 +197,7 @@ def _manifest(
         on_empty=encoder.on_empty,
         recipe=recipe.name,
         base_model=public_name(recipe.model.path),
-        train_data=[public_name(source) for source in recipe.data.train],
+        train_data=[public_name(as_source(source).path) for source in recipe.data.train],
         layout=f"padded: {reason}" if reason else "shared",
         settings=as_dict(recipe)["train"] | {"lora": as_dict(recipe)["lora"]},
         metrics=metrics,
@@ -215,7 +218,15 @@ def run(folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     source = resolve_checkpoint(resolve(recipe.model.path), recipe.model.revision, ui)
     encoder, notices = training_encoder(recipe, source)
     fingerprint = encoder.fingerprint()
-    split = load_split(recipe, encoder, ui)
+    main = accelerator.is_main_process
+    aside = folder / REJECTS_FILE if recipe.data.on_bad_row == "skip" else None
+    with Rejects(aside if main or aside is None else Path(os.devnull)) as rejects:
+        split = load_split(recipe, encoder, rejects, ui)
+    report = build_report(split, recipe.train.batch_size, recipe.train.seed)
+    ui.facts("Data", report.rows())
+    ui.say(f"an example: {example(encoder, split.train.records[0], split.train.trees[0])}")
+    if main:
+        write_report(report, split.train, folder)
     model, more = training_model(recipe, source, encoder)
     optimizer = build_optimizer(model, recipe.train)
     engine, optimizer = accelerator.prepare(model, optimizer)
@@ -223,9 +234,8 @@ def run(folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     if recipe.train.compile:  # after the trials of both layouts, of which one is used
         more += [f"compiled layers: {_compile(model)}"]
     sharing = f"padded, because {reason}" if reason else "computed once for both responses of a pair"
-    for notice in (*notices, *more, f"prompts: {sharing}", describe_data(split)):
+    for notice in (*notices, *more, f"prompts: {sharing}"):
         ui.say(notice)
-    main = accelerator.is_main_process
     if main:
         write_held_out(folder / HELD_OUT_FILE, split.held_out.records)
     tracker = Tracker(folder, recipe.track, as_dict(recipe), ui) if main else None

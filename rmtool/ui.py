@@ -50,6 +50,8 @@ class Ui(Protocol):
 
     def progress(self, label: str, total: int | None, unit: str) -> contextlib.AbstractContextManager[Bar]: ...
 
+    def facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None: ...
+
 
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
@@ -146,6 +148,10 @@ class TerminalUi:
             table.add_row(*(Text(_clean(cell)) for cell in row))
         (self.err if to_stderr else self.out).print(table)
 
+    def facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """What is said along the way, as a table of names and values on stderr."""
+        self.table(title, ("", ""), rows, numeric_from=2, to_stderr=True)
+
     def progress(self, label: str, total: int | None, unit: str) -> contextlib.AbstractContextManager[Bar]:
         return self._rich(label, total, unit) if self.err.is_terminal else self._plain(label, total, unit)
 
@@ -196,6 +202,9 @@ class PipeUi:
     def say(self, text: str) -> None:
         self.send({"say": text})
 
+    def facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        self.send({"facts": title, "rows": list(rows)})
+
     @contextlib.contextmanager
     def progress(self, label: str, total: int | None, unit: str) -> Iterator[Bar]:
         self.next_key += 1
@@ -209,6 +218,9 @@ class SilentUi:
     """Shows nothing: for every rank but the first, and for tests."""
 
     def say(self, text: str) -> None:
+        pass
+
+    def facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         pass
 
     @contextlib.contextmanager
@@ -230,6 +242,8 @@ class Replay:
         event = json.loads(line)
         if "say" in event:
             self.ui.say(event["say"])
+        elif "facts" in event:
+            self.ui.facts(event["facts"], event["rows"])
         elif "start" in event:
             manager = self.ui.progress(event["label"], event["total"], event["unit"])
             self.open[event["start"]] = (manager, manager.__enter__())

@@ -198,6 +198,7 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
     from accelerate import Accelerator
 
     from rmtool.config import DataConfig, ModelConfig, Recipe, TrainConfig
+    from rmtool.data.rejects import Rejects
     from rmtool.loading import training_encoder, training_model
     from rmtool.model import choose_layout
     from rmtool.optim import build_optimizer
@@ -215,7 +216,7 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
     recipe = Recipe("bench", ModelConfig(str(folder)), data, train)
     accelerator = Accelerator(cpu=spec["device"] == "cpu")
     encoder, _ = training_encoder(recipe, folder)
-    pairs = load_split(recipe, encoder, SilentUi()).train
+    pairs = load_split(recipe, encoder, Rejects(), SilentUi()).train
     model, _ = training_model(recipe, folder, encoder)
     engine, optimizer = accelerator.prepare(model, build_optimizer(model, train))
     if reason := choose_layout(model, engine, encoder.max_length):

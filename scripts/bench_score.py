@@ -313,7 +313,8 @@ def fill_up(groups: dict[Any, list[Any]], count: int, rng: random.Random) -> Ite
 
 def read_answers(source: Path) -> Iterator[tuple[Any, list[Any]]]:
     """(prompt, answers) of preference rows, or of all files of RMB's folder, both as messages."""
-    from rmtool.data.formats import Message, preference_record
+    from rmtool.data.formats import preference_record
+    from rmtool.data.messages import Message
     from rmtool.data.rows import read_rows
 
     if not source.is_dir():
@@ -372,8 +373,8 @@ def candidates(spec: Event, rng: random.Random) -> Iterator[tuple[Any, list[Any]
 
 def as_row(prompt: Any, answers: Sequence[Any]) -> dict[str, Any]:
     """A row to score; whole conversations where what follows the prompt does not start with the assistant."""
-    messages = [[message._asdict() for message in answer] for answer in answers]
-    start = [message._asdict() for message in prompt]
+    messages = [[message.as_dict() for message in answer] for answer in answers]
+    start = [message.as_dict() for message in prompt]
     if start and all(answer[0]["role"] == "assistant" for answer in messages):
         return {"prompt": start, "responses": messages}
     return {"responses": [start + answer for answer in messages]}
@@ -438,6 +439,7 @@ def try_sizes(spec: Event, load: Callable[[int], Score]) -> None:
 
 
 def load_rmtool(spec: Event) -> Score:
+    from rmtool.data.rejects import Rejects
     from rmtool.loading import load_for_use
     from rmtool.score import score_file
     from rmtool.ui import SilentUi
@@ -453,7 +455,7 @@ def load_rmtool(spec: Event) -> Score:
 
     def score(source: Path) -> tuple[list[float], int]:
         output = Path(spec["scratch"]) / "scored.jsonl"
-        score_file(source, output, loaded, spec["tokens_per_pack"], SilentUi())
+        score_file(source, output, loaded, spec["tokens_per_pack"], Rejects(), SilentUi())
         rewards = [reward for row in benchlib.read_jsonl(output) for reward in row["rewards"]]
         return [float("nan") if reward is None else reward for reward in rewards], count.take()
 

@@ -305,12 +305,12 @@ def write_pairs(spec: Event) -> None:
 
     from rmtool.data.encode import Encoder
     from rmtool.data.formats import preference_record
-    from rmtool.data.rows import read_all
+    from rmtool.data.rows import read_rows
     from rmtool.steps import epoch_order
     from rmtool.tokenizer import load_tokenizer
 
     folder = Path(spec["folder"])
-    records = read_all([spec["data"]], preference_record, lambda: None)
+    records = [preference_record(row) for row in read_rows(spec["data"])]
     random.Random(spec["seed"]).shuffle(records)
     encoder = Encoder(load_tokenizer(folder / "model"), spec["max_length"], "drop", "keep")
     lines, trees, dropped = list[str](), [], 0
@@ -319,7 +319,7 @@ def write_pairs(spec: Event) -> None:
         dropped += tree is None
         if tree is None or (tree.responses[0].tolist() == tree.responses[1].tolist()):
             continue
-        chosen, rejected = ([message._asdict() for message in (*record.prompt, *r)] for r in record.responses)
+        chosen, rejected = ([message.as_dict() for message in (*record.prompt, *r)] for r in record.responses)
         lines.append(json.dumps({"chosen": chosen, "rejected": rejected}, ensure_ascii=False) + "\n")
         trees.append(tree)
         if len(lines) == spec["pairs"]:
@@ -374,6 +374,7 @@ def train_with_rmtool(spec: Event) -> None:
     from rmtool import model as models
     from rmtool.config import DataConfig, ModelConfig, Recipe, TrainConfig
     from rmtool.data.encode import Encoded
+    from rmtool.data.rejects import Rejects
     from rmtool.loading import training_encoder, training_model
     from rmtool.optim import build_optimizer
     from rmtool.split import Split, load_split
@@ -398,7 +399,7 @@ def train_with_rmtool(spec: Event) -> None:
     )
     accelerator = Accelerator(cpu=spec["device"] == "cpu")
     encoder, _ = training_encoder(recipe, folder / "model")
-    split = load_split(recipe, encoder, SilentUi())
+    split = load_split(recipe, encoder, Rejects(), SilentUi())
     model, _ = training_model(recipe, folder / "model", encoder)
     engine, optimizer = accelerator.prepare(model, build_optimizer(model, recipe.train))
     if reason := models.choose_layout(model, engine, encoder.max_length):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,14 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def read_pairs(path: Path) -> list[Any]:
+    """The records of a file with preferences; the first bad row raises."""
+    from rmtool.data.formats import preference_record
+    from rmtool.data.rows import read_rows
+
+    return [preference_record(row) for row in read_rows(str(path))]
 
 
 def pair_rows(count: int) -> list[dict[str, Any]]:
@@ -100,6 +111,46 @@ def tiny_config(vocabulary: int) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+
+
+@dataclass(frozen=True)
+class Shown:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str | None:
+        found = re.search(r"error\[(E\d{4})\]", self.err)
+        return found and found.group(1)
+
+
+@pytest.fixture
+def rmtool(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command in this process, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    from rmtool import cli
+
+    def run(*arguments: str | Path) -> Shown:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return Shown(int(ended.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture
+def model(checkpoint: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(checkpoint, tmp_path / "m")
+
+
+def scored(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 hypothesis_settings.register_profile("rmtool", deadline=None)  # machines that run tests are shared and noisy

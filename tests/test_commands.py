@@ -5,53 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import pair_rows, write_jsonl
-
-from rmtool import cli
-
-
-@dataclass(frozen=True)
-class Shown:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str | None:
-        found = re.search(r"error\[(E\d{4})\]", self.err)
-        return found and found.group(1)
-
-
-@pytest.fixture
-def rmtool(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a command in this process, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*arguments: str | Path) -> Shown:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return Shown(int(ended.value.code or 0), out, err)
-
-    return run
-
-
-@pytest.fixture
-def model(checkpoint: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(checkpoint, tmp_path / "m")
-
+from conftest import Shown, pair_rows, scored, write_jsonl
 
 RESPONSES: list[dict[str, Any]] = [
     {"id": 1, "prompt": "Hello?", "response": "Hi, naïve ☃."},
@@ -59,10 +20,6 @@ RESPONSES: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "note": None},
     {"prompt": "One?", "responses": ["Yes."]},
 ]
-
-
-def scored(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_score_keeps_rows_and_order_and_adds_rewards(rmtool: Any, model: Path, tmp_path: Path) -> None:
@@ -132,7 +89,7 @@ def test_score_takes_the_newest_finished_run(rmtool: Any, model: Path, tmp_path:
     assert shown.err.startswith("model: runs/mine/model")
     assert json.loads(shown.out) | {"model": ""} == {
         "model": "", "output": str(tmp_path / "r.scored.jsonl"),
-        "rows": 4, "responses": 6, "nonfinite": 0, "truncated": 0,
+        "rows": 4, "responses": 6, "nonfinite": 0, "truncated": 0, "rejected": 0,
     }  # fmt: skip
     # Another template reads conversations otherwise: refused, unless a template is named.
     (run / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
@@ -178,10 +135,15 @@ def test_eval_reports_metrics_subsets_and_samples(rmtool: Any, model: Path, tmp_
 def test_values_that_json_cannot_hold_are_refused_before_the_first_forward(
     rmtool: Any, model: Path, tmp_path: Path
 ) -> None:
-    source = write_jsonl(tmp_path / "r.jsonl", RESPONSES)
-    source.write_text(source.read_text() + '{"prompt": "x", "response": "y", "n": 1e999}\n')
-    shown = rmtool("score", source, "--model", model)
-    assert (shown.error, "r.jsonl:5" in shown.err, "Scoring" in shown.err) == ("E0303", True, False)
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": "x", "response": "y", "when": datetime.date(2026, 1, 1)}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
+    shown = rmtool("score", tmp_path / "r.parquet", "--model", model)
+    assert (shown.error, "r.parquet[1]" in shown.err, "Scoring" in shown.err) == ("E0303", True, False)
 
 
 def test_empty_responses_can_be_allowed(rmtool: Any, model: Path, tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import pair_rows, write_jsonl
+from conftest import pair_rows, read_pairs, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rmtool.data.encode import Encoder, encode_all
-from rmtool.data.formats import Message, preference_record, score_record
-from rmtool.data.rows import Row, read_all, read_rows
+from rmtool.data.formats import preference_record, score_record
+from rmtool.data.messages import Message
+from rmtool.data.rows import Row, read_rows
 from rmtool.errors import Place, RmtoolError
 
 PROMPT, GOOD, BAD = "What is 2 + 2?", "It is 4.", "It is 5."
@@ -88,13 +89,14 @@ def test_transcripts_beside_a_null_or_repeated_prompt_are_read_once() -> None:
 
 WRONG_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": PROMPT, "chosen": GOOD}, '"rejected" is missing'),
-    ({}, '"chosen" is missing'),
+    ({}, "no known format"),
+    ({"rejected": "x"}, '"chosen" is missing'),
     ({"prompt": PROMPT, "chosen": 4, "rejected": BAD}, '"chosen" is a string or a list'),
     ({"prompt": PROMPT, "chosen": None, "rejected": BAD}, '"chosen" is a string or a list'),
     ({"prompt": 3, "chosen": GOOD, "rejected": BAD}, '"prompt" is a string or a list'),
     ({"chosen": [], "rejected": [A(BAD)]}, '"chosen" is a string or a list'),
     ({"chosen": ["hello"], "rejected": [A(BAD)]}, "chosen[0] is an object"),
-    ({"chosen": [{"role": "human", "content": "x"}], "rejected": [A(BAD)]}, "chosen[0].role is one of"),
+    ({"chosen": [{"role": "robot", "content": "x"}], "rejected": [A(BAD)]}, "chosen[0].role is one of"),
     ({"chosen": [U(PROMPT), {"role": "assistant", "content": 4}], "rejected": [A(BAD)]}, "chosen[1].content is"),
     ({"chosen": [U(PROMPT)], "rejected": [U(PROMPT), A(BAD)]}, "ends without a response"),
     ({"prompt": "other", "chosen": [U(PROMPT), A(GOOD)], "rejected": BAD}, "does not contain the"),
@@ -102,8 +104,11 @@ WRONG_ROWS: list[tuple[dict[str, Any], str]] = [
     ({**SHAPES["standard explicit"], "margin": True}, '"margin" is a finite number'),
     ({**SHAPES["standard explicit"], "margin": 10**400}, '"margin" is a finite number'),
     ({**SHAPES["standard explicit"], "subset": 3}, '"subset" is a string'),
-    ({**SHAPES["standard explicit"], "tools": [{}]}, '"tools" would not be read'),
-    ({"chosen": [U("x"), A("") | {"tool_calls": [1]}], "rejected": BAD}, "chosen[1] has tool_calls"),
+    ({**SHAPES["standard explicit"], "weight": -1}, '"weight" is at least 0'),
+    ({**SHAPES["standard explicit"], "tools": "none"}, '"tools" is a list, or JSON of one'),
+    ({**SHAPES["standard explicit"], "tools": [1]}, '"tools" is a list of objects'),
+    ({**SHAPES["standard explicit"], "system": 1}, '"system" is a string'),
+    ({"chosen": [U("x"), A("y") | {"images": [1]}], "rejected": BAD}, "chosen[1] has images"),
 ]
 
 
@@ -168,11 +173,17 @@ BAD_LINES = {
     "cut": (b'{"a": "b', 7),
     "not UTF-8": (b'{"a": "\xff"}', 8),
     "a list": (b"[1, 2]", None),
-    "a field twice": (b'{"a": 1, "a": 2}', None),
-    "NaN": (b'{"a": NaN}', None),
-    "half a surrogate pair": (b'{"a": "\\ud800"}', None),
-    "a whole number without end": (b'{"a": ' + b"1" * 5000 + b"}", None),
-    "nested too deeply": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", None),
+    "a field twice": (b'{"a": 1, "a": 2}', 10),
+    "NaN": (b'{"a": NaN}', 7),
+    "half a surrogate pair": (b'{"a": "x\\ud800"}', 9),
+    "half a surrogate pair, the other half": (b'{"a": "\\ud83d\\ude00\\udc00"}', 20),
+    "NUL": (b'{"a": "\\\\u0000\\u0000"}', 15),
+    "a raw NUL": (b'{"a": "\0"}', 8),
+    "a whole number without end": (b'{"a": ' + b"1" * 5000 + b"}", 7),
+    "a number that is no float": (b'{"a": 1e999}', 7),
+    "nested too deeply": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 69),
+    "nested 65 deep": (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", 69),
+    "two values": (b'{"a": 1} {"b": 2}', 10),
 }
 
 
@@ -196,7 +207,7 @@ def test_any_bytes_give_rows_or_an_error_of_ours(content: bytes) -> None:
         path.write_bytes(content)
         codes = set()
         try:
-            read_all([str(path)], preference_record, lambda: None)
+            read_pairs(path)
         except RmtoolError as error:
             codes.add(error.exit_code)
         assert codes <= {2, 3}

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmtool.config import TrainConfig
-from rmtool.data.formats import Message, Record, preference_record
+from rmtool.data.formats import Record, preference_record
+from rmtool.data.messages import Message
 from rmtool.data.rows import Row
 from rmtool.errors import Place, RmtoolError
 from rmtool.loss import bradley_terry

@@ -23,7 +23,7 @@ from rmtool import compat
 from rmtool import model as models
 from rmtool.checkpoint import default_model, read_manifest, resolve_checkpoint, write_folder
 from rmtool.config import LoraConfig, Recipe
-from rmtool.data.formats import Message
+from rmtool.data.messages import Message
 from rmtool.errors import RmtoolError
 from rmtool.loading import add_adapters, load_for_use, merge_adapters, slow_precision, training_encoder, training_model
 from rmtool.recipe import load_recipe

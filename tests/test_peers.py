@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import DEBUG_MODEL, ROOT, tiny_config, write_jsonl
+from conftest import DEBUG_MODEL, ROOT, read_pairs, tiny_config, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rmtool import train
 from rmtool.data.encode import encode_all
-from rmtool.data.formats import preference_record
-from rmtool.data.rows import read_all
+from rmtool.data.rejects import Rejects
 from rmtool.evaluate import evaluate
 from rmtool.loading import load_for_use
 from rmtool.model import draw_head
@@ -101,7 +100,7 @@ def checkpoint(request: pytest.FixtureRequest) -> Path:
 def scored(checkpoint: Path, conversations: list[Messages], folder: Path) -> list[float]:
     """What `rmtool score` writes for them."""
     source = write_jsonl(folder / "in.jsonl", [{"messages": messages} for messages in conversations])
-    score_file(source, folder / "out.jsonl", load_for_use(checkpoint), 2048, SilentUi())
+    score_file(source, folder / "out.jsonl", load_for_use(checkpoint), 2048, Rejects(), SilentUi())
     return [json.loads(line)["reward"] for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -201,7 +200,7 @@ def test_special_tokens_inside_a_message_are_text(trained: Path, tmp_path: Path)
 def evaluated(checkpoint: Path, tmp_path: Path) -> dict[str, float]:
     """What `rmtool eval` reports on the pairs, in TRL's names."""
     loaded = load_for_use(checkpoint)
-    records = read_all([str(write_jsonl(tmp_path / "pairs.jsonl", pair_rows()))], preference_record, lambda: None)
+    records = read_pairs(write_jsonl(tmp_path / "pairs.jsonl", pair_rows()))
     encoded = encode_all(loaded.encoder, records, "error", lambda: None)
     report = evaluate(loaded.model, encoded.records, encoded.trees, 2048, SilentUi()).as_dict()
     chosen, rejected = report["eval/rm/chosen_rewards"], report["eval/rm/rejected_rewards"]

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, read_pairs
 from test_invariance import Draw, Pool, alone, check
 
 from rmtool.data.encode import Encoder, encode_all
-from rmtool.data.formats import Message, preference_record
-from rmtool.data.rows import read_all
+from rmtool.data.messages import Message
 from rmtool.loading import load_for_use
 from rmtool.model import build_classifier, choose_layout, compute_rewards, draw_head
 from rmtool.tokenizer import load_tokenizer
@@ -42,12 +41,12 @@ def smollm2() -> Path:
 
 def test_every_real_row_is_read_and_tokenised(smollm2: Path) -> None:
     encoder = Encoder(load_tokenizer(smollm2), 2**15, on_empty="keep")
-    hh = read_all([str(HH)], preference_record, lambda: None)
+    hh = read_pairs(HH)
     assert len(hh) == 2312
     encoded = encode_all(encoder, hh, "error", lambda: None)
     whole = sum(len(ids) for tree in encoded.trees for ids in tree.sequences())
     assert sum(tree.unique_tokens for tree in encoded.trees) < 0.65 * whole
-    rmb = read_all([str(RMB)], preference_record, lambda: None)
+    rmb = read_pairs(RMB)
     assert len(rmb) == 6975
     assert {record.subset is not None for record in rmb} == {True}
     encode_all(encoder, rmb[:300], "error", lambda: None)
@@ -62,7 +61,7 @@ def test_the_real_model_shares_prompts_exactly_on_real_pairs(smollm2: Path) -> N
     model = RewardModel(classifier, pad_id=0).eval()
     assert choose_layout(model, model, 2048) is None
     encoder = Encoder(load_tokenizer(smollm2), 2048, on_empty="keep")
-    trees = encode_all(encoder, read_all([str(HH)], preference_record, lambda: None)[:6], "error", lambda: None).trees
+    trees = encode_all(encoder, read_pairs(HH)[:6], "error", lambda: None).trees
     shared = compute_rewards(model, trees, 2048, SilentUi())
     model.share_prompts(False)
     alone = [[classifier(torch.tensor(ids[None]).long()).logits.item() for ids in tree.sequences()] for tree in trees]
@@ -79,7 +78,7 @@ def test_the_real_model_gives_one_reward_in_any_batch(smollm2: Path) -> None:
     classifier, _ = build_classifier(smollm2, dtype=torch.float32)
     draw_head(classifier.eval(), 0)
     encoder = Encoder(load_tokenizer(smollm2), 2048, on_empty="keep")
-    trees = encode_all(encoder, read_all([str(HH)], preference_record, lambda: None), "error", lambda: None).trees
+    trees = encode_all(encoder, read_pairs(HH), "error", lambda: None).trees
     shortest = sorted(trees, key=lambda tree: tree.longest)[:8]
     prompts = tuple(tuple(tree.sequences()) for tree in shortest)
     classifier.score.weight.data /= max(abs(alone(classifier, ids)) for responses in prompts for ids in responses)

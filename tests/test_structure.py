@@ -15,16 +15,16 @@ from conftest import ROOT
 ROWS = (
     {"errors", "data", "tree", "config", "recipe"},
     {"attention", "compat", "forest", "layers", "packing", "products", "readout", "spool", "steps", "tokenizer"},
-    {"model", "loss", "metrics", "checkpoint", "ui", "loading", "optim", "tracking", "split"},
+    {"model", "loss", "metrics", "checkpoint", "ui", "loading", "optim", "tracking", "split", "report"},
     {"train", "evaluate", "score", "hub", "hub_errors", "card", "launch", "plan"},
     {"commands", "cli"},
 )
 WITHIN = {
-    ("tree", "errors"), ("data", "errors"), ("data", "tree"), ("data", "data"),
+    ("tree", "errors"), ("data", "config"), ("data", "errors"), ("data", "tree"), ("data", "data"),
     ("recipe", "errors"), ("recipe", "config"),
     ("packing", "forest"), ("attention", "forest"), ("attention", "packing"), ("compat", "attention"),
     ("readout", "layers"),
-    ("model", "ui"), ("checkpoint", "ui"), ("tracking", "ui"), ("split", "ui"),
+    ("model", "ui"), ("checkpoint", "ui"), ("tracking", "ui"), ("split", "ui"), ("report", "split"),
     ("loading", "model"), ("loading", "checkpoint"),
     ("train", "evaluate"), ("hub", "card"), ("hub", "hub_errors"), ("launch", "plan"), ("cli", "commands"),
 }  # fmt: skip

@@ -19,6 +19,7 @@ from rmtool.checkpoint import read_manifest
 from rmtool.config import Recipe
 from rmtool.data.encode import encode_all
 from rmtool.data.formats import preference_record
+from rmtool.data.rejects import Rejects
 from rmtool.data.rows import read_rows
 from rmtool.errors import RmtoolError
 from rmtool.loading import load_for_use, training_encoder, training_model
@@ -128,7 +129,7 @@ def test_the_cut_into_packs_changes_no_step(recipe: Recipe, tmp_path: Path, sett
 
 def trainer(recipe: Recipe, source: Path) -> tuple[train.Trainer, Any]:
     encoder, _ = training_encoder(recipe, source)
-    split = load_split(recipe, encoder, SilentUi())
+    split = load_split(recipe, encoder, Rejects(), SilentUi())
     model, _ = training_model(recipe, source, encoder)
     model.share_prompts(True)
     accelerator = Accelerator(cpu=True)
@@ -163,6 +164,19 @@ def test_without_bf16_instructions_a_whole_step_multiplies_in_fp32(
         assert (products.seen[torch.bfloat16] == 0) == lacks
         results.append((sums.loss, norm))
     assert results[1] == pytest.approx(results[0], rel=2**-7)
+
+
+def test_a_pair_of_weight_two_counts_like_two_pairs(recipe: Recipe, causal_lm: Path, tmp_path: Path) -> None:
+    rows = pair_rows(3)
+    once = write_jsonl(tmp_path / "once.jsonl", [rows[0] | {"weight": 2}, rows[1], rows[2] | {"weight": 0}])
+    twice = write_jsonl(tmp_path / "twice.jsonl", [rows[0], rows[0], rows[1]])
+    found = []
+    for data in (once, twice):
+        changed = replace(recipe, data=replace(recipe.data, train=(str(data),), holdout=0))
+        mine, split = trainer(set_(changed, max_grad_norm=None), causal_lm)
+        sums, norm = mine.step(next(epoch_steps(split.train.records, split.train.trees, 0, 0, 3)))
+        found.append((sums.loss, norm))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("lacks", [False, True])

@@ -12,12 +12,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from rmtool.data.formats import Message, Messages, Record
+from rmtool.data.formats import Record
+from rmtool.data.messages import Message, Messages
+from rmtool.data.rejects import Rejects
 from rmtool.errors import RmtoolError
 from rmtool.tree import TokenTree, build_tree, common_prefix
 
@@ -50,14 +52,15 @@ class Encoder:
     on_empty: str = "error"
     drop_tail: int | None = None
 
-    def ids(self, conversation: Sequence[Message]) -> list[int]:
-        """The ids of one conversation, rendered and tokenised.
+    def ids(self, conversation: Sequence[Message], tools: str = "") -> list[int]:
+        """The ids of one conversation, rendered and tokenised; `tools` is JSON, as in a `Record`.
 
         Raises:
             jinja2.TemplateError: the template refuses the conversation (role order, no system turn, ...).
         """
         ids: list[int] = self.tokenizer.apply_chat_template(
-            [message._asdict() for message in conversation],
+            [message.as_dict() for message in conversation],
+            tools=json.loads(tools) if tools else None,
             tokenize=True,
             return_dict=False,
             sanitize_control_tokens=True,
@@ -101,7 +104,7 @@ class Encoder:
         from jinja2 import TemplateError
 
         try:
-            ids = self.ids((*record.prompt, *response))
+            ids = self.ids((*record.prompt, *response), record.tools)
         except TemplateError as error:
             raise RmtoolError(
                 "E0307", f"the chat template refuses this conversation: {error}", "mend the row's roles", record.place
@@ -148,35 +151,73 @@ class Encoded:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def encode_all(encoder: Encoder, records: Iterable[Record], on_identical: str, advance: Callable[[], None]) -> Encoded:
-    """Encode preference records; calls `advance` once per record.
+def encode_all(
+    encoder: Encoder,
+    records: Iterable[Record],
+    on_identical: str,
+    advance: Callable[[], None],
+    rejects: Rejects | None = None,
+) -> Encoded:
+    """Encode preference records; calls `advance` once per record. Bad ones go to `rejects`; without it, the first
+    one raises.
 
     Args:
-        on_identical: "error", "drop" or "keep" (to evaluate: a tie) a pair whose two responses have the same ids.
+        on_identical: "error", "drop" or "keep" (to evaluate: a tie) pairs whose two responses have the same ids.
 
     Raises:
         RmtoolError: as `Encoder.encode`, and E0304 for a pair whose two responses have the same ids.
     """
     encoded = Encoded()
     for record in records:
-        tree, event = encoder.encode(record)
         advance()
-        if tree is not None and on_identical != "keep" and _identical_pair(record, tree):
-            if on_identical == "error":
-                raise RmtoolError(
-                    "E0304",
-                    "chosen and rejected have the same token ids, so nothing can be learned from this row",
-                    "remove the row, or set data.on_identical=drop",
-                    record.place,
-                )
-            tree, event = None, "identical"
+        if not record.preferences:
+            encoded.counts["tied"] += 1
+            continue
+        try:
+            tree, event = encoder.encode(record)
+            if tree is not None and on_identical != "keep":
+                record, event = _without_identical(record, tree, on_identical, event)
+        except RmtoolError as error:
+            if rejects is None:
+                raise
+            rejects.add(error, _shown(record))
+            continue
         if event:
             encoded.counts[event] += 1
-        if tree is not None:
+        if tree is not None and record.preferences:
             encoded.records.append(record)
             encoded.trees.append(tree)
     return encoded
 
 
-def _identical_pair(record: Record, tree: TokenTree) -> bool:
-    return any(np.array_equal(tree.responses[a], tree.responses[b]) for a, b in record.preferences)
+def _shown(record: Record) -> dict[str, Any]:
+    """The record as JSON shows it: its prompt, and its responses."""
+    return {
+        "prompt": [message.as_dict() for message in record.prompt],
+        "responses": [[message.as_dict() for message in response] for response in record.responses],
+    }
+
+
+def _without_identical(
+    record: Record, tree: TokenTree, on_identical: str, event: str | None
+) -> tuple[Record, str | None]:
+    """The record without the preferences between responses that have the same ids, and what happened to it.
+
+    Raises:
+        RmtoolError: E0304 there is one, and `on_identical` is "error".
+    """
+    kept = [
+        at for at, (a, b) in enumerate(record.preferences) if not np.array_equal(tree.responses[a], tree.responses[b])
+    ]
+    if len(kept) == len(record.preferences):
+        return record, event
+    if on_identical == "error":
+        raise RmtoolError(
+            "E0304",
+            "chosen and rejected have the same token ids, so nothing can be learned from this row",
+            "remove the row, or set data.on_identical=drop",
+            record.place,
+        )
+    preferences = tuple(record.preferences[at] for at in kept)
+    margins = tuple(record.margins[at] for at in kept)
+    return replace(record, preferences=preferences, margins=margins), "identical"

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from rmtool.data.faults import MAX_DEPTH, find_fault
+from rmtool.data.rejects import Rejects
 from rmtool.errors import Place, RmtoolError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
@@ -31,21 +34,35 @@ class Row:
     data: dict[str, Any]
 
 
-def read_rows(source: str) -> Iterator[Row]:
-    """The rows of `source`, in order.
+@dataclass(frozen=True)
+class BadRow:
+    """A row that is none: why, and what of its text can be shown."""
+
+    error: RmtoolError
+    text: str | None = None
+
+
+def read_rows(source: str, rejects: Rejects | None = None) -> Iterator[Row]:
+    """The rows of `source`, in order. Malformed rows go to `rejects`; without it, the first one raises.
 
     Raises:
-        RmtoolError: E0201 no such file, E0301 a malformed row, E0302 no rows at all, E0701 the Hub is not reachable.
+        RmtoolError: E0201 no such file, E0301 a malformed row or file, E0302 no rows at all, E0701 the Hub is not
+            reachable.
     """
     empty = True
-    for row in _reader(source):
+    for item in _reader(source):
         empty = False
-        yield row
+        if isinstance(item, Row):
+            yield item
+        elif rejects is None:
+            raise item.error
+        else:
+            rejects.add(item.error, item.text)
     if empty:
         raise RmtoolError("E0302", "there are no rows", "give a file with at least one row", Place(source))
 
 
-def _reader(source: str) -> Iterator[Row]:
+def _reader(source: str) -> Iterator[Row | BadRow]:
     path = Path(source)
     if path.is_dir():
         raise RmtoolError("E0201", f"{source} is a folder", f"name a file in it ({', '.join(SUFFIXES)})")
@@ -85,7 +102,7 @@ def _open(path: Path) -> IO[bytes]:
         raise RmtoolError("E0501", f"{path} may not be read", "change its permissions", Place(str(path))) from error
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(path: Path) -> Iterator[Row | BadRow]:
     try:
         with _open(path) as file:
             number = 0
@@ -93,16 +110,30 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 number += 1
                 place = Place(str(path), number)
                 if len(line) > MAX_LINE_BYTES:
-                    raise _bad(place, f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+                    _skip_line(file, line)
+                    yield BadRow(_bad(place, f"the line is longer than {MAX_LINE_BYTES >> 20} MiB"))
+                    continue
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    yield Row(place, _object(_parse(line.rstrip(b"\r\n"), place), place))
+                    yield _row(line.rstrip(b"\r\n"), place)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise _bad(Place(str(path)), f"the gzip data is damaged ({error})") from error
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _skip_line(file: IO[bytes], line: bytes) -> None:
+    while line and not line.endswith(b"\n"):
+        line = file.readline(MAX_LINE_BYTES)
+
+
+def _row(line: bytes, place: Place) -> Row | BadRow:
+    try:
+        return Row(place, _object(_parse(line, place), place))
+    except RmtoolError as error:
+        return BadRow(error, line.decode("utf-8", errors="backslashreplace"))
+
+
+def _json(path: Path) -> Iterator[Row | BadRow]:
     try:
         with _open(path) as file:
             content = file.read().removeprefix(b"\xef\xbb\xbf")
@@ -115,50 +146,68 @@ def _json(path: Path) -> Iterator[Row]:
         )
     for number, item in enumerate(items, 1):
         place = Place(f"{path}[{number}]")
-        yield Row(place, _object(item, place))
+        try:
+            yield Row(place, _object(item, place))
+        except RmtoolError as error:
+            yield BadRow(error, json.dumps(item))
 
 
-def _parse(line: bytes, place: Place) -> Any:
+def _parse(content: bytes, place: Place) -> Any:
+    """The JSON value of a line, or of a whole file that begins in that line."""
     try:
-        text = line.decode("utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _bad(_at(place, error.start + 1), "this is not UTF-8") from error
+        before = content[: error.start].decode("utf-8")
+        found = " ".join(f"{byte:02x}" for byte in content[error.start : error.end])
+        raise _bad(_at(place, before, len(before)), "this is not UTF-8", found=f"bytes {found}") from error
     try:
-        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        where = Place(place.file, (place.line or 1) + error.lineno - 1, error.colno)
-        raise _bad(where, f"this is not JSON ({error.msg})") from error
-    except RecursionError as error:
-        raise _bad(place, "this is nested too deeply") from error
-    except (_FieldError, ValueError) as error:  # ValueError: a whole number of thousands of digits
-        raise _bad(place, str(error)) from error
-    if "\\u" in text:
-        _refuse_surrogates(value, place)
+        value = json.loads(
+            text, object_pairs_hook=_no_duplicates, parse_constant=_suspicious, parse_float=_finite_float
+        )
+    except (ValueError, RecursionError):  # JSONDecodeError is a ValueError, and so is a number of thousands of digits
+        raise _fault(text, place) from None
+    if "\\u" in text and _has_no_character(value, text):
+        raise _fault(text, place)
+    if text.count("[") + text.count("{") > MAX_DEPTH and find_fault(text):
+        raise _fault(text, place)
     return value
 
 
-class _FieldError(Exception):
-    pass
+def _fault(text: str, place: Place) -> RmtoolError:
+    """What is wrong with text that the fast parser refused."""
+    fault = find_fault(text)
+    assert fault, "two parsers that disagree"
+    inside = f"{fault.path}: " if fault.path else ""
+    return _bad(_at(place, text, fault.column - 1), inside + fault.what, found=fault.found)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _FieldError(f'the field "{twice}" stands there twice')
+        raise ValueError
     return fields
 
 
-def _no_constant(name: str) -> Any:
-    raise _FieldError(f"{name} is not JSON")
+def _suspicious(name: str) -> Any:
+    raise ValueError(name)  # NaN and Infinity are not JSON
 
 
-def _refuse_surrogates(value: Any, place: Place) -> None:
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(digits)
+    return value
+
+
+def _has_no_character(value: Any, text: str) -> bool:
+    """Whether an escape stands for NUL or for half a surrogate pair."""
+    if "\\u0000" in text:
+        return find_fault(text) is not None  # the backslash may itself be escaped
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _bad(place, "there is half a surrogate pair (\\ud800 to \\udfff), which is no character") from error
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _object(value: Any, place: Place) -> dict[str, Any]:
@@ -175,12 +224,14 @@ def json_kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _at(place: Place, column: int) -> Place:
-    return Place(place.file, place.line, column)
+def _at(place: Place, text: str, offset: int) -> Place:
+    """The place of a character of `text`, which begins at `place`."""
+    line = text.count("\n", 0, offset)
+    return Place(place.file, (place.line or 1) + line, offset - text.rfind("\n", 0, offset))
 
 
-def _bad(place: Place, what: str, hint: str = "mend or remove this row") -> RmtoolError:
-    return RmtoolError("E0301", what, hint, place)
+def _bad(place: Place, what: str, hint: str = "mend or remove this row", found: str | None = None) -> RmtoolError:
+    return RmtoolError("E0301", what, hint, place, found)
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -220,13 +271,3 @@ def _hub(source: str) -> Iterator[Row]:
         ) from error
     for number, item in enumerate(rows, 1):
         yield Row(Place(f"{source}[{number}]"), dict(item))
-
-
-def read_all(sources: Iterable[str], shape: Callable[[Row], Any], advance: Callable[[], None]) -> list[Any]:
-    """`shape` of every row of every source, in order; calls `advance` once per row."""
-    shaped = []
-    for source in sources:
-        for row in read_rows(source):
-            shaped.append(shape(row))
-            advance()
-    return shaped

@@ -1,0 +1,99 @@
+"""Bad rows through the commands: listed and refused, or set aside; and what does not change a reward."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import pair_rows, scored, write_jsonl
+
+
+def with_bad_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Line 2 is cut, line 4 has a response that is empty, line 6 is of the wrong kind."""
+    lines = [json.dumps(row) for row in rows]
+    lines[1] = lines[1][:20]
+    lines[3] = json.dumps(rows[3] | {"response": " ", "chosen": " "})
+    lines[5] = "[]"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+ROWS = [{"prompt": row["prompt"], "response": row["chosen"]} for row in pair_rows(8)]
+
+
+def test_score_lists_all_bad_rows_and_writes_nothing(rmtool: Any, model: Path, tmp_path: Path) -> None:
+    source = with_bad_rows(tmp_path / "r.jsonl", ROWS)
+    shown = rmtool("score", source, "--model", model)
+    assert (shown.code, shown.error) == (3, "E0301")
+    assert "3 rows cannot be used" in shown.err
+    assert all(f"--> {source}:{line}" in shown.err for line in (2, 4, 6))
+    assert not (tmp_path / "r.scored.jsonl").exists()
+
+
+def test_score_sets_bad_rows_aside_and_scores_the_others(rmtool: Any, model: Path, tmp_path: Path) -> None:
+    source = with_bad_rows(tmp_path / "r.jsonl", ROWS)
+    shown = rmtool("score", source, "--model", model, "--on-bad-row", "skip", "--json")
+    assert shown.code == 1
+    assert json.loads(shown.out)["rejected"] == 3
+    aside = scored(tmp_path / "r.scored.rejects.jsonl")
+    assert [(row["line"], row["code"]) for row in aside] == [(2, "E0301"), (4, "E0306"), (6, "E0301")]
+    clean = write_jsonl(tmp_path / "clean.jsonl", [ROWS[at] for at in (0, 2, 4, 6, 7)])
+    assert rmtool("score", clean, "--model", model).code == 0
+    assert scored(tmp_path / "r.scored.jsonl") == scored(tmp_path / "clean.scored.jsonl")
+
+
+def test_eval_sets_bad_rows_aside(rmtool: Any, model: Path, tmp_path: Path) -> None:
+    source = with_bad_rows(tmp_path / "pairs.jsonl", pair_rows(8))
+    assert rmtool("eval", model, "--data", source).code == 3
+    shown = rmtool("eval", model, "--data", source, "--on-bad-row", "skip", "--json")
+    assert shown.code == 1
+    result = json.loads(shown.out)
+    assert (result["pairs"], result["rejected"]) == (5, 3)
+    assert len(scored(tmp_path / "pairs.rejects.jsonl")) == 3
+
+
+def test_eval_reads_other_formats_and_names(rmtool: Any, model: Path, tmp_path: Path) -> None:
+    pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in pair_rows(6)]
+    shapes = {
+        "plain": lambda q, good, bad: {"prompt": q, "chosen": good, "rejected": bad},
+        "judge": lambda q, good, bad: {"question": q, "response_A": bad, "response_B": good, "label": "B>A"},
+        "mine": lambda q, good, bad: {"q": q, "good": good, "bad": bad},
+    }
+    columns = ("--column", "prompt=q", "--column", "chosen=good", "--column", "rejected=bad")
+    results = []
+    for name, shape in shapes.items():
+        source = write_jsonl(tmp_path / f"{name}.jsonl", [shape(*pair) for pair in pairs])
+        more = columns if name == "mine" else ()
+        shown = rmtool("eval", model, "--data", source, "--samples", 0, "--json", *more)
+        assert shown.code == 0, shown.err
+        results.append({name: value for name, value in json.loads(shown.out).items() if name.startswith("eval/rm")})
+    assert results[1] == pytest.approx(results[0])
+    assert results[2] == pytest.approx(results[0])
+
+
+def test_order_packing_line_ends_and_gzip_change_no_reward(rmtool: Any, model: Path, tmp_path: Path) -> None:
+    """Metamorphic: the same rows in another order, in two files, gzipped, with CRLF, with a byte order mark."""
+    text = write_jsonl(tmp_path / "whole.jsonl", ROWS).read_bytes()
+    lines = text.splitlines(keepends=True)
+    files = {
+        "reversed.jsonl": b"".join(reversed(lines)),
+        "first.jsonl": b"".join(lines[:3]),
+        "second.jsonl": b"".join(lines[3:]),
+        "packed.jsonl.gz": gzip.compress(text),
+        "crlf.jsonl": text.replace(b"\n", b"\r\n"),
+        "bom.jsonl": b"\xef\xbb\xbf" + text.rstrip(b"\n"),
+    }
+    rewards = {}
+    for name in ("whole.jsonl", *files):
+        if name in files:
+            (tmp_path / name).write_bytes(files[name])
+        out = tmp_path / f"{name}.out"
+        assert rmtool("score", tmp_path / name, "--model", model, "--output", out).code == 0
+        rewards[name] = [row["reward"] for row in scored(out)]
+    expected = pytest.approx(rewards.pop("whole.jsonl"), abs=1e-6)
+    assert rewards.pop("reversed.jsonl")[::-1] == expected
+    assert rewards.pop("first.jsonl") + rewards.pop("second.jsonl") == expected
+    assert all(found == expected for found in rewards.values())
