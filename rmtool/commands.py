@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rmtool.config import Recipe
+from rmtool.config import Recipe, Source
 from rmtool.data.rejects import REJECTS_FILE, Rejects
 from rmtool.errors import ExitCode, Place, RmtoolError
 from rmtool.recipe import resolve
 from rmtool.ui import SilentUi, TerminalUi, Ui, captured, print_json
 
 if TYPE_CHECKING:
-    from rmtool.data.formats import Record
+    from rmtool.data.encode import Encoded
+    from rmtool.data.sources import Selection
+    from rmtool.evaluate import EvalResult
     from rmtool.loading import Loaded
     from rmtool.plan import Plan
     from rmtool.report import DataReport
@@ -25,6 +27,17 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 LENGTHS_FILE = "lengths.png"
 DEFAULT_EVAL_DATA = "allenai/reward-bench:filtered"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pair and its two rewards."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_reward: float
+    rejected_reward: float
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ def _report(plan: Plan, output: Path, ui: Ui) -> tuple[DataReport | None, str]:
     with Rejects(Path(os.devnull) if recipe.data.on_bad_row == "skip" else None) as rejects:
         split = load_split(recipe, encoder, rejects, ui)
     report = build_report(split, recipe.train.batch_size, recipe.train.seed)
-    ui.say(f"an example: {example(encoder, split.train.records[0], split.train.trees[0])}")
+    ui.say(f"an example: {example(encoder, split.train.labels[0], split.train.trees[0])}")
     prepare_folder(output, overwrite=True)
     write_report(report, split.train, output)
     return report, ""
@@ -156,55 +169,55 @@ def eval_command(model: str, data: list[str] | None, samples: int, reading: Read
     reading.check(("error", "drop", "truncate_prompt"))
     with captured() as ui:
         from rmtool.checkpoint import resolve_checkpoint
-        from rmtool.data.encode import encode_all
+        from rmtool.data import formats
         from rmtool.evaluate import evaluate
-        from rmtool.split import FATES
+        from rmtool.split import encode_selection, read_sources
 
         folder = resolve_checkpoint(model, None, ui)
         sources = data or _default_eval_data(folder)
         ui.say(f"model: {folder}\ndata:  {', '.join(sources)}")
         with reading.rejects(Path(Path(sources[0]).name)) as rejects:
-            records = _read_records(sources, reading, rejects, ui)
+            places = [Source(source) for source in sources]
+            selection = read_sources(places, formats.Reading(reading.columns), 0, rejects, ui)
             loaded = _load(folder, reading, ui)
-            with ui.progress("Tokenising", len(records), "rows") as bar:
-                encoded = encode_all(loaded.encoder, records, "keep", bar.advance, rejects)
+            encoded = encode_selection(
+                loaded.encoder, selection, on_identical="keep", kept=True, label="held-out", rejects=rejects, ui=ui
+            )
             rejects.settle()
-        if not encoded.records:
+        if not encoded.labels:
             raise RmtoolError("E0302", "no pair is left to evaluate", "raise --max-length", Place(", ".join(sources)))
-        with ui.progress("Evaluating", len(encoded.records), "pairs") as bar:
-            result = evaluate(loaded.model, encoded.records, encoded.trees, reading.tokens_per_pack, bar, samples)
+        with ui.progress("Evaluating", len(encoded.labels), "pairs") as bar:
+            result = evaluate(loaded.model, encoded.labels, encoded.trees, reading.tokens_per_pack, bar, samples)
+        shown = _samples(selection, encoded, result)
         if as_json:
             print_json(
                 {
                     "model": str(folder),
                     "data": sources,
                     **result.as_dict(),
+                    "samples": [vars(sample) for sample in shown],
                     "set_aside": dict(encoded.counts),
                     "rejected": rejects.count,
                 },
                 ui,
             )
         else:
-            _show_eval(ui, result)
-        for reason, count in encoded.counts.items():
-            ui.say(f"note: rows {FATES[reason]}: {count}")
+            _show_eval(ui, result, shown)
         _say_rejected(rejects, ui)
     if encoded.counts["long"] or rejects.count:
         raise SystemExit(ExitCode.SET_ASIDE)
 
 
-def _read_records(sources: list[str], reading: Reading, rejects: Rejects, ui: TerminalUi) -> list[Record]:
-    """All records of the sources; says what each was recognised as."""
-    from rmtool.data import formats
-    from rmtool.data.sources import SourceCount, read_records
-
-    how, records = formats.Reading(reading.columns), list[formats.Record]()
-    for source in sources:
-        count = SourceCount(source)
-        with ui.progress(f"Reading {Path(source).name}", None, "rows") as bar:
-            records += read_records(source, how, rejects, count, bar.advance)
-        ui.say(f"{source}: {count.format}")
-    return records
+def _samples(selection: Selection, encoded: Encoded, result: EvalResult) -> list[Sample]:
+    """The text and the rewards of each sampled record's first pair."""
+    places = [encoded.kept[at] for at, _ in result.samples]
+    records, samples = selection.take(places).records(), list[Sample]()
+    for record, (at, rewards) in zip(records, result.samples, strict=True):
+        winner, loser = encoded.labels[at].preferences[0]
+        prompt = record.prompt[-1].content if record.prompt else ""
+        chosen, rejected = (record.responses[side][-1].content for side in (winner, loser))
+        samples.append(Sample(prompt, chosen, rejected, rewards[winner], rewards[loser]))
+    return samples
 
 
 def _say_rejected(rejects: Rejects, ui: TerminalUi) -> None:
@@ -220,11 +233,9 @@ def _default_eval_data(folder: Path) -> list[str]:
     return [str(held_out)] if held_out.is_file() and held_out.stat().st_size else [DEFAULT_EVAL_DATA]
 
 
-def _show_eval(ui: TerminalUi, result: object) -> None:
-    from rmtool.evaluate import PREFIX, EvalResult
+def _show_eval(ui: TerminalUi, result: EvalResult, samples: list[Sample]) -> None:
+    from rmtool.evaluate import PREFIX
     from rmtool.metrics import METRICS, PairSums
-
-    assert isinstance(result, EvalResult)
 
     def row(name: str, sums: PairSums) -> list[str]:
         return [name, f"{sums.pairs:.0f}", *(f"{value:.4f}" for value in sums.report(PREFIX).values())]
@@ -234,7 +245,7 @@ def _show_eval(ui: TerminalUi, result: object) -> None:
     ui.table("eval/rm", ("subset", "pairs", *names), [*rows, row("all", result.total)])
     if result.total.ties:
         ui.say(f"note: {result.total.ties:.0f} pairs have equal rewards and count as wrong")
-    if result.samples:
+    if samples:
         ui.table(
             "Sampled pairs",
             ("prompt", "chosen", "rejected", "r_chosen", "r_rejected"),
@@ -244,7 +255,7 @@ def _show_eval(ui: TerminalUi, result: object) -> None:
                     f"{sample.chosen_reward:.3f}",
                     f"{sample.rejected_reward:.3f}",
                 )
-                for sample in result.samples
+                for sample in samples
             ],
             numeric_from=3,
         )

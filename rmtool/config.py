@@ -43,6 +43,7 @@ class DataConfig:
     max_length: int = 2048  # tokens of prompt and response together
     on_long: Literal["error", "drop", "truncate_prompt"] = "error"
     on_empty: Literal["error", "drop", "keep"] = "error"  # a response without text
+    cache: bool = True  # token ids are kept for later runs, in $RMTOOL_CACHE or ~/.cache/rmtool
     on_identical: Literal["error", "drop"] = "error"  # a pair whose two responses are the same
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rmtool.data.encode import Encoded, Encoder
-from rmtool.data.formats import Record
+from rmtool.data.record import Labels
 from rmtool.data.sources import SourceCount
 from rmtool.packing import pack
 from rmtool.split import FATES, Split
@@ -116,21 +116,20 @@ class DataReport:
 
 def build_report(split: Split, batch_size: int, seed: int) -> DataReport:
     """The report of `split`, for steps of `batch_size` pairs."""
-    train = split.train
-    prompts = {_prompt_key(record) for record in train.records}
-    overlap = [record for record in split.held_out.records if record.prompt and _prompt_key(record) in prompts]
-    seen = Counter(_pair_keys(train))
-    conflicts = sum((loser, winner) in seen for winner, loser in seen) // 2
+    train, held_out = split.train, split.held_out
+    prompts = {each.prompt for each in train.labels}
+    overlap = [each for each in held_out.labels if each.prompt and each.prompt in prompts]
+    duplicates, conflicts = _count_repeated(train)
     padded, packed, shared = _step_tokens(train, batch_size, seed)
     return DataReport(
         sources=split.sources,
         rejected=split.rejected,
         dropped=dict(train.counts),
-        dropped_held_out=dict(split.held_out.counts),
-        records=len(train.records),
-        pairs=count_pairs(train.records),
-        held_out=count_pairs(split.held_out.records),
-        duplicates=sum(count - 1 for count in seen.values()),
+        dropped_held_out=dict(held_out.counts),
+        records=len(train.labels),
+        pairs=count_pairs(train.labels),
+        held_out=count_pairs(held_out.labels),
+        duplicates=duplicates,
         conflicts=conflicts,
         overlap=count_pairs(overlap),
         longer_chosen=_longer_chosen(train),
@@ -142,22 +141,28 @@ def build_report(split: Split, batch_size: int, seed: int) -> DataReport:
     )
 
 
-def _prompt_key(record: Record) -> Any:
-    return record.prompt, record.tools
-
-
-def _pair_keys(encoded: Encoded) -> Iterator[tuple[bytes, bytes]]:
-    """(winner, loser) of every pair, each by its ids with the prompt's."""
-    for record, tree in zip(encoded.records, encoded.trees, strict=True):
-        keys = [hashlib.blake2b(ids.tobytes(), digest_size=16).digest() for ids in tree.sequences()]
-        for winner, loser in record.preferences:
-            yield keys[winner], keys[loser]
+def _count_repeated(encoded: Encoded) -> tuple[int, int]:
+    """Pairs that stand there again, and pairs that stand there in both orders; by 64-bit hashes of their ids."""
+    winners, losers = array("Q"), array("Q")
+    for labels, tree in zip(encoded.labels, encoded.trees, strict=True):
+        prompt = hashlib.blake2b(tree.prompt.tobytes(), digest_size=8)
+        keys = []
+        for ids in tree.responses:
+            whole = prompt.copy()
+            whole.update(ids.tobytes())
+            keys.append(int.from_bytes(whole.digest()))
+        winners.extend(keys[winner] for winner, _ in labels.preferences)
+        losers.extend(keys[loser] for _, loser in labels.preferences)
+    pairs = np.stack((np.asarray(winners), np.asarray(losers)), axis=1)
+    seen = np.unique(pairs, axis=0)
+    both = np.unique(np.sort(seen, axis=1), axis=0)
+    return len(pairs) - len(seen), len(seen) - len(both)
 
 
 def _longer_chosen(encoded: Encoded) -> float | None:
     longer, unequal = 0, 0
-    for record, tree in zip(encoded.records, encoded.trees, strict=True):
-        for winner, loser in record.preferences:
+    for labels, tree in zip(encoded.labels, encoded.trees, strict=True):
+        for winner, loser in labels.preferences:
             difference = len(tree.responses[winner]) - len(tree.responses[loser])
             longer, unequal = longer + (difference > 0), unequal + (difference != 0)
     return longer / unequal if unequal else None
@@ -170,7 +175,7 @@ def _lengths(values: Sequence[int]) -> Lengths:
 def _step_tokens(encoded: Encoded, batch_size: int, seed: int) -> tuple[int, int, int]:
     """Tokens of the first epoch's steps: padded, packed, shared."""
     padded = packed = shared = 0
-    for units in epoch_steps(encoded.records, encoded.trees, seed, 0, batch_size):
+    for units in epoch_steps(encoded.labels, encoded.trees, seed, 0, batch_size):
         trees = [unit.tree for unit in units]
         lengths = [len(tree.prompt) + len(ids) for tree in trees for ids in tree.responses]
         padded += len(lengths) * max(lengths)
@@ -179,9 +184,9 @@ def _step_tokens(encoded: Encoded, batch_size: int, seed: int) -> tuple[int, int
     return padded, packed, shared
 
 
-def example(encoder: Encoder, record: Record, tree: TokenTree) -> str:
+def example(encoder: Encoder, labels: Labels, tree: TokenTree) -> str:
     """The chosen response of a record's first pair, as the model reads it, and where its reward is read."""
-    ids = tree.sequence(record.preferences[0][0]).tolist()
+    ids = tree.sequence(labels.preferences[0][0]).tolist()
     text = encoder.tokenizer.decode(ids)
     if len(text) > 2 * _SHOWN:
         text = f"{text[:_SHOWN]} [... {len(text) - 2 * _SHOWN:,} characters ...] {text[-_SHOWN:]}"
@@ -202,8 +207,8 @@ def draw_lengths(encoded: Encoded, path: Path) -> None:
 
     pairs = [
         (len(tree.prompt), len(tree.responses[winner]), len(tree.responses[loser]))
-        for record, tree in zip(encoded.records, encoded.trees, strict=True)
-        for winner, loser in record.preferences
+        for labels, tree in zip(encoded.labels, encoded.trees, strict=True)
+        for winner, loser in labels.preferences
     ]
     prompt, chosen, rejected = (np.array(column) for column in zip(*pairs, strict=True))
     figure = Figure(figsize=(10, 3.6), layout="constrained")

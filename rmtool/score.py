@@ -5,8 +5,7 @@ In: rows with prompt and response(s), or messages. Out: the same rows with "rewa
 The file is read twice: once to check and tokenise every row, so that a bad last row shows before the first forward;
 then to write the rows with their rewards. The output appears under its name when it is whole.
 Cost: one forward over the tokens that are distinct in the whole file (`compute_rewards`); 4 bytes of disk per token
-beside the output while it runs; in memory less than 1 KB per response while it
-is planned.
+beside the output while it runs; in memory less than 1 KB per response while it is planned.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from typing import Any
 
 from rmtool.data.encode import Encoder
 from rmtool.data.formats import score_record
+from rmtool.data.record import Record
 from rmtool.data.rejects import Rejects
-from rmtool.data.rows import Row, read_rows
+from rmtool.data.rows import Row, read_rows, require_unchanged, signature
 from rmtool.errors import Place, RmtoolError
 from rmtool.loading import Loaded
 from rmtool.model import compute_rewards
@@ -53,18 +53,18 @@ def score_file(source: Path, output: Path, loaded: Loaded, budget: int, rejects:
     temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
     try:
         with TreeSpool(output.parent) as trees:
-            before = _signature(source)
+            before = signature(str(source))
             truncated, left_out = _read_trees(source, loaded.encoder, trees, rejects, ui)
             with ui.progress("Scoring", len(trees), "rows") as bar:
                 rewards = compute_rewards(loaded.model, trees, budget, bar)
         with open(temporary, "w", encoding="utf-8") as file, ui.progress("Writing", len(rewards), "rows") as bar:
-            _require_unchanged(source, before)
+            require_unchanged(str(source), before)
             for row, values in zip(_kept_rows(source, left_out), rewards, strict=False):
                 file.write(json.dumps(_with_rewards(row, values), ensure_ascii=False, allow_nan=False) + "\n")
                 bar.advance()
             file.flush()
             os.fsync(file.fileno())
-            _require_unchanged(source, before)
+            require_unchanged(str(source), before)
         os.replace(temporary, output)
     except OSError as error:
         raise RmtoolError(
@@ -77,38 +77,33 @@ def score_file(source: Path, output: Path, loaded: Loaded, budget: int, rejects:
     return Outcome(len(rewards), len(flat), nonfinite, truncated, rejects.count)
 
 
-def _signature(source: Path) -> tuple[int, int] | None:
-    try:
-        status = source.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
-def _require_unchanged(source: Path, before: tuple[int, int] | None) -> None:
-    """The file is read twice; rows of another file would get these rewards."""
-    if _signature(source) != before:
-        raise RmtoolError("E0301", "the file changed while it was scored", "score it again", Place(str(source)))
-
-
 def _read_trees(source: Path, encoder: Encoder, trees: TreeSpool, rejects: Rejects, ui: Ui) -> tuple[int, set[Place]]:
     """Check and tokenise every row; returns how many lost the left side of their prompt, and where the rows stand that
     are JSON and were rejected all the same.
     """
     truncated, left_out = 0, set[Place]()
-    with ui.progress(f"Reading {source.name}", None, "rows") as bar:
+
+    def records() -> Iterator[Record]:
         for row in read_rows(str(source), rejects):
             bar.advance()
             try:
-                tree, event = encoder.encode(score_record(row))
                 _require_json(row)
+                yield score_record(row)
             except RmtoolError as error:
-                rejects.add(error, row.data)
-                left_out.add(row.place)
+                leave_out(error, row.place, row.data)
+
+    def leave_out(error: RmtoolError, place: Place, row: dict[str, Any]) -> None:
+        rejects.add(error, row)
+        left_out.add(place)
+
+    with ui.progress(f"Reading {source.name}", None, "rows") as bar:
+        for outcome in encoder.encode_many(records()):
+            if outcome.error:
+                leave_out(outcome.error, outcome.record.place, outcome.record.row)
                 continue
-            assert tree is not None, "dropping rows is no choice when scoring"
-            trees.append(tree)
-            truncated += event == "truncated"
+            assert outcome.tree is not None, "dropping rows is no choice when scoring"
+            trees.append(outcome.tree)
+            truncated += outcome.event == "truncated"
     rejects.settle()
     if not len(trees):
         raise RmtoolError(

@@ -97,9 +97,9 @@ class Trainer:
     def evaluate(self, held_out: Encoded, bar: Bar) -> dict[str, float]:
         """The eval metrics; each rank scores its share, and the sums are added up."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        records, trees = held_out.records[rank::world], held_out.trees[rank::world]
+        labels, trees = held_out.labels[rank::world], held_out.trees[rank::world]
         budget = self.recipe.train.tokens_per_pack
-        sums = evaluation.evaluate(self.model, records, trees, budget, bar).total if records else PairSums()
+        sums = evaluation.evaluate(self.model, labels, trees, budget, bar).total if labels else PairSums()
         self.model.train()
         total = self.accelerator.reduce(sums.vector().to(self.accelerator.device), "sum").cpu()
         return PairSums.from_vector(total).report(evaluation.PREFIX)
@@ -107,14 +107,14 @@ class Trainer:
 
 def train_loop(trainer: Trainer, split: Split, tracker: Tracker | None, ui: Ui) -> dict[str, float]:
     """All steps of all epochs; returns the last eval metrics (empty without held-out pairs)."""
-    train, records, trees = trainer.recipe.train, split.train.records, split.train.trees
-    pairs = count_pairs(records)
+    train, labels, trees = trainer.recipe.train, split.train.labels, split.train.trees
+    pairs = count_pairs(labels)
     total = plan_steps(train.epochs, train.max_steps, pairs, train.batch_size)
     step, episode, metrics = 0, 0, dict[str, float]()
     trainer.model.train()
     with ui.progress("Training", total, "steps") as bar:
         for epoch in range(train.epochs):
-            for units in epoch_steps(records, trees, train.seed, epoch, train.batch_size):
+            for units in epoch_steps(labels, trees, train.seed, epoch, train.batch_size):
                 if step == total:
                     break
                 rate = train.learning_rate * schedule_factor(train, step, total)
@@ -136,7 +136,7 @@ def train_loop(trainer: Trainer, split: Split, tracker: Tracker | None, ui: Ui) 
                     "unique_tokens": sum(unit.tree.unique_tokens for unit in units),
                 }
                 bar.advance(1, f"loss {numbers['train/rm/loss']:.3f} acc {numbers['train/rm/accuracy']:.2f}")
-                if split.held_out.records and (step == total or (train.eval_every and step % train.eval_every == 0)):
+                if split.held_out.labels and (step == total or (train.eval_every and step % train.eval_every == 0)):
                     metrics = run_eval(trainer, split.held_out, ui)
                     ui.say(f"step {step}, {evaluation.PREFIX}: {describe(metrics)}")
                     numbers |= metrics
@@ -146,7 +146,7 @@ def train_loop(trainer: Trainer, split: Split, tracker: Tracker | None, ui: Ui) 
 
 
 def run_eval(trainer: Trainer, held_out: Encoded, ui: Ui) -> dict[str, float]:
-    with ui.progress("Evaluating", len(held_out.records[:: trainer.accelerator.num_processes]), "pairs") as bar:
+    with ui.progress("Evaluating", len(held_out.labels[:: trainer.accelerator.num_processes]), "pairs") as bar:
         return trainer.evaluate(held_out, bar)
 
 
@@ -159,7 +159,7 @@ def require_finite_step(sums: PairSums, norm: float, step: int, units: Sequence[
     """Stop before a bad gradient reaches the weights."""
     if math.isfinite(sums.loss) and math.isfinite(norm):
         return
-    places = ", ".join(str(unit.record.place) for unit in units[:4])
+    places = ", ".join(str(unit.labels.place) for unit in units[:4])
     raise RmtoolError(
         "E0802",
         f"step {step}: the loss ({sums.loss / max(sums.pairs, 1)}) or gradient norm ({norm}) is not a finite number",
@@ -224,7 +224,7 @@ def run(folder: Path, accelerator: Accelerator, ui: Ui) -> None:
         split = load_split(recipe, encoder, rejects, ui)
     report = build_report(split, recipe.train.batch_size, recipe.train.seed)
     ui.facts("Data", report.rows())
-    ui.say(f"an example: {example(encoder, split.train.records[0], split.train.trees[0])}")
+    ui.say(f"an example: {example(encoder, split.train.labels[0], split.train.trees[0])}")
     if main:
         write_report(report, split.train, folder)
     model, more = training_model(recipe, source, encoder)
@@ -237,7 +237,7 @@ def run(folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     for notice in (*notices, *more, f"prompts: {sharing}"):
         ui.say(notice)
     if main:
-        write_held_out(folder / HELD_OUT_FILE, split.held_out.records)
+        write_held_out(folder / HELD_OUT_FILE, split)
     tracker = Tracker(folder, recipe.track, as_dict(recipe), ui) if main else None
     trainer = Trainer(recipe, accelerator, model, engine, optimizer)
     try:

@@ -221,7 +221,7 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
     engine, optimizer = accelerator.prepare(model, build_optimizer(model, train))
     if reason := choose_layout(model, engine, encoder.max_length):
         raise SystemExit(f"rmtool cannot share prompts in this model: {reason}")
-    units = next(epoch_steps(pairs.records, pairs.trees, train.seed, 0, train.batch_size))
+    units = next(epoch_steps(pairs.labels, pairs.trees, train.seed, 0, train.batch_size))
     return Trainer(recipe, accelerator, model, engine, optimizer), units
 
 
@@ -285,14 +285,14 @@ class SharedTokens(Sequence[Any]):
 
 def train_order(trees: SharedTokens, spec: Event) -> int:
     """An epoch: its order, then each step planned and packed."""
-    from rmtool.data.formats import Record
+    from rmtool.data.record import Record
     from rmtool.errors import Place
     from rmtool.packing import pack, plan_packs
     from rmtool.steps import epoch_steps
 
-    record = Record(Place("synthetic", 1), (), ((), ()), ((0, 1),), (None,))
+    labels = Record(Place("synthetic", 1), (), ((), ()), ((0, 1),), (None,)).labels()
     packs = 0
-    for units in epoch_steps([record] * len(trees), trees, spec["seed"], 0, spec["batch_size"]):
+    for units in epoch_steps([labels] * len(trees), trees, spec["seed"], 0, spec["batch_size"]):
         step = [unit.tree for unit in units]
         for items in plan_packs(step, spec["tokens_per_pack"]):
             pack([step[item] for item in items])

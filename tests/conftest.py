@@ -28,6 +28,7 @@ SHARED = ROOT.parent / "shared"
 @pytest.fixture(autouse=True)
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RMTOOL_LOG", str(tmp_path / "rmtool.log"))
+    monkeypatch.setenv("RMTOOL_CACHE", str(tmp_path / "cache"))
     for name in ("RMTOOL_MODEL", "RMTOOL_EVENTS", "RMTOOL_DEBUG", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 

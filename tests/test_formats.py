@@ -14,7 +14,7 @@ from rmtool.data.formats import FORMATS, Reading, Record, preference_record, pre
 from rmtool.data.messages import Message
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row, read_rows
-from rmtool.data.sources import draw_share, read_mixture
+from rmtool.data.sources import draw_share, select
 from rmtool.errors import Place, RmtoolError
 
 Q, GOOD, BAD, WORSE = "What is 2 + 2?", "It is 4.", "It is 5.", "It is blue."
@@ -285,7 +285,7 @@ def test_bad_rows_are_listed_together_or_set_aside(tmp_path: Path) -> None:
 
 
 def mixed(tmp_path: Path, *sources: Source, seed: int = 0) -> list[str]:
-    records = read_mixture(sources, Reading(), seed, Rejects(), lambda: None).records
+    records = select(sources, Reading(), seed, Rejects(), lambda: None).records()
     return [f"{Path(record.place.file).stem}{record.place.line}" for record in records]
 
 

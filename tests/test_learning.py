@@ -108,15 +108,15 @@ def ranked(place: int) -> Record:
 def test_an_epoch_has_every_pair_once(count: int, batch_size: int) -> None:
     items = [*records(count), ranked(1), ranked(2)]
     trees = [build_tree([[1, 2, n] for n in range(len(record.responses))]) for record in items]
-    steps = list(epoch_steps(items, trees, seed=1, epoch=0, batch_size=batch_size))
-    pairs = count_pairs(items)
+    steps = list(epoch_steps([item.labels() for item in items], trees, seed=1, epoch=0, batch_size=batch_size))
+    pairs = count_pairs(item.labels() for item in items)
     assert [sum(len(unit.preferences) for unit in step) for step in steps[:-1]] == [batch_size] * (len(steps) - 1)
     assert len(steps) == plan_steps(1, None, pairs, batch_size)
     seen = []
     for unit in (unit for step in steps for unit in step):
         for winner, loser, margin in unit.preferences:
             ids = [int(unit.tree.sequences()[response][-1]) for response in (winner, loser)]
-            seen.append((str(unit.record.place), *ids, margin))
+            seen.append((str(unit.labels.place), *ids, margin))
     expected = [
         (str(record.place), winner, loser, margin or 0.0)
         for record in items
@@ -134,20 +134,21 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 @given(st.integers(0, 15), st.integers(0, 5))
 def test_no_prompt_stands_on_both_sides(wanted: int, seed: int) -> None:
     items = records(25) + [replace(record, place=Place("again", 1)) for record in records(5)]
-    train, held = hold_out(items, wanted, seed)
-    assert count_pairs(held) == wanted
-    assert len(train) + len(held) == len(items)
-    assert not {record.prompt for record in train} & {record.prompt for record in held}
+    labels = [item.labels() for item in items]
+    train, held = hold_out(labels, wanted, seed)
+    assert count_pairs(labels[place] for place in held) == wanted
+    assert sorted(train + held) == list(range(len(items)))
+    assert not {items[place].prompt for place in train} & {items[place].prompt for place in held}
 
 
 def test_records_without_a_prompt_are_held_out_one_by_one() -> None:
-    items = [replace(record, prompt=()) for record in records(20)]
+    items = [replace(record, prompt=()).labels() for record in records(20)]
     train, held = hold_out(items, 5, 0)
     assert (len(train), len(held)) == (15, 5)
 
 
 def test_a_hold_out_that_whole_prompts_cannot_give_is_refused() -> None:
-    items = [replace(record, prompt=(Message("user", str(n % 2)),)) for n, record in enumerate(records(20))]
+    items = [replace(record, prompt=(Message("user", str(n % 2)),)).labels() for n, record in enumerate(records(20))]
     with pytest.raises(RmtoolError) as caught:
         hold_out(items, 15, 0)
     assert (caught.value.id, "10 can" in caught.value.what) == ("E0308", True)

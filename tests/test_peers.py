@@ -202,7 +202,7 @@ def evaluated(checkpoint: Path, tmp_path: Path) -> dict[str, float]:
     loaded = load_for_use(checkpoint)
     records = read_pairs(write_jsonl(tmp_path / "pairs.jsonl", pair_rows()))
     encoded = encode_all(loaded.encoder, records, "error", lambda: None)
-    report = evaluate(loaded.model, encoded.records, encoded.trees, 2048, SilentUi()).as_dict()
+    report = evaluate(loaded.model, encoded.labels, encoded.trees, 2048, SilentUi()).as_dict()
     chosen, rejected = report["eval/rm/chosen_rewards"], report["eval/rm/rejected_rewards"]
     return {
         "eval_loss": report["eval/rm/loss"],

@@ -51,7 +51,7 @@ def test_a_report_counts_what_was_planted(tokenizer: Any, tmp_path: Path) -> Non
 
 def test_an_example_shows_special_tokens_and_where_the_reward_is_read(tokenizer: Any) -> None:
     train = encoded(tokenizer, pair_rows(1))
-    text = example(Encoder(tokenizer, 512), train.records[0], train.trees[0])
+    text = example(Encoder(tokenizer, 512), train.labels[0], train.trees[0])
     ids = train.trees[0].sequence(0)
     assert tokenizer.decode(ids) in text
     assert tokenizer.eos_token in text

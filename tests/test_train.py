@@ -97,7 +97,7 @@ def test_the_saved_checkpoint_gives_the_rewards_of_the_last_evaluation(recipe: R
     assert loaded.notices == ()
     records = [preference_record(row) for row in read_rows(str(folder / "held_out.jsonl"))]
     encoded = encode_all(loaded.encoder, records, "error", lambda: None)
-    report = evaluate(loaded.model, encoded.records, encoded.trees, 300, SilentUi()).total.report("eval/rm")
+    report = evaluate(loaded.model, encoded.labels, encoded.trees, 300, SilentUi()).total.report("eval/rm")
     assert report == pytest.approx({name: lines(folder)[-1][name] for name in EVAL_NAMES}, abs=1e-6)
     assert loaded.manifest is not None
     assert loaded.manifest.metrics == pytest.approx(report, abs=1e-6)
@@ -158,7 +158,7 @@ def test_without_bf16_instructions_a_whole_step_multiplies_in_fp32(
     for lacks in (False, True):
         monkeypatch.setattr("rmtool.products.lacks_bf16", lambda lacks=lacks: lacks)
         mine, split = trainer(set_(recipe, precision="bf16", gradient_checkpointing=checkpointing), causal_lm)
-        units = next(epoch_steps(split.train.records, split.train.trees, 0, 0, 8))
+        units = next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8))
         with HalfProducts() as products:
             sums, norm = mine.step(units)
         assert (products.seen[torch.bfloat16] == 0) == lacks
@@ -174,7 +174,7 @@ def test_a_pair_of_weight_two_counts_like_two_pairs(recipe: Recipe, causal_lm: P
     for data in (once, twice):
         changed = replace(recipe, data=replace(recipe.data, train=(str(data),), holdout=0))
         mine, split = trainer(set_(changed, max_grad_norm=None), causal_lm)
-        sums, norm = mine.step(next(epoch_steps(split.train.records, split.train.trees, 0, 0, 3)))
+        sums, norm = mine.step(next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 3)))
         found.append((sums.loss, norm))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
@@ -191,7 +191,7 @@ def test_what_is_not_compiled_is_said(
 def test_a_step_equals_the_obvious_slow_one(recipe: Recipe, causal_lm: Path) -> None:
     """Each response alone through transformers, the mean loss over the step's pairs, one backward."""
     mine, split = trainer(set_(recipe, max_grad_norm=None), causal_lm)
-    units = next(epoch_steps(split.train.records, split.train.trees, 0, 0, 8))
+    units = next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8))
     sums, norm = mine.step(units)
     gradients = {name: p.grad.clone() for name, p in mine.model.named_parameters() if p.grad is not None}
     mine.model.zero_grad()
@@ -216,14 +216,14 @@ def test_margins_change_the_loss_and_can_be_left_out(recipe: Recipe, causal_lm: 
     losses = {}
     for use in (True, False):
         mine, split = trainer(set_(recipe, use_margins=use), causal_lm)
-        sums, _ = mine.step(next(epoch_steps(split.train.records, split.train.trees, 0, 0, 8)))
+        sums, _ = mine.step(next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8)))
         losses[use] = sums.loss
     assert losses[True] > losses[False]
 
 
 def test_clipping_bounds_the_gradient(recipe: Recipe, causal_lm: Path) -> None:
     mine, split = trainer(set_(recipe, max_grad_norm=1e-3), causal_lm)
-    _, norm = mine.step(next(epoch_steps(split.train.records, split.train.trees, 0, 0, 8)))
+    _, norm = mine.step(next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8)))
     left = torch.stack([p.grad.norm() for p in mine.model.parameters() if p.grad is not None]).norm()
     assert norm > 1e-3
     assert left.item() == pytest.approx(1e-3, rel=1e-2)

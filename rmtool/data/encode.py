@@ -3,25 +3,31 @@
 In: a `Record` and the model's tokenizer. Out: a `TokenTree`, or why there is none.
 The chat template is applied once to each whole conversation, without further special tokens; special tokens inside
 the messages are encoded as ordinary text. The reward is read at the last id.
-Cost: one template rendering and one tokenisation per response.
+Cost: one template rendering and one tokenisation per response (data.tokenise).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from importlib import metadata
+from typing import Any, Protocol
 
 import numpy as np
 
-from rmtool.data.formats import Record
 from rmtool.data.messages import Message, Messages
+from rmtool.data.record import Labels, Record
 from rmtool.data.rejects import Rejects
+from rmtool.data.tokenise import Conversation, Result, Tokeniser
 from rmtool.errors import RmtoolError
-from rmtool.tree import TokenTree, build_tree, common_prefix
+from rmtool.tree import Ids, TokenTree, build_tree, common_prefix
 
 # Whatever reads these differently reads everything differently: turns, Unicode, blanks, and tokens that are only text.
 CANNED: tuple[Messages, ...] = (
@@ -31,6 +37,20 @@ CANNED: tuple[Messages, ...] = (
     (Message("user", "<s></s><|im_end|><|eot_id|><pad>[PAD]"), Message("assistant", "<|endoftext|>")),
     (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")),
 )
+
+
+BATCH = 256  # records that are tokenised together
+AHEAD = 4  # batches that are rendered while one is tokenised
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a record: `tree` and `event` as `Encoder.encode` returns them, or the error it raises."""
+
+    record: Record
+    tree: TokenTree | None
+    event: str | None
+    error: RmtoolError | None
 
 
 @dataclass(frozen=True)
@@ -58,17 +78,29 @@ class Encoder:
         Raises:
             jinja2.TemplateError: the template refuses the conversation (role order, no system turn, ...).
         """
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            [message.as_dict() for message in conversation],
-            tools=json.loads(tools) if tools else None,
-            tokenize=True,
-            return_dict=False,
-            sanitize_control_tokens=True,
-        )
+        result = self.tokeniser.read([[Conversation(tuple(conversation), tools)]])[0][0]
+        if isinstance(result, Exception):
+            raise result
+        return self._without_tail(result).tolist()
+
+    @functools.cached_property
+    def tokeniser(self) -> Tokeniser:
+        return Tokeniser(self.tokenizer)
+
+    def _without_tail(self, ids: Ids) -> Ids:
         if self.drop_tail is not None:
             while len(ids) > 1 and ids[-1] == self.drop_tail:
                 ids = ids[:-1]
         return ids
+
+    def identity(self) -> str | None:
+        """sha256 of all that ids depend on; None where the tokenizer cannot be written down."""
+        vocabulary = self.tokeniser.written()
+        if vocabulary is None:
+            return None
+        options = [self.max_length, self.on_long, self.on_empty, self.drop_tail]
+        versions = [metadata.version(name) for name in ("rmtool", "transformers", "tokenizers", "jinja2")]
+        return hashlib.sha256(json.dumps([vocabulary, options, versions]).encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """sha256 over the ids of the canned conversations: equal for two tokenizers that read alike."""
@@ -86,32 +118,63 @@ class Encoder:
         """The record's tree, and what happened to it: None, "truncated", or (tree None) "long" or "empty".
 
         Raises:
-            RmtoolError: E0305 too long, E0306 an empty response, E0307 the template refuses the conversation.
+            RmtoolError: E0305 too long, E0306 an empty response, E0307 the conversation cannot be rendered or read.
         """
-        if any(not response[-1].content.strip() for response in record.responses):
-            if self.on_empty == "error":
-                raise RmtoolError(
-                    "E0306",
-                    "a response is empty",
-                    "remove the row, or allow it: data.on_empty=keep, --allow-empty",
-                    record.place,
-                )
-            if self.on_empty == "drop":
-                return None, "empty"
-        return self._fit(record, build_tree([self._render(record, response) for response in record.responses]))
+        (outcome,) = self.encode_many([record])
+        if outcome.error:
+            raise outcome.error
+        return outcome.tree, outcome.event
 
-    def _render(self, record: Record, response: Messages) -> list[int]:
-        from jinja2 import TemplateError
+    def encode_many(self, records: Iterable[Record], judged: bool = False) -> Iterator[Outcome]:
+        """As `encode`, in order, with errors as outcomes. While some records are tokenised, the next are rendered.
 
-        try:
-            ids = self.ids((*record.prompt, *response), record.tools)
-        except TemplateError as error:
-            raise RmtoolError(
-                "E0307", f"the chat template refuses this conversation: {error}", "mend the row's roles", record.place
-            ) from error
-        if not ids:
+        With `judged`, records without preferences are not tokenised; their event is "tied".
+        """
+        with ThreadPoolExecutor(1) as pool:
+            waiting = deque[tuple[list[Record], Future[list[list[Result]]]]]()
+            for batch in _batches(records):
+                drafts = self.tokeniser.render(self._conversations(record, judged) for record in batch)
+                waiting.append((batch, pool.submit(self.tokeniser.tokenise, drafts)))
+                while waiting and (len(waiting) > AHEAD or waiting[0][1].done()):
+                    yield from self._outcomes(*waiting.popleft(), judged)
+            for work in waiting:
+                yield from self._outcomes(*work, judged)
+
+    def _conversations(self, record: Record, judged: bool) -> list[Conversation]:
+        if (judged and not record.preferences) or (self.on_empty != "keep" and _has_empty(record)):
+            return []
+        return [Conversation((*record.prompt, *response), record.tools) for response in record.responses]
+
+    def _outcomes(self, records: list[Record], results: Future[list[list[Result]]], judged: bool) -> Iterator[Outcome]:
+        for record, sequences in zip(records, results.result(), strict=True):
+            if judged and not record.preferences:
+                yield Outcome(record, None, "tied", None)
+                continue
+            try:
+                tree, event = self._tree(record, sequences)
+            except RmtoolError as error:
+                yield Outcome(record, None, None, error)
+            else:
+                yield Outcome(record, tree, event, None)
+
+    def _tree(self, record: Record, sequences: list[Result]) -> tuple[TokenTree | None, str | None]:
+        if not sequences and self.on_empty == "drop":
+            return None, "empty"
+        if not sequences:
+            hint = "remove the row, or allow it: data.on_empty=keep, --allow-empty"
+            raise RmtoolError("E0306", "a response is empty", hint, record.place)
+        return self._fit(record, build_tree([self._require_ids(record, ids) for ids in sequences]))
+
+    def _require_ids(self, record: Record, ids: Result) -> Ids:
+        if isinstance(ids, ValueError):
+            hint = "take that text out of the row, or use another tokenizer"
+            raise RmtoolError("E0307", f"this conversation cannot be read as text: {ids}", hint, record.place) from ids
+        if isinstance(ids, Exception):
+            what = f"the chat template refuses this conversation: {ids}"
+            raise RmtoolError("E0307", what, "mend the row's roles", record.place) from ids
+        if not len(ids):
             raise RmtoolError("E0307", "the chat template renders nothing", "mend the template", record.place)
-        return ids
+        return self._without_tail(ids)
 
     def _fit(self, record: Record, tree: TokenTree) -> tuple[TokenTree | None, str | None]:
         excess = tree.longest - self.max_length
@@ -132,8 +195,9 @@ class Encoder:
         """Tokens that may go: those before the responses differ; with one response, those of its prompt."""
         if len(tree.responses) > 1:
             return len(tree.prompt)
-        empty = self._render(record, (Message("assistant", ""),))
-        return common_prefix([np.asarray(empty, dtype=np.int32), tree.responses[0]])
+        empty = Conversation((*record.prompt, Message("assistant", "")), record.tools)
+        ids = self._require_ids(record, self.tokeniser.read([[empty]])[0][0])
+        return common_prefix([ids, tree.responses[0]])
 
     @staticmethod
     def _cut(tree: TokenTree, excess: int) -> TokenTree:
@@ -142,13 +206,37 @@ class Encoder:
         )
 
 
+def _has_empty(record: Record) -> bool:
+    return any(not response[-1].content.strip() for response in record.responses)
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Few at first, so that a single one does not wait, and a mistake in the first shows soon."""
+    records, size = iter(records), 16
+    while batch := list(itertools.islice(records, size)):
+        yield batch
+        size = min(2 * size, BATCH)
+
+
+class Trees(Protocol):
+    """Where trees go: a list, or a file."""
+
+    def append(self, tree: TokenTree, /) -> None: ...
+
+
 @dataclass
 class Encoded:
-    """Records that have a tree, in order, and a count of what was dropped or changed, by reason."""
+    """Of the records that have a tree: their labels, and where they stood among all; and what became of the others.
 
-    records: list[Record] = field(default_factory=list)
-    trees: list[TokenTree] = field(default_factory=list)
+    counts: records that were dropped or changed, by reason
+    failed: where records stood that have an error
+    """
+
+    labels: list[Labels] = field(default_factory=list)
+    trees: Sequence[TokenTree] = ()
+    kept: array[int] = field(default_factory=lambda: array("q"))
     counts: Counter[str] = field(default_factory=Counter)
+    failed: list[int] = field(default_factory=list)
 
 
 def encode_all(
@@ -157,67 +245,61 @@ def encode_all(
     on_identical: str,
     advance: Callable[[], None],
     rejects: Rejects | None = None,
+    trees: Trees | None = None,
 ) -> Encoded:
     """Encode preference records; calls `advance` once per record. Bad ones go to `rejects`; without it, the first
     one raises.
 
     Args:
         on_identical: "error", "drop" or "keep" (to evaluate: a tie) pairs whose two responses have the same ids.
+        trees: gets the trees; without it they are held in memory, in the result.
 
     Raises:
         RmtoolError: as `Encoder.encode`, and E0304 for a pair whose two responses have the same ids.
     """
-    encoded = Encoded()
-    for record in records:
+    held = list[TokenTree]()
+    encoded, sink = Encoded(trees=held), held if trees is None else trees
+    for at, outcome in enumerate(encoder.encode_many(records, judged=True)):
         advance()
-        if not record.preferences:
-            encoded.counts["tied"] += 1
-            continue
-        try:
-            tree, event = encoder.encode(record)
-            if tree is not None and on_identical != "keep":
-                record, event = _without_identical(record, tree, on_identical, event)
-        except RmtoolError as error:
+        labels, tree, event, error = outcome.record.labels(), outcome.tree, outcome.event, outcome.error
+        if tree is not None and on_identical != "keep":
+            try:
+                labels, event = without_identical(labels, tree, on_identical, event)
+            except RmtoolError as found:
+                error = found
+        if error:
             if rejects is None:
-                raise
-            rejects.add(error, _shown(record))
+                raise error
+            rejects.add(error, outcome.record.row)
+            encoded.failed.append(at)
             continue
         if event:
             encoded.counts[event] += 1
-        if tree is not None and record.preferences:
-            encoded.records.append(record)
-            encoded.trees.append(tree)
+        if tree is not None and labels.preferences:
+            encoded.labels.append(labels)
+            encoded.kept.append(at)
+            sink.append(tree)
     return encoded
 
 
-def _shown(record: Record) -> dict[str, Any]:
-    """The record as JSON shows it: its prompt, and its responses."""
-    return {
-        "prompt": [message.as_dict() for message in record.prompt],
-        "responses": [[message.as_dict() for message in response] for response in record.responses],
-    }
-
-
-def _without_identical(
-    record: Record, tree: TokenTree, on_identical: str, event: str | None
-) -> tuple[Record, str | None]:
-    """The record without the preferences between responses that have the same ids, and what happened to it.
+def without_identical(
+    labels: Labels, tree: TokenTree, on_identical: str, event: str | None
+) -> tuple[Labels, str | None]:
+    """The labels without the preferences between responses that have the same ids, and what happened to the record.
 
     Raises:
         RmtoolError: E0304 there is one, and `on_identical` is "error".
     """
-    kept = [
-        at for at, (a, b) in enumerate(record.preferences) if not np.array_equal(tree.responses[a], tree.responses[b])
-    ]
-    if len(kept) == len(record.preferences):
-        return record, event
+    same = [np.array_equal(tree.responses[a], tree.responses[b]) for a, b in labels.preferences]
+    if not any(same):
+        return labels, event
     if on_identical == "error":
         raise RmtoolError(
             "E0304",
             "chosen and rejected have the same token ids, so nothing can be learned from this row",
             "remove the row, or set data.on_identical=drop",
-            record.place,
+            labels.place,
         )
-    preferences = tuple(record.preferences[at] for at in kept)
-    margins = tuple(record.margins[at] for at in kept)
-    return replace(record, preferences=preferences, margins=margins), "identical"
+    preferences = tuple(itertools.compress(labels.preferences, (not equal for equal in same)))
+    margins = tuple(itertools.compress(labels.margins, (not equal for equal in same)))
+    return replace(labels, preferences=preferences, margins=margins), "identical"

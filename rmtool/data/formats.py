@@ -27,44 +27,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rmtool.data.messages import Message, Messages, conversation, prompt_of, wrong
+from rmtool.data.record import PLAIN, Pairs, Reading, Record
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row, json_kind
-from rmtool.errors import Place, RmtoolError
-
-Pairs = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Record:
-    """A prompt, its responses, and preferences (winner, loser) between them by index; none when only to be scored, or
-    where all are tied.
-
-    margins: one number per preference, or None where the row gave none
-    weight:  what each of its preferences counts in the loss
-    tools:   JSON of what the chat template is told of tools; empty without any
-    """
-
-    place: Place
-    prompt: Messages
-    responses: tuple[Messages, ...]
-    preferences: Pairs = ()
-    margins: tuple[float | None, ...] = ()
-    subset: str | None = None
-    weight: float = 1.0
-    tools: str = ""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a source is read.
-
-    columns:        our field names and, for each, the source's: {"chosen": "better", "rejected": "worse"}; dots lead
-                    into objects
-    rating_margins: whether a pair's margin is the difference of its responses' ratings
-    """
-
-    columns: tuple[tuple[str, str], ...] = ()
-    rating_margins: bool = False
+from rmtool.errors import RmtoolError
 
 
 @dataclass(frozen=True)
@@ -88,15 +54,16 @@ def _record(row: Row, conversations: Sequence[Messages], pairs: Iterable[tuple[i
     prompt, responses = _split(*conversations)
     pairs = tuple(pairs)
     margins = (_number(row, "margin"),) * len(pairs)
-    record = Record(row.place, prompt, responses, pairs, margins, _subset(row), _weight(row), _tools(row))
-    return replace(record, **more)
+    record = Record(row.place, prompt, responses, pairs, margins, _subset(row), _weight(row), _tools(row), row.data)
+    return replace(record, **more) if more else record
 
 
 def _split(*conversations: Messages) -> tuple[Messages, tuple[Messages, ...]]:
     """The longest common run of messages, and what follows it in each; every response keeps its last message."""
     limit = min(len(messages) for messages in conversations) - 1
     shared = 0
-    while shared < limit and len({messages[shared] for messages in conversations}) == 1:
+    first = conversations[0]
+    while shared < limit and all(messages[shared] == first[shared] for messages in conversations):
         shared += 1
     return conversations[0][:shared], tuple(messages[shared:] for messages in conversations)
 
@@ -422,7 +389,7 @@ def _shown_fields(row: Row) -> str:
     return f"fields {', '.join(map(repr, row.data)) or 'none'}"
 
 
-def preference_record(row: Row, reading: Reading = Reading()) -> Record:
+def preference_record(row: Row, reading: Reading = PLAIN) -> Record:
     """The record of one row by itself, whatever its format.
 
     Raises:
@@ -471,7 +438,8 @@ def _grouped(singles: Sequence[Record], reading: Reading) -> Iterator[Record]:
         prompt, responses = _split(*(record.prompt + record.responses[0] for record in records))
         margins = tuple(abs(ratings[a] - ratings[b]) if reading.rating_margins else None for a, b in pairs)
         first = records[0]
-        yield Record(first.place, prompt, responses, pairs, margins, first.subset, first.weight, tools)
+        rest = first.subset, first.weight, tools, first.row
+        yield Record(first.place, prompt, responses, pairs, margins, *rest)
 
 
 def _asked(record: Record) -> Messages:

@@ -32,7 +32,8 @@ class Message(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """As a chat template takes it, and as rows write it."""
-        return {"role": self.role, "content": self.content, **(json.loads(self.extra) if self.extra else {})}
+        plain: dict[str, Any] = {"role": self.role, "content": self.content}
+        return plain | json.loads(self.extra) if self.extra else plain
 
 
 Messages = tuple[Message, ...]

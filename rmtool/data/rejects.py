@@ -74,6 +74,8 @@ class Rejects:
         """
         if self.path or not self.count:
             return
+        # Whoever finds a bad row may be ahead of another in the file.
+        self._listed.sort(key=lambda error: (error.place.file, error.place.line or 0) if error.place else ("", 0))
         first = self._listed[0]
         if self.count == 1:
             raise first

@@ -82,6 +82,25 @@ def _reader(source: str) -> Iterator[Row | BadRow]:
     raise RmtoolError("E0201", f"{source} is of no known kind", f"name a file that ends in {', '.join(SUFFIXES)}")
 
 
+def signature(source: str) -> tuple[int, int] | None:
+    """What changes when a file is written again; None for a Hub dataset."""
+    try:
+        status = Path(source).stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def require_unchanged(source: str, before: tuple[int, int] | None) -> None:
+    """Files are read twice, and what was found the first time must be there the second time.
+
+    Raises:
+        RmtoolError: E0301 it is another file now.
+    """
+    if signature(source) != before:
+        raise RmtoolError("E0301", "the file changed while it was read", "start again", Place(source))
+
+
 def is_hub_source(source: str) -> bool:
     """Whether `source` names a Hub dataset and no file."""
     return not Path(source).exists() and not _looks_local(source)

@@ -1,20 +1,25 @@
 """The records of one or several sources: read, given a format, and mixed as a recipe says.
 
-In: sources with their shares. Out: the records, in the order of the sources; what was read of each.
-Cost: one reading of every source; all records are held.
+In: sources with their shares. Out: a `Selection`: labels of the records, and the records themselves, read once more.
+Cost: every source is read once to know what is there, and once more where the text is wanted; labels are held, text
+is not (but of rated rows that are put together by prompt, while they are read).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 
 from rmtool.config import Source
-from rmtool.data.formats import Format, Reading, Record, preference_records
+from rmtool.data.formats import Format, preference_records
+from rmtool.data.record import Labels, Reading, Record
 from rmtool.data.rejects import Rejects
-from rmtool.data.rows import read_rows
+from rmtool.data.rows import read_rows, require_unchanged, signature
 from rmtool.errors import RmtoolError
 
 
@@ -28,31 +33,95 @@ class SourceCount:
     taken: int = 0
 
 
-@dataclass
-class Mixture:
-    """Records of all sources, and what was read of each."""
+@dataclass(frozen=True)
+class Scan:
+    """A source that was read once: the labels of all its records, and a hash of their text."""
 
-    records: list[Record] = field(default_factory=list)
-    sources: list[SourceCount] = field(default_factory=list)
+    count: SourceCount
+    reading: Reading
+    labels: list[Labels]
+    digest: bytes
+    signature: tuple[int, int] | None
+
+    def records(self, wanted: Sequence[int]) -> Iterator[Record]:
+        """The records at these places, ascending, read from the source again; a place may stand there repeatedly.
+
+        Raises:
+            RmtoolError: E0301 the source changed since.
+        """
+        require_unchanged(self.count.path, self.signature)
+        at, count = 0, SourceCount(self.count.path)
+        with Rejects(Path(os.devnull)) as again:  # they were counted the first time
+            for index, record in enumerate(read_records(self.count.path, self.reading, again, count, lambda: None)):
+                while at < len(wanted) and wanted[at] == index:
+                    yield record
+                    at += 1
+                if at == len(wanted):
+                    break
+        require_unchanged(self.count.path, self.signature)
+        assert at == len(wanted), "a place that is not there, or places that do not ascend"
 
 
-def read_mixture(
+@dataclass(frozen=True)
+class Selection:
+    """Some records of some sources, in order: record `indices[i]` of source `scans[sources[i]]`."""
+
+    scans: tuple[Scan, ...] = ()
+    sources: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    indices: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def labels(self) -> Iterator[Labels]:
+        for source, index in zip(self.sources.tolist(), self.indices.tolist(), strict=True):
+            yield self.scans[source].labels[index]
+
+    def take(self, places: Iterable[int]) -> Selection:
+        """Those at these places, ascending."""
+        chosen = np.fromiter(places, dtype=np.int64)
+        return Selection(self.scans, self.sources[chosen], self.indices[chosen])
+
+    def records(self) -> Iterator[Record]:
+        """The records with their text; every source is read again."""
+        for number, scan in enumerate(self.scans):
+            if len(wanted := self.indices[self.sources == number]):
+                yield from scan.records(wanted.tolist())
+
+    def digest(self) -> str:
+        """A hash of all records' text, in order."""
+        digest = blake2b(digest_size=16)
+        for part in (*(scan.digest for scan in self.scans), self.sources.tobytes(), self.indices.tobytes()):
+            digest.update(part)
+        return digest.hexdigest()
+
+
+def select(
     sources: Sequence[Source], reading: Reading, seed: int, rejects: Rejects, advance: Callable[[], None]
-) -> Mixture:
-    """All records of the mixture; calls `advance` once per record read.
+) -> Selection:
+    """The mixture: all sources, read once; calls `advance` once per record.
 
     Raises:
         RmtoolError: as `read_rows` and `draw_share`; bad rows go to `rejects`.
     """
-    mixture = Mixture()
+    scans, numbers, indices = list[Scan](), list[np.ndarray](), list[np.ndarray]()
     for number, source in enumerate(sources):
-        count = SourceCount(source.path)
-        records = list(read_records(source.path, reading, rejects, count, advance))
-        indices = draw_share(source, len(records), seed, number)
-        count.records, count.taken = len(records), len(indices)
-        mixture.records += [records[index] for index in indices]
-        mixture.sources.append(count)
-    return mixture
+        scan = _scan(source.path, reading, rejects, advance)
+        drawn = draw_share(source, len(scan.labels), seed, number)
+        scan.count.taken = len(drawn)
+        scans.append(scan)
+        numbers.append(np.full(len(drawn), number, dtype=np.int32))
+        indices.append(drawn)
+    return Selection(tuple(scans), np.concatenate(numbers), np.concatenate(indices))
+
+
+def _scan(path: str, reading: Reading, rejects: Rejects, advance: Callable[[], None]) -> Scan:
+    before, count, labels, digest = signature(path), SourceCount(path), list[Labels](), blake2b(digest_size=16)
+    for record in read_records(path, reading, rejects, count, advance):
+        labels.append(record.labels())
+        digest.update(blake2b(record.content(), digest_size=16).digest())
+    count.records = len(labels)
+    return Scan(count, reading, labels, digest.digest(), before)
 
 
 def draw_share(source: Source, count: int, seed: int, number: int) -> np.ndarray:
@@ -71,7 +140,7 @@ def draw_share(source: Source, count: int, seed: int, number: int) -> np.ndarray
     wanted = source.rows if source.rows is not None else round((source.fraction or 1.0) * count)
     whole, rest = divmod(wanted, count) if count else (0, 0)
     drawn = np.random.default_rng([seed, 2**30, number]).permutation(count)[:rest]
-    return np.sort(np.concatenate([*[np.arange(count)] * whole, drawn])).astype(int)
+    return np.sort(np.concatenate([*[np.arange(count)] * whole, drawn])).astype(np.int64)
 
 
 def read_records(

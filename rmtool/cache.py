@@ -1,0 +1,94 @@
+"""Tokenised records, kept between runs.
+
+In: a key that says all that the token ids depend on (text, template, tokenizer, options, versions). Out: the records
+that were encoded under the same key, or nothing. A key never comes back for other content, so an entry is right or not
+there; one that is damaged is removed, and said.
+Cost: 4 bytes of disk per token; reading an entry checks all of it, about 1 GB/s. Entries that were not used for KEPT
+days go when another is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from rmtool.data.encode import Encoded
+from rmtool.errors import RmtoolError
+from rmtool.spool import TreeSpool
+
+KEPT = 30
+_IDS, _INDEX, _FACTS = "ids.bin", "index.npz", "entry.json"
+
+
+def cache_folder() -> Path:
+    """$RMTOOL_CACHE, or rmtool in the user's cache folder."""
+    if named := os.environ.get("RMTOOL_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmtool"
+
+
+def get(key: str, say: Callable[[str], None]) -> Encoded | None:
+    """What was kept under `key`, without labels; None if there is nothing, or it is damaged."""
+    folder = cache_folder() / key
+    if not folder.is_dir():
+        return None
+    try:
+        facts = json.loads((folder / _FACTS).read_bytes())
+        with np.load(folder / _INDEX) as stored:
+            index = dict(stored)
+        trees = TreeSpool.reopen(folder / _IDS, index)
+        if trees.crc != facts["crc"] or len(trees) != len(index["kept"]):
+            raise ValueError("the checksum differs")
+        os.utime(folder)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        say(f"note: the tokenised data in {folder} is damaged ({error}) and is made again")
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    kept = array("q", index["kept"].astype(np.int64).tobytes())
+    return Encoded(trees=trees, kept=kept, counts=Counter(facts["counts"]), failed=index["failed"].tolist())
+
+
+def put(key: str, encode: Callable[[TreeSpool], Encoded]) -> Encoded:
+    """Encode into the cache; an entry appears when it is whole.
+
+    Raises:
+        RmtoolError: E0502 it cannot be written; and whatever `encode` raises.
+    """
+    root = cache_folder()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
+        try:
+            trees = TreeSpool(temporary / _IDS)
+            encoded = encode(trees)
+            trees.flush()
+            places = {"kept": np.array(encoded.kept), "failed": np.array(encoded.failed, dtype=np.int64)}
+            np.savez(temporary / _INDEX, allow_pickle=False, **places, **trees.layout())
+            facts = {"crc": trees.crc, "counts": encoded.counts}
+            (temporary / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+            if not (root / key).exists():  # another process may have been as fast
+                temporary.rename(root / key)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # the spool's open file stays readable
+        _prune(root)
+    except OSError as error:
+        hint = "free the disk, name another folder in $RMTOOL_CACHE, or set data.cache=false"
+        raise RmtoolError("E0502", f"{root} cannot be written: {error.strerror or error}", hint) from error
+    return encoded
+
+
+def _prune(root: Path) -> None:
+    oldest = time.time() - KEPT * 24 * 3600
+    for folder in root.iterdir():
+        if folder.stat().st_mtime < oldest:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,76 @@
+"""What a row means: a prompt, its responses, and which of them is preferred to which.
+
+In: what a format found in a row. Out: `Record`s with their text, and `Labels` without it, which are held for all rows.
+Cost: `Labels` take some 0.3 KB each, however long the text is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from rmtool.data.messages import Messages
+from rmtool.errors import Place
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read.
+
+    columns:        our field names and, for each, the source's: {"chosen": "better", "rejected": "worse"}; dots lead
+                    into objects
+    rating_margins: whether a pair's margin is the difference of its responses' ratings
+    """
+
+    columns: tuple[tuple[str, str], ...] = ()
+    rating_margins: bool = False
+
+
+PLAIN = Reading()
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What a record says of its responses, as `Record` has it; `prompt` is a hash of the prompt's text, 0 without
+    a prompt.
+    """
+
+    place: Place
+    prompt: int
+    preferences: Pairs
+    margins: tuple[float | None, ...]
+    subset: str | None
+    weight: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """A prompt, its responses, and preferences (winner, loser) between them by index; none when only to be scored, or
+    where all are tied.
+
+    margins: one number per preference, or None where the row gave none
+    weight:  what each of its preferences counts in the loss
+    tools:   JSON of what the chat template is told of tools; empty without any
+    row:     as it was written
+    """
+
+    place: Place
+    prompt: Messages
+    responses: tuple[Messages, ...]
+    preferences: Pairs = ()
+    margins: tuple[float | None, ...] = ()
+    subset: str | None = None
+    weight: float = 1.0
+    tools: str = ""
+    row: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def labels(self) -> Labels:
+        key = int.from_bytes(blake2b(repr(self.prompt).encode(), digest_size=8).digest()) if self.prompt else 0
+        return Labels(self.place, key, self.preferences, self.margins, self.subset, self.weight)
+
+    def content(self) -> bytes:
+        """All that its token ids depend on, and which of its responses are compared."""
+        return repr((self.prompt, self.responses, self.tools, self.preferences)).encode()
