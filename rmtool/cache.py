@@ -31,10 +31,9 @@ _IDS, _INDEX, _FACTS = "ids.bin", "index.npz", "entry.json"
 
 
 def cache_folder() -> Path:
-    """$RMTOOL_CACHE, or rmtool in the user's cache folder."""
-    if named := os.environ.get("RMTOOL_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmtool"
+    """`tokens` in $RMTOOL_CACHE, or in rmtool in the user's cache folder; nothing else lies in it."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmtool"
+    return Path(os.environ.get("RMTOOL_CACHE") or home) / "tokens"
 
 
 def get(key: str, say: Callable[[str], None]) -> Encoded | None:

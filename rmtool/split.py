@@ -69,7 +69,7 @@ def load_split(recipe: Recipe, encoder: Encoder, rejects: Rejects, ui: Ui) -> Sp
         train, held = train.take(kept), train.take(apart)
     encode = functools.partial(encode_selection, encoder, on_identical=data.on_identical, kept=data.cache)
     trained_on = encode(train, label="training", rejects=rejects, ui=ui)
-    held_out = encode(held, label="held-out", rejects=rejects, ui=ui) if len(held) else Encoded()
+    held_out = encode(held, label="held-out", rejects=rejects, ui=ui)
     rejects.settle()
     if not trained_on.labels:
         raise RmtoolError("E0302", "no training pairs are left", "check data.holdout, data.on_long and data.max_length")
@@ -95,6 +95,8 @@ def encode_selection(
         kept: whether to look for them in the cache, and leave them there.
         label: what to call them.
     """
+    if not len(selection):
+        return Encoded()
     identity = encoder.identity() if kept else None
     key = hashlib.sha256(f"{identity} {selection.digest()} {on_identical}".encode()).hexdigest()[:32]
     encoded = cache.get(key, ui.say) if identity else None

@@ -5,8 +5,10 @@ In: a checkpoint folder. Out: a transformers tokenizer, ready for `data.encode.E
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,31 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
             Place(str(folder)),
         )
     tokenizer.chat_template = _without_clock(tokenizer.chat_template)
+    name_control_tokens(tokenizer)
     return tokenizer
+
+
+def name_control_tokens(tokenizer: Any) -> None:
+    """Name the added tokens that the template builds from pieces ('<|' + role + '|>'): transformers knows those for
+    control tokens that are special or stand in the template as they are, and lets the others into messages.
+    """
+    written = "".join(_rendered(tokenizer))
+    plain = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    used = [token for token in plain if not token.isspace() and token in written]
+    if any(token not in str(tokenizer.chat_template) for token in used):
+        named = set(tokenizer.chat_control_tokens or ()) | {
+            token for token in plain if token in tokenizer.chat_template
+        }
+        tokenizer.chat_control_tokens = sorted(named | set(used))
+
+
+def _rendered(tokenizer: Any) -> Iterator[str]:
+    from jinja2 import TemplateError
+
+    turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user", "assistant")]
+    for chat in (turns[1:3], turns[:3], turns):
+        with contextlib.suppress(TemplateError):  # not every template knows every role
+            yield tokenizer.apply_chat_template(chat, tokenize=False)
 
 
 def _without_clock(template: str) -> str:

@@ -209,7 +209,12 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
 
     folder = Path(spec["folder"]) / "model"
     data = DataConfig(
-        (spec["data"],), max_length=spec["max_length"], on_long="drop", on_empty="keep", on_identical="drop"
+        (spec["data"],),
+        max_length=spec["max_length"],
+        on_long="drop",
+        on_empty="keep",
+        on_identical="drop",
+        cache=False,
     )
     names = ("seed", "precision", "tokens_per_pack")
     train = TrainConfig(batch_size=2**30, learning_rate=1e-5, **{name: spec[name] for name in names})

@@ -385,7 +385,7 @@ def train_with_rmtool(spec: Event) -> None:
     recipe = Recipe(
         "bench",
         ModelConfig(str(folder / "model")),
-        DataConfig((str(folder / "pairs.jsonl"),), max_length=spec["max_length"], on_empty="keep"),
+        DataConfig((str(folder / "pairs.jsonl"),), max_length=spec["max_length"], on_empty="keep", cache=False),
         TrainConfig(
             batch_size=spec["batch_size"],
             learning_rate=LEARNING_RATE,

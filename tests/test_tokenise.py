@@ -1,0 +1,236 @@
+"""Many conversations at once have the ids that transformers gives them one by one; what is kept is what was made."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import pair_rows, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_control_tokens import KINDS, TEMPLATES, with_template
+from tokenizers import AddedToken
+
+from rmtool import cache
+from rmtool.config import Source
+from rmtool.data import encode
+from rmtool.data.encode import Encoded, Encoder
+from rmtool.data.messages import Message
+from rmtool.data.record import PLAIN
+from rmtool.data.rejects import Rejects
+from rmtool.data.sources import select
+from rmtool.data.tokenise import Conversation, Tokeniser
+from rmtool.errors import RmtoolError
+from rmtool.split import encode_selection
+from rmtool.ui import SilentUi
+
+TEXT = st.text(alphabet=st.sampled_from("ab \n\tü你👋'<|im_startend>.,1"), max_size=25)
+SAMPLES = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def slow(tokenizer: Any, conversation: Conversation) -> list[int]:
+    chat = [message.as_dict() for message in conversation.messages]
+    ids: list[int] = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, sanitize_control_tokens=True)
+    return ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["ChatML", "Llama 3", "Llama 2", "Tulu", "DeepSeek"])
+@SAMPLES
+@given(st.lists(st.lists(TEXT, min_size=2, max_size=4), min_size=1, max_size=3))
+def test_ids_are_those_of_transformers(tokenizer: Any, name: str, kind: str, groups: list[list[str]]) -> None:
+    reader = with_template(KINDS[kind](tokenizer), name)
+    prompt = (Message("user", "Hello, 你."), Message("assistant", " a "), Message("user", groups[0][0]))
+    conversations = [[Conversation((*prompt, Message("assistant", text))) for text in group] for group in groups]
+    for group, results in zip(conversations, Tokeniser(reader).read(conversations), strict=True):
+        for conversation, ids in zip(group, results, strict=True):
+            assert list(ids) == slow(reader, conversation)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_common_beginning_is_tokenised_once(tokenizer: Any, name: str) -> None:
+    tokeniser = Tokeniser(with_template(KINDS["byte-level BPE"](tokenizer), name))
+    prompt = (Message("user", "a " * 50), Message("assistant", "b " * 50), Message("user", "c " * 50))
+    group = [Conversation((*prompt, Message("assistant", text))) for text in ("yes", "no")]
+    (draft,) = tokeniser.render([group])
+    assert sum(map(len, (draft.head, *draft.tails))) < 1.8 * len(tokeniser.tokenizer.apply_chat_template(
+        [message.as_dict() for message in group[0].messages], tokenize=False
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        AddedToken("\n<|im_start|>", normalized=False),
+        AddedToken("<|im_start|>assistant", normalized=False),
+        AddedToken("a<", normalized=False),
+        AddedToken("<|im_start|>", normalized=False, lstrip=True),
+        AddedToken("<|im_start|>", normalized=False, single_word=True),
+        AddedToken("<|im_start|>", normalized=False, rstrip=True),
+    ],
+    ids=str,
+)
+def test_text_is_cut_only_where_the_tokenizer_would(tokenizer: Any, token: AddedToken) -> None:
+    reader = KINDS["byte-level BPE"](tokenizer)
+    reader.add_tokens([token])
+    name_only = {"ChatML": TEMPLATES["ChatML"][0]}
+    reader.chat_template = name_only["ChatML"]
+    prompt = (Message("user", "Hello a"), Message("assistant", "a \n"), Message("user", " more a"))
+    group = [Conversation((*prompt, Message("assistant", text))) for text in (" yes", " no")]
+    for conversation, ids in zip(group, Tokeniser(reader).read([group])[0], strict=True):
+        assert list(ids) == slow(reader, conversation)
+
+
+def test_batches_end_anywhere_and_errors_stay_in_their_place(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "BATCH", 16)
+    rows = pair_rows(70)
+    rows[33]["chosen"] = " "
+    rows[69]["rejected"] = "<|im_end|>"
+    source = write_jsonl(tmp_path / "p.jsonl", rows)
+    selection = select([Source(str(source))], PLAIN, 0, Rejects(), lambda: None)
+    encoder = Encoder(tokenizer, 512)
+    outcomes = list(encoder.encode_many(selection.records()))
+    assert [outcome.record.place.line for outcome in outcomes] == list(range(1, 71))
+    assert [at for at, outcome in enumerate(outcomes) if outcome.error] == [33]
+    for outcome in outcomes[:33] + outcomes[34:]:
+        assert outcome.tree is not None
+        alone, _ = encoder.encode(outcome.record)
+        assert alone is not None
+        assert all(map(np.array_equal, outcome.tree.sequences(), alone.sequences()))
+
+
+# ------------------------------------------------------------------------------------------------------ kept
+
+
+def tokenised(
+    path: Path, encoder: Encoder, rejects: Rejects | None = None, on_identical: str = "drop", kept: bool = True
+) -> Encoded:
+    rejects = rejects or Rejects()
+    selection = select([Source(str(path))], PLAIN, 0, rejects, lambda: None)
+    return encode_selection(
+        encoder, selection, on_identical=on_identical, kept=kept, label="training", rejects=rejects, ui=SilentUi()
+    )
+
+
+def entries() -> list[Path]:
+    folder = cache.cache_folder()
+    return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def same(a: Encoded, b: Encoded) -> bool:
+    equal = (a.labels, list(a.kept), a.counts, a.failed) == (b.labels, list(b.kept), b.counts, b.failed)
+    pairs = zip(a.trees, b.trees, strict=True)
+    return equal and all(all(map(np.array_equal, x.sequences(), y.sequences())) for x, y in pairs)
+
+
+def write_rows(path: Path) -> Path:
+    """A pair of equal responses, one too long, one empty, one tied, and others."""
+    rows: list[dict[str, Any]] = pair_rows(12)
+    rows[2]["rejected"] = rows[2]["chosen"]
+    rows[4]["prompt"] = "long " * 200
+    rows[6]["chosen"] = ""
+    return write_jsonl(path, rows)
+
+
+def test_what_was_tokenised_is_taken_from_the_cache(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    path, encoder = write_rows(tmp_path / "p.jsonl"), Encoder(tokenizer, 64, "drop", "drop")
+    first = tokenised(path, encoder)
+    assert first.counts == {"identical": 1, "long": 1, "empty": 1}
+    monkeypatch.setattr(Encoder, "encode_many", None)
+    second = tokenised(path, encoder)
+    assert same(first, second)
+    assert len(entries()) == 1
+    copy = path.rename(tmp_path / "elsewhere.jsonl")  # what counts is content, not a name or a time
+    assert len(tokenised(copy, encoder).labels) == len(first.labels)
+    assert tokenised(copy, encoder).labels[0].place.file == str(copy)
+
+
+def test_bad_rows_are_refused_from_the_cache_too(tokenizer: Any, tmp_path: Path) -> None:
+    path, encoder = write_rows(tmp_path / "p.jsonl"), Encoder(tokenizer, 64)
+    for _ in range(2):
+        rejects = Rejects()
+        found = tokenised(path, encoder, rejects, "error")
+        assert (found.failed, rejects.count) == ([2, 4, 6], 3)
+        with pytest.raises(RmtoolError) as caught:
+            rejects.settle()
+        assert [row.partition(": ")[0] for row in caught.value.rows] == [f"{path}:{line}" for line in (3, 5, 7)]
+    assert len(entries()) == 1
+
+
+def test_nothing_else_is_taken_for_it(tokenizer: Any, tmp_path: Path) -> None:
+    """Another character, template, vocabulary, limit or choice is another entry."""
+    import copy
+
+    path, base = write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64)
+    tokenised(path, base)
+    template, vocabulary = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    template.chat_template = tokenizer.chat_template + " "
+    vocabulary.add_tokens(["indeed"])
+    others = [Encoder(template, 64), Encoder(vocabulary, 64), Encoder(tokenizer, 65), Encoder(tokenizer, 64, "drop")]
+    others += [Encoder(tokenizer, 64, on_empty="keep"), Encoder(tokenizer, 64, drop_tail=2)]
+    for count, other in enumerate(others, 2):
+        tokenised(path, other)
+        assert len(entries()) == count
+    tokenised(path, base, on_identical="error")
+    rows = pair_rows(5)
+    rows[4]["rejected"] += "."
+    tokenised(write_jsonl(path, rows), base)
+    tokenised(write_jsonl(path, pair_rows(4)), base)
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in pair_rows(5)]
+    tokenised(write_jsonl(path, swapped), base)
+    assert len(entries()) == len(others) + 5
+
+
+@pytest.mark.parametrize("file", ["ids.bin", "index.npz", "entry.json"])
+@pytest.mark.parametrize("harm", ["cut", "flipped", "gone"])
+def test_a_damaged_entry_is_made_again(tokenizer: Any, tmp_path: Path, file: str, harm: str) -> None:
+    path, encoder = write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64)
+    first = tokenised(path, encoder, kept=False)
+    assert not entries()
+    tokenised(path, encoder)
+    target = entries()[0] / file
+    content = bytearray(target.read_bytes())
+    if harm == "gone":
+        target.unlink()
+    else:
+        middle = len(content) // 2
+        content[middle] ^= 0x55
+        target.write_bytes(content[:middle] if harm == "cut" else content)
+    said = list[str]()
+    assert cache.get(entries()[0].name, said.append) is None
+    assert "is damaged" in said[0]
+    assert same(tokenised(path, encoder), first)
+
+
+def test_old_entries_go_and_nothing_else(tokenizer: Any, tmp_path: Path) -> None:
+    path, encoder = write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64)
+    tokenised(path, encoder)
+    mine = cache.cache_folder().parent / "mine"
+    mine.mkdir()
+    long_ago = time.time() - 31 * 24 * 3600
+    for old in (entries()[0], mine):
+        os.utime(old, (long_ago, long_ago))
+    tokenised(path, Encoder(tokenizer, 65))
+    assert (len(entries()), mine.exists()) == (1, True)
+
+
+def test_a_cache_that_cannot_be_written_says_so(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("RMTOOL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(RmtoolError) as caught:
+        tokenised(write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64))
+    assert (caught.value.id, "data.cache=false" in caught.value.hint) == ("E0502", True)
+
+
+def test_a_file_that_changes_between_its_two_readings_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", pair_rows(5))
+    selection = select([Source(str(path))], PLAIN, 0, Rejects(), lambda: None)
+    write_jsonl(path, pair_rows(6))
+    with pytest.raises(RmtoolError, match="changed while it was read"):
+        list(selection.records())
