@@ -22,7 +22,7 @@ from rmtool.data.encode import Encoder
 from rmtool.data.formats import score_record
 from rmtool.data.record import Record
 from rmtool.data.rejects import Rejects
-from rmtool.data.rows import Row, read_rows, require_unchanged, signature
+from rmtool.data.rows import Row, read_rows
 from rmtool.errors import Place, RmtoolError
 from rmtool.loading import Loaded
 from rmtool.model import compute_rewards
@@ -53,18 +53,18 @@ def score_file(source: Path, output: Path, loaded: Loaded, budget: int, rejects:
     temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
     try:
         with TreeSpool(output.parent) as trees:
-            before = signature(str(source))
+            before = _signature(source)
             truncated, left_out = _read_trees(source, loaded.encoder, trees, rejects, ui)
             with ui.progress("Scoring", len(trees), "rows") as bar:
                 rewards = compute_rewards(loaded.model, trees, budget, bar)
         with open(temporary, "w", encoding="utf-8") as file, ui.progress("Writing", len(rewards), "rows") as bar:
-            require_unchanged(str(source), before)
+            _require_unchanged(source, before)
             for row, values in zip(_kept_rows(source, left_out), rewards, strict=False):
                 file.write(json.dumps(_with_rewards(row, values), ensure_ascii=False, allow_nan=False) + "\n")
                 bar.advance()
             file.flush()
             os.fsync(file.fileno())
-            require_unchanged(str(source), before)
+            _require_unchanged(source, before)
         os.replace(temporary, output)
     except OSError as error:
         raise RmtoolError(
@@ -75,6 +75,20 @@ def score_file(source: Path, output: Path, loaded: Loaded, budget: int, rejects:
     flat = [value for values in rewards for value in values]
     nonfinite = sum(not math.isfinite(value) for value in flat)
     return Outcome(len(rewards), len(flat), nonfinite, truncated, rejects.count)
+
+
+def _signature(source: Path) -> tuple[int, int] | None:
+    try:
+        status = source.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _require_unchanged(source: Path, before: tuple[int, int] | None) -> None:
+    """The file is read twice; rows of another file would get these rewards."""
+    if _signature(source) != before:
+        raise RmtoolError("E0301", "the file changed while it was scored", "score it again", Place(str(source)))
 
 
 def _read_trees(source: Path, encoder: Encoder, trees: TreeSpool, rejects: Rejects, ui: Ui) -> tuple[int, set[Place]]:

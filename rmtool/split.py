@@ -2,7 +2,7 @@
 
 In: a recipe and an encoder. Out: a `Split`, and the held-out pairs as a file that `rmtool eval` reads back.
 Cost: every row is rendered and tokenised once, on all cores, and the ids are kept in a file, for later runs too
-(`rmtool.cache`); of the text nothing is held.
+(`rmtool.cache`); the text is held in a file.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from rmtool.ui import Ui
 
 @dataclass(frozen=True)
 class Split:
-    """Encoded training and held-out pairs, and what was read of each source; `held_out_text` reads the held-out
-    records again.
+    """Encoded training and held-out pairs, and what was read of each source; `held_out_text` has the held-out
+    records.
     """
 
     train: Encoded

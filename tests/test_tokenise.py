@@ -226,11 +226,3 @@ def test_a_cache_that_cannot_be_written_says_so(tokenizer: Any, tmp_path: Path, 
     with pytest.raises(RmtoolError) as caught:
         tokenised(write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64))
     assert (caught.value.id, "data.cache=false" in caught.value.hint) == ("E0502", True)
-
-
-def test_a_file_that_changes_between_its_two_readings_is_refused(tokenizer: Any, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "p.jsonl", pair_rows(5))
-    selection = select([Source(str(path))], PLAIN, 0, Rejects(), lambda: None)
-    write_jsonl(path, pair_rows(6))
-    with pytest.raises(RmtoolError, match="changed while it was read"):
-        list(selection.records())

@@ -46,10 +46,8 @@ def conversation(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
     Raises:
         RmtoolError: E0303 it is of another kind, or does not end with a response.
     """
-    if isinstance(value, str) and _TURN.match(value) and _transcript(value)[: len(prompt)] == prompt:
-        messages = _transcript(value)
-    else:
-        messages = _join(row, prompt, value, name)
+    turns = _transcript(value) if isinstance(value, str) and _TURN.match(value) else ()
+    messages = turns if turns and turns[: len(prompt)] == prompt else _join(row, prompt, value, name)
     if messages[-1].role != "assistant":
         last = f"a {messages[-1].role} message"
         raise wrong(

@@ -6,11 +6,13 @@ Cost: `Labels` take some 0.3 KB each, however long the text is.
 
 from __future__ import annotations
 
+import marshal
+import pickle
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-from rmtool.data.messages import Messages
+from rmtool.data.messages import Message, Messages
 from rmtool.errors import Place
 
 Pairs = tuple[tuple[int, int], ...]
@@ -68,9 +70,27 @@ class Record:
     row: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def labels(self) -> Labels:
-        key = int.from_bytes(blake2b(repr(self.prompt).encode(), digest_size=8).digest()) if self.prompt else 0
+        text = marshal.dumps(tuple(map(tuple, self.prompt)), 2)
+        key = int.from_bytes(blake2b(text, digest_size=8).digest()) if self.prompt else 0
         return Labels(self.place, key, self.preferences, self.margins, self.subset, self.weight)
 
     def content(self) -> bytes:
-        """All that its token ids depend on, and which of its responses are compared."""
-        return repr((self.prompt, self.responses, self.tools, self.preferences)).encode()
+        """All that its token ids depend on, and which of its responses are compared: the same bytes for the same."""
+        prompt, *responses = [tuple(map(tuple, messages)) for messages in (self.prompt, *self.responses)]
+        return marshal.dumps((prompt, responses, self.tools, self.preferences), 2)  # later versions depend on identity
+
+    def pack(self) -> bytes:
+        """The record as bytes for `unpack`, in this process."""
+        place = self.place.file, self.place.line, self.place.column
+        return pickle.dumps((self.content(), place, self.margins, self.subset, self.weight, self.row), protocol=5)
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Record:
+        content, place, margins, subset, weight, row = pickle.loads(packed)
+        prompt, responses, tools, preferences = marshal.loads(content)
+        return cls(
+            Place(*place),
+            tuple(map(Message._make, prompt)),
+            tuple(tuple(map(Message._make, messages)) for messages in responses),
+            *(preferences, margins, subset, weight, tools, row),
+        )

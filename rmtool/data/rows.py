@@ -82,25 +82,6 @@ def _reader(source: str) -> Iterator[Row | BadRow]:
     raise RmtoolError("E0201", f"{source} is of no known kind", f"name a file that ends in {', '.join(SUFFIXES)}")
 
 
-def signature(source: str) -> tuple[int, int] | None:
-    """What changes when a file is written again; None for a Hub dataset."""
-    try:
-        status = Path(source).stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
-def require_unchanged(source: str, before: tuple[int, int] | None) -> None:
-    """Files are read twice, and what was found the first time must be there the second time.
-
-    Raises:
-        RmtoolError: E0301 it is another file now.
-    """
-    if signature(source) != before:
-        raise RmtoolError("E0301", "the file changed while it was read", "start again", Place(source))
-
-
 def is_hub_source(source: str) -> bool:
     """Whether `source` names a Hub dataset and no file."""
     return not Path(source).exists() and not _looks_local(source)
@@ -180,9 +161,7 @@ def _parse(content: bytes, place: Place) -> Any:
         found = " ".join(f"{byte:02x}" for byte in content[error.start : error.end])
         raise _bad(_at(place, before, len(before)), "this is not UTF-8", found=f"bytes {found}") from error
     try:
-        value = json.loads(
-            text, object_pairs_hook=_no_duplicates, parse_constant=_suspicious, parse_float=_finite_float
-        )
+        value = _DECODER.decode(text)
     except (ValueError, RecursionError):  # JSONDecodeError is a ValueError, and so is a number of thousands of digits
         raise _fault(text, place) from None
     if "\\u" in text and _has_no_character(value, text):
@@ -216,6 +195,9 @@ def _finite_float(digits: str) -> float:
     if math.isinf(value):
         raise ValueError(digits)
     return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_suspicious, parse_float=_finite_float)
 
 
 def _has_no_character(value: Any, text: str) -> bool:

@@ -1,25 +1,25 @@
 """The records of one or several sources: read, given a format, and mixed as a recipe says.
 
-In: sources with their shares. Out: a `Selection`: labels of the records, and the records themselves, read once more.
-Cost: every source is read once to know what is there, and once more where the text is wanted; labels are held, text
-is not (but of rated rows that are put together by prompt, while they are read).
+In: sources with their shares. Out: a `Selection`: labels of the records, and the records themselves, when they are
+asked for.
+Cost: every source is read once; labels are held in memory, and text in a temporary file (but that of rated rows that
+are put together by prompt, while they are read).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from pathlib import Path
 
 import numpy as np
 
 from rmtool.config import Source
 from rmtool.data.formats import Format, preference_records
+from rmtool.data.kept import KeptRecords
 from rmtool.data.record import Labels, Reading, Record
 from rmtool.data.rejects import Rejects
-from rmtool.data.rows import read_rows, require_unchanged, signature
+from rmtool.data.rows import read_rows
 from rmtool.errors import RmtoolError
 
 
@@ -35,31 +35,12 @@ class SourceCount:
 
 @dataclass(frozen=True)
 class Scan:
-    """A source that was read once: the labels of all its records, and a hash of their text."""
+    """A source that was read: its records in a file, their labels in memory, and a hash of their text."""
 
     count: SourceCount
-    reading: Reading
+    records: KeptRecords
     labels: list[Labels]
     digest: bytes
-    signature: tuple[int, int] | None
-
-    def records(self, wanted: Sequence[int]) -> Iterator[Record]:
-        """The records at these places, ascending, read from the source again; a place may stand there repeatedly.
-
-        Raises:
-            RmtoolError: E0301 the source changed since.
-        """
-        require_unchanged(self.count.path, self.signature)
-        at, count = 0, SourceCount(self.count.path)
-        with Rejects(Path(os.devnull)) as again:  # they were counted the first time
-            for index, record in enumerate(read_records(self.count.path, self.reading, again, count, lambda: None)):
-                while at < len(wanted) and wanted[at] == index:
-                    yield record
-                    at += 1
-                if at == len(wanted):
-                    break
-        require_unchanged(self.count.path, self.signature)
-        assert at == len(wanted), "a place that is not there, or places that do not ascend"
 
 
 @dataclass(frozen=True)
@@ -83,10 +64,9 @@ class Selection:
         return Selection(self.scans, self.sources[chosen], self.indices[chosen])
 
     def records(self) -> Iterator[Record]:
-        """The records with their text; every source is read again."""
-        for number, scan in enumerate(self.scans):
-            if len(wanted := self.indices[self.sources == number]):
-                yield from scan.records(wanted.tolist())
+        """The records with their text."""
+        for source, index in zip(self.sources.tolist(), self.indices.tolist(), strict=True):
+            yield self.scans[source].records[index]
 
     def digest(self) -> str:
         """A hash of all records' text, in order."""
@@ -116,12 +96,13 @@ def select(
 
 
 def _scan(path: str, reading: Reading, rejects: Rejects, advance: Callable[[], None]) -> Scan:
-    before, count, labels, digest = signature(path), SourceCount(path), list[Labels](), blake2b(digest_size=16)
+    count, kept, labels, digest = SourceCount(path), KeptRecords(), list[Labels](), blake2b(digest_size=16)
     for record in read_records(path, reading, rejects, count, advance):
+        kept.append(record)
         labels.append(record.labels())
         digest.update(blake2b(record.content(), digest_size=16).digest())
     count.records = len(labels)
-    return Scan(count, reading, labels, digest.digest(), before)
+    return Scan(count, kept, labels, digest.digest())
 
 
 def draw_share(source: Source, count: int, seed: int, number: int) -> np.ndarray:
