@@ -27,7 +27,7 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130  # Ctrl-C
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where in the user's files: `file:line:column`, as much of it as is known. Lines and columns count from 1."""
 

@@ -121,7 +121,7 @@ def encode_selection(
 def _labels_of(selection: Selection, encoded: Encoded, on_identical: str) -> list[Labels]:
     """The labels of kept records, as `encode_all` gives them."""
     labels = list(selection.take(encoded.kept).labels())
-    if on_identical != "drop" or not encoded.counts["identical"]:
+    if on_identical != "drop" or not encoded.counts["identical"] + encoded.counts["alike"]:
         return labels
     pairs = zip(labels, encoded.trees, strict=True)
     return [without_identical(each, tree, on_identical, None)[0] for each, tree in pairs]
@@ -138,6 +138,7 @@ FATES = {
     "truncated": "with their prompt cut on the left, over data.max_length",
     "empty": "dropped, a response is empty",
     "identical": "dropped or cut, a chosen and a rejected response are the same",
+    "alike": "dropped or cut, a chosen and a rejected response are the same once rendered and truncated",
     "tied": "dropped, no response is preferred",
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,6 +200,38 @@ def test_a_malformed_line_is_named(tmp_path: Path, kind: str) -> None:
     assert (error.id, error.place.line, error.place.column) == ("E0301", 3, column)
 
 
+BOUNDED = """if True:
+    import resource, sys
+    from rmtool.data.rejects import Rejects
+    from rmtool.data.rows import read_rows
+    from rmtool.errors import RmtoolError
+
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    list(read_rows(sys.argv[1]))
+    before, rejects = peak(), Rejects()
+    rows = sum(1 for _ in read_rows(sys.argv[2], rejects))
+    try:
+        rejects.settle()
+    except RmtoolError as error:
+        print(rows, rejects.count, error.place.line, peak() - before)
+"""
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["long", "deep", "one token"])
+def test_huge_lines_are_refused_in_bounded_memory(tmp_path: Path, kind: str, packed: bool) -> None:
+    """200 MB without a line end, 8 MB of brackets, and a number of 8 MB: the rows around them are read."""
+    bad = {"long": b'{"a": "' + b"x" * 200_000_000, "deep": b"[" * 8_000_000, "one token": b"9" * 8_000_000}[kind]
+    content = b'{"a": 1}\n' + bad + b'\n{"a": 2}\n'
+    plain = write_jsonl(tmp_path / "plain.jsonl", [{"a": 1}])
+    path = tmp_path / ("x.jsonl.gz" if packed else "x.jsonl")
+    path.write_bytes(gzip.compress(content, 1) if packed else content)
+    shown = subprocess.run([sys.executable, "-c", BOUNDED, plain, path], capture_output=True, text=True, check=True)
+    rows, bad_rows, line, growth = map(int, shown.stdout.split())
+    assert (rows, bad_rows, line) == (2, 1, 2)
+    assert growth < 150, "MiB"
+
+
 @given(st.binary(max_size=80))
 def test_any_bytes_give_rows_or_an_error_of_ours(content: bytes) -> None:
     import tempfile
@@ -350,6 +384,19 @@ def test_equal_responses_are_an_error_dropped_or_kept(tokenizer: Any) -> None:
     dropped = encode_all(encoder(tokenizer), records, "drop", lambda: None)
     assert (len(dropped.trees), dropped.counts) == (1, {"identical": 1})
     assert len(encode_all(encoder(tokenizer), records, "keep", lambda: None).trees) == 2
+
+
+def test_responses_that_only_rendering_makes_equal_are_counted_apart(tokenizer: Any) -> None:
+    import copy
+
+    trimming = copy.deepcopy(tokenizer)
+    trimming.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | trim")
+    assert trimming.chat_template != tokenizer.chat_template
+    records = [
+        preference_record(row({"prompt": PROMPT, "chosen": GOOD, "rejected": bad})) for bad in (GOOD, f" {GOOD}")
+    ]
+    assert encode_all(encoder(trimming), records, "drop", lambda: None).counts == {"identical": 1, "alike": 1}
+    assert encode_all(encoder(tokenizer), records, "drop", lambda: None).counts == {"identical": 1}
 
 
 def test_the_fingerprint_sees_the_template_and_the_vocabulary(tokenizer: Any) -> None:

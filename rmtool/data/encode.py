@@ -265,6 +265,7 @@ def encode_all(
         if tree is not None and on_identical != "keep":
             try:
                 labels, event = without_identical(labels, tree, on_identical, event)
+                event = "alike" if event == "identical" and not _same_text(outcome.record) else event
             except RmtoolError as found:
                 error = found
         if error:
@@ -280,6 +281,11 @@ def encode_all(
             encoded.kept.append(at)
             sink.append(tree)
     return encoded
+
+
+def _same_text(record: Record) -> bool:
+    """Whether two responses that are compared are the same before they are rendered and cut."""
+    return any(record.responses[winner] == record.responses[loser] for winner, loser in record.preferences)
 
 
 def without_identical(
