@@ -104,7 +104,8 @@ def encode_selection(
         with ui.progress(f"Tokenising {label} pairs", len(selection), "rows") as bar:
 
             def encode(trees: TreeSpool) -> Encoded:
-                result = encode_all(encoder, selection.records(), on_identical, bar.advance, rejects, trees)
+                known = selection.labels()
+                result = encode_all(encoder, selection.records(), on_identical, bar.advance, rejects, trees, known)
                 result.trees = trees
                 return result
 

@@ -246,11 +246,13 @@ def encode_all(
     advance: Callable[[], None],
     rejects: Rejects | None = None,
     trees: Trees | None = None,
+    known: Iterable[Labels] | None = None,
 ) -> Encoded:
     """Encode preference records; calls `advance` once per record. Bad ones go to `rejects`; without it, the first
     one raises.
 
     Args:
+        known: the records' labels, where they are held already.
         on_identical: "error", "drop" or "keep" (to evaluate: a tie) pairs whose two responses have the same ids.
         trees: gets the trees; without it they are held in memory, in the result.
 
@@ -259,9 +261,11 @@ def encode_all(
     """
     held = list[TokenTree]()
     encoded, sink = Encoded(trees=held), held if trees is None else trees
+    known = iter(known) if known is not None else None
     for at, outcome in enumerate(encoder.encode_many(records, judged=True)):
         advance()
-        labels, tree, event, error = outcome.record.labels(), outcome.tree, outcome.event, outcome.error
+        labels = next(known) if known else outcome.record.labels()
+        tree, event, error = outcome.tree, outcome.event, outcome.error
         if tree is not None and on_identical != "keep":
             try:
                 labels, event = without_identical(labels, tree, on_identical, event)

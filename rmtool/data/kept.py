@@ -7,9 +7,11 @@ of it however the process ends.
 
 from __future__ import annotations
 
-import mmap
+import contextlib
+import os
 import tempfile
 from array import array
+from collections.abc import Iterator
 
 from rmtool.data.record import Record
 from rmtool.errors import RmtoolError
@@ -19,9 +21,9 @@ class KeptRecords:
     """Append all, then read."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this is
+        with _disk_errors():
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this is
         self._ends = array("q", [0])
-        self._content: mmap.mmap | None = None
 
     def append(self, record: Record) -> None:
         """Keep a record.
@@ -29,27 +31,30 @@ class KeptRecords:
         Raises:
             RmtoolError: E0502 the disk is full.
         """
-        assert self._content is None, "append all records before reading one"
         content = record.pack()
-        try:
+        with _disk_errors():
             self._file.write(content)
-        except OSError as error:
-            self._refuse(error)
         self._ends.append(self._ends[-1] + len(content))
 
-    def _refuse(self, error: OSError) -> None:
-        folder = tempfile.gettempdir()
-        hint = "free the disk, or name another folder in $TMPDIR"
-        raise RmtoolError("E0502", f"{folder} cannot be written: {error.strerror}", hint) from error
+    def finish(self) -> None:
+        """To be called before the first is read; raises as `append`."""
+        with _disk_errors():
+            self._file.flush()
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, place: int) -> Record:
-        if self._content is None:
-            try:
-                self._file.flush()
-            except OSError as error:
-                self._refuse(error)
-            self._content = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        return Record.unpack(self._content[self._ends[place] : self._ends[place + 1]])
+        start, end = self._ends[place : place + 2]
+        # Read, not mapped: pages that were mapped would count as this process's memory.
+        return Record.unpack(os.pread(self._file.fileno(), end - start, start))
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        folder = tempfile.gettempdir()
+        hint = "free the disk, or name another folder in $TMPDIR"
+        raise RmtoolError("E0502", f"{folder} cannot be written: {error.strerror}", hint) from error

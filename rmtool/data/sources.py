@@ -101,6 +101,7 @@ def _scan(path: str, reading: Reading, rejects: Rejects, advance: Callable[[], N
         kept.append(record)
         labels.append(record.labels())
         digest.update(blake2b(record.content(), digest_size=16).digest())
+    kept.finish()
     count.records = len(labels)
     return Scan(count, kept, labels, digest.digest())
 
