@@ -124,7 +124,7 @@ def build_report(split: Split, batch_size: int, seed: int) -> DataReport:
     return DataReport(
         sources=split.sources,
         rejected=split.rejected,
-        dropped=dict(train.counts),
+        dropped={"identical": 0, "alike": 0, **train.counts},
         dropped_held_out=dict(held_out.counts),
         records=len(train.labels),
         pairs=count_pairs(train.labels),

@@ -34,7 +34,7 @@ def test_a_report_counts_what_was_planted(tokenizer: Any, tmp_path: Path) -> Non
     report = build_report(Split(train, held, (SourceCount("f.jsonl", "pairs", 24, 24),), 3), 4, 0)
     assert (report.records, report.pairs, report.held_out) == (23, 23, 2)
     assert (report.duplicates, report.conflicts, report.overlap) == (2, 1, 1)
-    assert (report.dropped, report.rejected) == ({"identical": 1}, 3)
+    assert (report.dropped, report.rejected) == ({"identical": 1, "alike": 0}, 3)
     lengths = [(len(tree.responses[0]), len(tree.responses[1])) for tree in train.trees]
     unequal = [pair for pair in lengths if pair[0] != pair[1]]
     assert report.longer_chosen == pytest.approx(sum(a > b for a, b in unequal) / len(unequal))
