@@ -66,8 +66,8 @@ def test_a_common_beginning_is_tokenised_once(tokenizer: Any, name: str) -> None
     "token",
     [
         AddedToken("\n<|im_start|>", normalized=False),
-        AddedToken("<|im_start|>assistant", normalized=False),
-        AddedToken("a<", normalized=False),
+        AddedToken("<|im_start|> y", normalized=False),
+        AddedToken("q<", normalized=False),
         AddedToken("<|im_start|>", normalized=False, lstrip=True),
         AddedToken("<|im_start|>", normalized=False, single_word=True),
         AddedToken("<|im_start|>", normalized=False, rstrip=True),
@@ -77,12 +77,12 @@ def test_a_common_beginning_is_tokenised_once(tokenizer: Any, name: str) -> None
 def test_text_is_cut_only_where_the_tokenizer_would(tokenizer: Any, token: AddedToken) -> None:
     reader = KINDS["byte-level BPE"](tokenizer)
     reader.add_tokens([token])
-    name_only = {"ChatML": TEMPLATES["ChatML"][0]}
-    reader.chat_template = name_only["ChatML"]
-    prompt = (Message("user", "Hello a"), Message("assistant", "a \n"), Message("user", " more a"))
-    group = [Conversation((*prompt, Message("assistant", text))) for text in (" yes", " no")]
-    for conversation, ids in zip(group, Tokeniser(reader).read([group])[0], strict=True):
-        assert list(ids) == slow(reader, conversation)
+    reader.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+    prompt = (Message("user", "Hello q"), Message("assistant", "q \n"), Message("user", " more q"))
+    for count in (1, 2, 3):
+        group = [Conversation((*prompt[:count], Message("assistant", text))) for text in (" yes", " no")]
+        for conversation, ids in zip(group, Tokeniser(reader).read([group])[0], strict=True):
+            assert list(ids) == slow(reader, conversation)
 
 
 def test_batches_end_anywhere_and_errors_stay_in_their_place(
