@@ -166,8 +166,19 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + text)
     (tmp_path / "blank.jsonl").write_bytes(b"\n" + text.replace(b"\n", b"\n\n").rstrip(b"\n"))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    (tmp_path / "e.parquet.gz").write_bytes(gzip.compress((tmp_path / "d.parquet").read_bytes()))
     for path in tmp_path.iterdir():
         assert [item.data for item in read_rows(str(path))] == rows, path.name
+
+
+def test_a_parquet_column_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["chosen", "chosen"])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(RmtoolError, match="column chosen stands there twice"):
+        list(read_rows(str(tmp_path / "x.parquet")))
 
 
 BAD_LINES = {

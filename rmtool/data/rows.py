@@ -1,6 +1,6 @@
 """Rows of a file or a Hub dataset, each with its place.
 
-In: a source: a JSONL, JSON or parquet file (the first two also gzipped), or a Hub id, with `:split` if not the default.
+In: a source: a JSONL, JSON or parquet file, plain or gzipped, or a Hub id, with `:split` if not the default.
 Out: `Row`s, as they were written: nothing is cast, nothing is filled in.
 Cost: JSONL and parquet are streamed; a JSON array is read whole. An own JSONL reader, because the libraries' readers
 name no line, turn dates into objects and fill missing fields with None.
@@ -11,6 +11,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from rmtool.data.faults import MAX_DEPTH, find_fault
 from rmtool.data.rejects import Rejects
 from rmtool.errors import Place, RmtoolError
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".parquet.gz")
 KNOWN_SPLITS = {"allenai/reward-bench": "filtered"}
 MAX_LINE_BYTES = 16 * 2**20
 
@@ -73,7 +75,7 @@ def _reader(source: str) -> Iterator[Row | BadRow]:
     if not path.is_file():
         raise RmtoolError("E0201", f"{source} is a pipe or device, and rows are read more than once", "give a file")
     name = path.name.lower()
-    if name.endswith(".parquet"):
+    if name.endswith((".parquet", ".parquet.gz")):
         return _parquet(path)
     if name.endswith((".json", ".json.gz")):
         return _json(path)
@@ -240,12 +242,19 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for item in batch.to_pylist():
-                number += 1
+        with _open(path) as file, tempfile.TemporaryFile() as unpacked:
+            if isinstance(file, gzip.GzipFile):
+                shutil.copyfileobj(file, unpacked)  # its reader jumps about
+            table = pyarrow.parquet.ParquetFile(unpacked if isinstance(file, gzip.GzipFile) else file)
+            names = table.schema_arrow.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise _bad(Place(str(path)), f"column {', '.join(twice)} stands there twice", "keep one of the two")
+            items = (item for batch in table.iter_batches() for item in batch.to_pylist())
+            for number, item in enumerate(items, 1):
                 yield Row(Place(f"{path}[{number}]"), item)
-    except pyarrow.ArrowException as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _bad(Place(str(path)), f"the gzip data is damaged ({error})") from error
+    except (pyarrow.ArrowException, OSError) as error:
         raise _bad(Place(str(path)), f"this is no readable parquet file ({error})", "write it again") from error
 
 
