@@ -351,7 +351,8 @@ def test_bf16_without_instructions_for_it_is_said(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc only")
 @pytest.mark.parametrize(("variables", "kept"), [({}, True), ({"MALLOC_MMAP_MAX_": "65536"}, False)])
 def test_large_blocks_are_reused(variables: dict[str, str], kept: bool) -> None:
-    """In a process of its own: 64 MB that were freed cost no page faults again, unless the user says so."""
+    """In a process of its own: 64 MB that were freed cost no page faults again, unless the user says so. A small
+    block that happens to lie behind a large one moves the next large one on, so the first rounds do not count."""
     code = """if True:
         import resource, torch
         from rmtool.loading import keep_freed_memory
