@@ -357,7 +357,7 @@ def test_large_blocks_are_reused(variables: dict[str, str], kept: bool) -> None:
         import resource, torch
         from rmtool.loading import keep_freed_memory
         keep_freed_memory()
-        for _ in range(3):
+        for _ in range(20):
             torch.ones(2**24)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(2**24)
