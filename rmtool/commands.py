@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from rmtool.report import DataReport
 
 RUNS = Path("runs")
-LENGTHS_FILE = "lengths.png"
 DEFAULT_EVAL_DATA = "allenai/reward-bench:filtered"
 
 
@@ -108,6 +107,8 @@ def _show_plan(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:
         ui.result(f"\n# node {node}\n{command}")
     report, missing = _report(plan, output, ui)
     if report:
+        from rmtool.report import LENGTHS_FILE
+
         ui.table("Data", ("", ""), report.rows(), numeric_from=2)
         ui.result(f"lengths: {output / LENGTHS_FILE}")
     else:
@@ -169,7 +170,7 @@ def eval_command(model: str, data: list[str] | None, samples: int, reading: Read
     reading.check(("error", "drop", "truncate_prompt"))
     with captured() as ui:
         from rmtool.checkpoint import resolve_checkpoint
-        from rmtool.data import formats
+        from rmtool.data import record
         from rmtool.evaluate import evaluate
         from rmtool.split import encode_selection, read_sources
 
@@ -178,7 +179,7 @@ def eval_command(model: str, data: list[str] | None, samples: int, reading: Read
         ui.say(f"model: {folder}\ndata:  {', '.join(sources)}")
         with reading.rejects(Path(Path(sources[0]).name)) as rejects:
             places = [Source(source) for source in sources]
-            selection = read_sources(places, formats.Reading(reading.columns), 0, rejects, ui)
+            selection = read_sources(places, record.Reading(reading.columns), 0, rejects, ui)
             loaded = _load(folder, reading, ui)
             encoded = encode_selection(
                 loaded.encoder, selection, on_identical="keep", kept=True, label="held-out", rejects=rejects, ui=ui

@@ -4,7 +4,7 @@
 
 In: nothing but a seed. Out: how many files were read, refused (by error) and, with exit code 1, the first input that
 ended in another exception, beside its seed.
-Cost: about 2,000 inputs a second and core; one process per core.
+Cost: about 700 inputs a second and core; one process per core.
 """
 
 from __future__ import annotations
