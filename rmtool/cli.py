@@ -70,15 +70,33 @@ def train(
         str | None, typer.Option(help="A malformed row: fail, or skip it (set aside in rejects.jsonl, exit code 1).")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run in the run folder.")] = False,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Run this command once on each of so many nodes.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Processes on each node, one per GPU.")] = None,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="Which node this is, from 0.")] = None,
+    main_address: Annotated[str | None, typer.Option(help="Name or address of node 0.")] = None,
+    main_port: Annotated[int | None, typer.Option(min=1, max=65535, help="A free port on node 0.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and the launch commands, and stop.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a reward model from preference pairs, as a recipe says."""
-    from rmtool import recipe as recipes
+    """Train a reward model from preference pairs, as a recipe says.
 
+    On several nodes, run it once on each; nodes and addresses come from Slurm's or torchrun's variables, or as options.
+    """
+    from rmtool import recipe as recipes
+    from rmtool.cluster import find_site
+
+    site = find_site(os.environ)
     overrides: list[tuple[str, Any]] = []
+    for name, told, given in (
+        ("nodes", site.nodes, nodes),
+        ("processes_per_node", site.processes_per_node, gpus_per_node),
+        ("main_address", site.main_address, main_address),
+        ("main_port", site.main_port, main_port),
+    ):
+        if (value := told if given is None else given) is not None:
+            overrides.append((f"launch.{name}", value))
     if model:
         overrides += [("model.path", model), ("model.weights", "pretrained")]
     if data:
@@ -91,7 +109,20 @@ def train(
     resolved = recipes.load_recipe(recipe, overrides)
     from rmtool.commands import train_command
 
-    train_command(resolved, output or RUNS / resolved.name, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+    node = site.node_rank if node_rank is None else node_rank
+    if node is None and resolved.launch.nodes > 1 and not dry_run:
+        hint = "pass --node-rank, or --nodes 1 to train on this one alone"
+        raise RmtoolError("E0207", f"{resolved.launch.nodes} nodes, and which of them this is, is not known", hint)
+    where = output or RUNS / resolved.name
+    train_command(
+        resolved,
+        where,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        as_json=as_json,
+        node=node or 0,
+        told_by=site.told_by if (nodes, gpus_per_node) == (None, None) else "",
+    )
 
 
 @app.command(name="eval")

@@ -65,7 +65,9 @@ class Reading:
             raise RmtoolError("E0206", f"--on-long {self.on_long} is unknown", f"use one of {', '.join(on_long)}")
 
 
-def train_command(recipe: Recipe, output: Path, *, overwrite: bool, dry_run: bool, as_json: bool) -> None:
+def train_command(
+    recipe: Recipe, output: Path, *, overwrite: bool, dry_run: bool, as_json: bool, node: int = 0, told_by: str = ""
+) -> None:
     from rmtool import launch
     from rmtool.plan import make_plan
 
@@ -74,7 +76,7 @@ def train_command(recipe: Recipe, output: Path, *, overwrite: bool, dry_run: boo
             from rmtool.hub import check_ready
 
             check_ready(recipe.hub.repo_id)
-        plan = make_plan(recipe, output)
+        plan = make_plan(recipe, output, node, told_by)
         if not dry_run:
             launch.prepare_folder(output, overwrite)
         if dry_run:
@@ -82,6 +84,9 @@ def train_command(recipe: Recipe, output: Path, *, overwrite: bool, dry_run: boo
             return
         ui.facts(f"Plan: {recipe.name}", plan.rows())
         launch.run(plan, ui, overwrite)
+        if node:
+            ui.say(f"node {node} is done; node 0 writes the checkpoint")
+            return
         metrics = launch.final_metrics(output)
         if recipe.hub.repo_id:
             from rmtool.hub import push_checkpoint

@@ -87,9 +87,10 @@ class LaunchConfig:
 
     nodes: int = 1
     processes_per_node: int = 1  # one per GPU
-    engine: Literal["single", "ddp", "zero2", "zero3"] = "single"
+    engine: Literal["auto", "single", "ddp", "zero2", "zero3"] = "auto"  # auto: single or, for several processes, ddp
+    offload_optimizer: bool = False  # zero2 and zero3: optimiser states wait in the CPU's memory
     main_address: str | None = None  # of the first node; default: $MASTER_ADDR
-    main_port: int = 29500
+    main_port: int | None = None  # on it; default: $MASTER_PORT, else 29500, or on one node any that is free
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from rmtool.data.record import Labels
 from rmtool.errors import RmtoolError
 from rmtool.loss import bradley_terry
 from rmtool.metrics import PairSums
 from rmtool.model import RewardModel, compute_rewards
+from rmtool.ranks import ALONE, Ranks
 from rmtool.tree import TokenTree
 from rmtool.ui import Bar
 
@@ -55,8 +57,10 @@ def evaluate(
     bar: Bar,
     samples: int = 0,
     seed: int = 0,
+    run: nn.Module | None = None,
+    ranks: Ranks = ALONE,
 ) -> EvalResult:
-    """Score all pairs.
+    """Score all pairs; `run` and `ranks` as in `compute_rewards`.
 
     Args:
         samples: so many records are drawn, and their rewards shown.
@@ -64,7 +68,7 @@ def evaluate(
     Raises:
         RmtoolError: E0409 a reward is not a finite number.
     """
-    rewards = compute_rewards(model, trees, budget, bar)
+    rewards = compute_rewards(model, trees, budget, bar, run, ranks)
     for each, values in zip(labels, rewards, strict=True):
         require_finite(each, values)
     total, subsets = PairSums(), dict[str, PairSums]()

@@ -1,7 +1,7 @@
 """From a plan to running processes, and the terminal that shows what they do.
 
 In: a `Plan`. Out: a finished run folder, or the error of the first process that failed.
-The processes' own output goes to train.log in the run folder; what they want to show comes through a pipe.
+What they want to show comes through a pipe; what else they print goes to rank-R.log in the run folder.
 Cost: `accelerate launch` takes a few seconds to import its own libraries before a process starts.
 """
 
@@ -9,25 +9,35 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import selectors
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rmtool.checkpoint import HELD_OUT_FILE, MANIFEST
 from rmtool.data.rejects import REJECTS_FILE
 from rmtool.errors import ExitCode, RmtoolError
 from rmtool.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, Plan, launch_command
-from rmtool.recipe import CONFIG_FILE, dump_recipe
+from rmtool.recipe import CONFIG_FILE, dump_recipe, engine_of
+from rmtool.status import Status, clear, die_with_parent, log_file, read_statuses
 from rmtool.ui import Replay, TerminalUi
 
-LOG_FILE = "train.log"
+LOG_FILE = "train.log"  # of the launcher; each process has a log of its own
 EVENTS_FILE = ".events"
-GRACE_S = 10.0  # between asking the processes to stop and killing them
+GRACE_S = 4.0  # between asking the processes to stop and killing them
+PATIENCE_S = 3.0  # for the others to end by themselves when one has failed
+HANG_S = 10.0  # a process that somebody stopped, before all are ended
+LINES = 20  # of a failing process's log
+# What a user has set for other programs of theirs must not reach into this run; nor what started this command.
+FOREIGN = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PET_", "PMI_", "OMPI_", "MPI_", "MV2_")
+RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def prepare_folder(output: Path, overwrite: bool) -> None:
@@ -60,17 +70,29 @@ def run(plan: Plan, ui: TerminalUi, overwrite: bool = False) -> None:
     Raises:
         RmtoolError: what the first failing process wrote down, or E0801 if it died without a word.
     """
-    if plan.recipe.launch.engine.startswith("zero") or plan.world_size > 1:
-        raise RmtoolError(
-            "E0207",
-            f"{plan.world_size} processes on {plan.recipe.launch.engine} are planned, but not run by this version",
-            "use --dry-run for the plan; to train here, set launch.engine=single and one process",
-        )
-    output = plan.output
-    with _locked(output):
-        _refuse_finished(output, overwrite)  # again: another run may have ended meanwhile
-        _set_aside(output)
+    _require_devices(plan)
+    plan.folder.mkdir(exist_ok=True)
+    with _locked(plan.folder):
+        _refuse_finished(plan.output, overwrite)  # again: another run may have ended meanwhile
+        _set_aside(plan.folder)
         _run_processes(plan, ui)
+
+
+def _require_devices(plan: Plan) -> None:
+    """Each process of this node needs a GPU of its own; where there is none at all, they share the cores.
+
+    Raises:
+        RmtoolError: E0207 more processes than GPUs, or several nodes and no address.
+    """
+    import torch
+
+    launch, found = plan.recipe.launch, torch.cuda.device_count()
+    if found and launch.processes_per_node > found:
+        what = f"{launch.processes_per_node} processes per node, and this node has {found} GPUs"
+        raise RmtoolError("E0207", what, f"use --gpus-per-node {found}; the result is the same")
+    if launch.nodes > 1 and not launch.main_address:
+        hint = "pass --main-address, or set MASTER_ADDR, to the name of node 0"
+        raise RmtoolError("E0207", f"{launch.nodes} nodes, and the first one's address is not known", hint)
 
 
 def _set_aside(output: Path) -> None:
@@ -101,32 +123,36 @@ def _locked(output: Path) -> Iterator[None]:
 
 
 def _run_processes(plan: Plan, ui: TerminalUi) -> None:
-    output = plan.output
-    for stale in output.glob("exit-*.json"):
-        stale.unlink()
+    output = plan.folder
+    clear(output)
     (output / CONFIG_FILE).write_text(dump_recipe(plan.recipe), encoding="utf-8")
     (output / ACCELERATE_FILE).write_text(ACCELERATE_CONFIG, encoding="utf-8")
     with _events_pipe(output) as pipe, open(output / LOG_FILE, "wb") as log:
         child = subprocess.Popen(
-            launch_command(plan.recipe, output, 0),
+            launch_command(plan.recipe, plan.output, plan.node),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=_environment(output),
+            env=_environment(plan),
             start_new_session=True,
+            preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
         )
+        watch = Watch(output)
         try:
-            _follow(child, pipe, Replay(ui))
+            _follow(child, pipe, Replay(ui), watch)
         finally:
-            _stop(child)
-    _raise_failure(output, child.returncode)
+            _stop(child, output)
+    _raise_failure(plan, watch.look(), child.returncode)
 
 
-def _environment(output: Path) -> dict[str, str]:
+def _environment(plan: Plan) -> dict[str, str]:
+    import torch
+
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
-    # What a user has set for other programs of theirs must not reach into this run.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
-    return {**kept, **quiet, "RMTOOL_EVENTS": str(output / EVENTS_FILE)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN) and name not in RANKS}
+    if not torch.cuda.is_available() and engine_of(plan.recipe.launch) == "ddp":
+        quiet["ACCELERATE_USE_CPU"] = "true"
+    return {**kept, **quiet, "RMTOOL_EVENTS": str(plan.folder / EVENTS_FILE)}
 
 
 @contextlib.contextmanager
@@ -143,8 +169,43 @@ def _events_pipe(output: Path) -> Iterator[int]:
         path.unlink(missing_ok=True)
 
 
-def _follow(child: subprocess.Popen[bytes], pipe: int, replay: Replay) -> None:
-    """Show events until the child is gone and the pipe is empty."""
+class Watch:
+    """Which process failed first: died, ended with an error, or stands still."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.first: Failure | None = None
+        self.standing: dict[int, float] = {}  # since when a rank is stopped
+
+    def look(self) -> Failure | None:
+        """The first failure up to now."""
+        if self.first is None:
+            self.first = next(filter(None, map(self._failure, read_statuses(self.folder))), None)
+        return self.first
+
+    def _failure(self, status: Status) -> Failure | None:
+        now = time.monotonic()
+        if status.exit is not None:
+            return Failure(status, "failed", now) if status.exit else None
+        if not status.alive():
+            # Between the last look and this one it may have written how it ended.
+            again = next(found for found in read_statuses(self.folder) if found.rank == status.rank)
+            return Failure(status, "died", now) if again.exit is None else self._failure(again)
+        since = self.standing.setdefault(status.rank, now) if status.stopped() else self.standing.pop(status.rank, now)
+        return Failure(status, "stands still", now) if now - since > HANG_S else None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The process, what happened to it, and when that was seen (time.monotonic)."""
+
+    status: Status
+    what: str
+    seen: float
+
+
+def _follow(child: subprocess.Popen[bytes], pipe: int, replay: Replay, watch: Watch) -> None:
+    """Show events until the child is gone and the pipe is empty, or a process has failed and the others stay."""
     buffer = b""
     with selectors.DefaultSelector() as selector, contextlib.closing(replay):
         selector.register(pipe, selectors.EVENT_READ)
@@ -156,13 +217,17 @@ def _follow(child: subprocess.Popen[bytes], pipe: int, replay: Replay) -> None:
                     replay.line(line.decode())
             elif gone:
                 return
+            failure = watch.look()
+            if failure and time.monotonic() - failure.seen > PATIENCE_S:
+                return
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """End the child's whole process group: the launcher alone would leave the workers behind."""
+def _stop(child: subprocess.Popen[bytes], folder: Path) -> None:
+    """End the launcher's process group and the processes it started, which lead groups of their own."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
+        for group in (child.pid, *(status.pid for status in read_statuses(folder) if status.exit is None)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, number)
         try:
             child.wait(GRACE_S)
             return
@@ -170,23 +235,24 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _raise_failure(output: Path, code: int) -> None:
-    statuses = [json.loads(path.read_text()) for path in sorted(output.glob("exit-*.json"))]
-    for status in statuses:
-        if status["error"]:
-            raise RmtoolError.from_dict(status["error"])
-    if code == 0 and statuses and all(status["exit"] == 0 for status in statuses):
+def _raise_failure(plan: Plan, failure: Failure | None, code: int) -> None:
+    statuses = read_statuses(plan.folder)
+    if failure is None and code == 0 and len(statuses) == plan.recipe.launch.processes_per_node:
         return
-    log = output / LOG_FILE
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
-    bug = any(status["exit"] == ExitCode.BUG for status in statuses)
-    raise RmtoolError(
-        "E7001" if bug else "E0801",
-        "training met a bug in rmtool" if bug else f"the training process died (exit code {code})",
-        f"read the end of {log}"
-        + (" and report it" if bug else "; out of memory is the usual reason: lower train.tokens_per_pack"),
-        found=tail[0] if tail else None,
-    )
+    rank = failure.status.rank if failure else 0
+    log = log_file(plan.folder, rank) if failure else plan.folder / LOG_FILE
+    which = f"process {rank} of {plan.world_size}" if plan.world_size > 1 else "the training process"
+    if failure and failure.status.error:
+        error = RmtoolError.from_dict(failure.status.error)
+        error.what = f"{which}: {error.what}" if plan.world_size > 1 else error.what
+        raise error
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES:]
+    tail = "\n    ".join(["", *lines]) if lines else None
+    if failure and failure.status.exit == ExitCode.BUG:
+        raise RmtoolError("E7001", f"{which} met a bug in rmtool", f"report it, with {log}", found=tail)
+    what = failure.what if failure else f"died (exit code {code})"
+    hint = f"read the end of {log}; out of memory is the usual reason: lower train.tokens_per_pack"
+    raise RmtoolError("E0801", f"{which} {what}", hint, found=tail)
 
 
 def final_metrics(output: Path) -> dict[str, float]:

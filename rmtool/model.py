@@ -29,12 +29,17 @@ from rmtool import attention, compat
 from rmtool.errors import RmtoolError
 from rmtool.packing import Batch, PackedBatch, pack, pad, plan_packs, plan_reads
 from rmtool.products import wide_products
+from rmtool.ranks import ALONE, Ranks
 from rmtool.readout import read_last_layer_sparsely
 from rmtool.tree import Ids, TokenTree, build_tree
 from rmtool.ui import Bar
 
 HEAD = "score"  # transformers' name for the last-token head of every decoder-only *ForSequenceClassification
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ScoreHead(nn.Linear):
+    """The head, under a type of its own: engines that send linear layers' weights in bf16 leave it in fp32."""
 
 
 class RewardModel(nn.Module):
@@ -55,6 +60,7 @@ class RewardModel(nn.Module):
         self.stock_attention = classifier.config._attn_implementation
         self.shares_prompts = False
         read_last_layer_sparsely(self.backbone)
+        getattr(classifier, HEAD).__class__ = ScoreHead
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -149,16 +155,28 @@ def trial_dtype(model: RewardModel) -> torch.dtype:
 
 
 @torch.no_grad()
-def compute_rewards(model: RewardModel, trees: Sequence[TokenTree], budget: int, bar: Bar) -> list[list[float]]:
-    """Rewards of every response of every tree, in the order given.
+def compute_rewards(
+    model: RewardModel,
+    trees: Sequence[TokenTree],
+    budget: int,
+    bar: Bar,
+    run: nn.Module | None = None,
+    ranks: Ranks = ALONE,
+) -> list[list[float]]:
+    """Rewards of every response of every tree, in the order given; the same on every rank.
 
     Each distinct response is computed once, and each prompt once per pack that its responses fill, wherever in `trees`
     they stand. `trees` is read several times, one tree at a time; it may live on disk. `bar` advances to len(trees).
 
+    Args:
+        run: what to call for a forward: the model, or the engine wrapped around it.
+        ranks: who shares the packs. All call this with the same trees, and run equally many forwards.
+
     Raises:
         RmtoolError: E0503 a pack does not fit into the device's memory.
     """
-    model.eval()
+    run = model if run is None else run
+    run.eval()
     lengths, starts, row_of = array("q"), array("q", [0]), array("q")
     for row, tree in enumerate(trees):
         lengths.extend(len(tree.prompt) + len(response) for response in tree.responses)
@@ -174,16 +192,21 @@ def compute_rewards(model: RewardModel, trees: Sequence[TokenTree], budget: int,
         return tree_of(row).window(item - starts[row], start, stop)
 
     plan = plan_reads(window, lengths, budget, not model.shares_prompts)
-    values, read, distinct = np.empty(len(lengths)), 0.0, sum(map(len, plan.packs))
-    for items in plan.packs:
+    values, done = np.zeros(len(lengths)), 0
+    for first in range(0, len(plan.packs), ranks.world):
+        # A rank without a pack in the last round runs the round's first one again: all must take part.
+        mine = first + ranks.rank if first + ranks.rank < len(plan.packs) else first
+        items = plan.packs[mine]
         try:
             alone = [build_tree([window(item, 0, lengths[item])]) for item in items]
-            values[items] = model(model.collate(alone)).cpu()
+            rewards = run(model.collate(alone)).cpu()
         except torch.OutOfMemoryError as error:
             raise out_of_memory("--tokens-per-pack") from error
-        before, read = read, read + len(items) / distinct
-        bar.advance(round(len(trees) * read) - round(len(trees) * before))
-    values = values[plan.same]
+        if mine == first + ranks.rank:
+            values[items] = rewards
+        before, done = done, min(first + ranks.world, len(plan.packs))
+        bar.advance(len(trees) * done // len(plan.packs) - len(trees) * before // len(plan.packs))
+    values = ranks.sum(torch.from_numpy(values)).numpy()[plan.same]
     return [values[start:end].tolist() for start, end in itertools.pairwise(starts)]
 
 
@@ -313,7 +336,7 @@ def gathered(parameter: nn.Parameter) -> Any:
     """A context in which a ZeRO-3 parameter is whole, and is cut up again, changed, at its end."""
     if not hasattr(parameter, "ds_id"):
         return torch.no_grad()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters(parameter, modifier_rank=0)
 

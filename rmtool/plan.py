@@ -20,7 +20,7 @@ from rmtool.data.rejects import Rejects
 from rmtool.data.rows import is_hub_source
 from rmtool.data.sources import SourceCount, draw_share, read_records
 from rmtool.errors import RmtoolError
-from rmtool.recipe import as_source
+from rmtool.recipe import as_source, engine_of, world_size
 from rmtool.split import reading_of, sources_of
 from rmtool.steps import plan_steps
 
@@ -35,6 +35,8 @@ num_processes: 1
 machine_rank: 0
 use_cpu: false
 """
+ADDRESS = "$MASTER_ADDR"  # stands for the first node's address where a plan does not know it
+PORT = 29500
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,13 @@ class Plan:
     pairs: int | None
     steps: int | None
     commands: tuple[str, ...]  # one per node
+    node: int = 0  # this one
+    told_by: str = ""  # who said how many nodes there are, if not the recipe
+
+    @property
+    def folder(self) -> Path:
+        """Where this node's processes find their config and leave their logs: the first node's is the run folder."""
+        return node_folder(self.output, self.node)
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, value) for a table."""
@@ -56,6 +65,7 @@ class Plan:
         held_out = f"{_held(data.holdout)} held out" if data.holdout else "none"
         when = f"every {train.eval_every} steps and at the end" if train.eval_every else "at the end"
         nodes = f"{launch.nodes} node{'s' * (launch.nodes > 1)} x {launch.processes_per_node}"
+        told = f" (from {self.told_by})" if self.told_by else ""
         limit = f", at most {train.max_steps}" if train.max_steps else ""
         betas = " and ".join(f"{beta:g}" for beta in train.betas)
         share = f"{train.batch_size / self.world_size:g} per process"
@@ -66,7 +76,7 @@ class Plan:
             ("training pairs", unknown if self.pairs is None else f"{self.pairs:,}"),
             ("evaluation", f"{', '.join(map(_shown, data.eval)) or held_out}; {when}"),
             ("longest sequence", f"{data.max_length:,} tokens; longer: {data.on_long}"),
-            ("processes", f"{self.world_size} = {nodes}, {launch.engine}, {train.precision}"),
+            ("processes", f"{self.world_size} = {nodes}{told}, {engine_of(launch)}, {train.precision}"),
             ("pairs per step", f"{train.batch_size:,} over all processes ({share})"),
             ("tokens per pack", f"at most {train.tokens_per_pack:,} unique tokens per forward and process"),
             ("steps", f"{unknown if self.steps is None else f'{self.steps:,}'} (epochs: {train.epochs}{limit})"),
@@ -89,12 +99,16 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, output: Path) -> Plan:
+def make_plan(recipe: Recipe, output: Path, node: int = 0, told_by: str = "") -> Plan:
     """Read and check the local data, and work out what will run.
 
     Raises:
         RmtoolError: E02xx and E03xx for files that are missing or malformed.
     """
+    launch = recipe.launch
+    if node >= launch.nodes:
+        hint = f"count nodes from 0: --node-rank 0 to {launch.nodes - 1}, or set --nodes"
+        raise RmtoolError("E0207", f"this is node {node} of {launch.nodes}", hint)
     pairs = _count_pairs(recipe)
     steps = None
     if pairs is not None:
@@ -104,14 +118,17 @@ def make_plan(recipe: Recipe, output: Path) -> Plan:
             raise RmtoolError("E0302", f"data.holdout is {held}, and there are {pairs} pairs", "hold out fewer pairs")
         pairs -= held
         steps = plan_steps(train.epochs, train.max_steps, pairs, train.batch_size)
-    launch = recipe.launch
-    commands = tuple(_for_a_shell(launch_command(recipe, output, node)) for node in range(launch.nodes))
-    return Plan(recipe, output, launch.nodes * launch.processes_per_node, pairs, steps, commands)
+    commands = tuple(_for_a_shell(launch_command(recipe, output, number)) for number in range(launch.nodes))
+    return Plan(recipe, output, world_size(launch), pairs, steps, commands, node, told_by)
+
+
+def node_folder(output: Path, node: int) -> Path:
+    return output / f"node-{node}" if node else output
 
 
 def _for_a_shell(command: list[str]) -> str:
     """The command as one line to paste; $MASTER_ADDR is left for the shell to fill in."""
-    return " ".join(part if part == "$MASTER_ADDR" else shlex.quote(part) for part in command)
+    return " ".join(part if part == ADDRESS else shlex.quote(part) for part in command)
 
 
 def _shown(item: str | Source) -> str:
@@ -150,37 +167,29 @@ def _count_source(source: Source, number: int, recipe: Recipe, rejects: Rejects)
 
 def launch_command(recipe: Recipe, output: Path, node: int) -> list[str]:
     """The `accelerate launch` command of one node."""
-    launch = recipe.launch
-    world = launch.nodes * launch.processes_per_node
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch, world = recipe.launch, world_size(recipe.launch)
+    folder = node_folder(output, node)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / ACCELERATE_FILE)]
     command += ["--num_machines", str(launch.nodes), "--num_processes", str(world), "--machine_rank", str(node)]
-    if world == 1:
-        command += ["--config_file", str(output / ACCELERATE_FILE)]
     command += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", str(_threads(launch.processes_per_node))]
-    if world > 1:
-        address = launch.main_address or os.environ.get("MASTER_ADDR") or "$MASTER_ADDR"
-        command += ["--main_process_ip", address, "--main_process_port", str(launch.main_port)]
-    command += _engine_arguments(recipe)
-    return [*command, "--module", "rmtool.train", str(output)]
+    if launch.nodes > 1:
+        command += ["--main_process_ip", launch.main_address or ADDRESS]
+    if engine_of(launch) != "single":
+        # On one node 0: any port that is free, so that two runs do not meet.
+        port = launch.main_port or (PORT if launch.nodes > 1 else 0)
+        command += ["--main_process_port", str(port), *_engine_arguments(engine_of(launch))]
+    # Autocast is the model's own (see model.py): with accelerate's on top there would be two.
+    return [*command, "--mixed_precision", "no", "--module", "rmtool.train", str(folder)]
 
 
-def _engine_arguments(recipe: Recipe) -> list[str]:
-    engine, train = recipe.launch.engine, recipe.train
-    if not engine.startswith("zero"):
-        # Autocast is the model's own (see model.py): with accelerate's on top there would be two.
-        return (["--multi_gpu"] if engine == "ddp" else []) + ["--mixed_precision", "no"]
-    return [
-        "--use_deepspeed",
-        *("--zero_stage", engine.removeprefix("zero")),
-        *("--zero3_init_flag", "true" if engine == "zero3" else "false"),
-        *("--zero3_save_16bit_model", "true" if engine == "zero3" else "false"),
-        *("--mixed_precision", "bf16" if train.precision == "bf16" else "no"),
-        *("--gradient_accumulation_steps", "1"),
-        *("--gradient_clipping", str(train.max_grad_norm or 0.0)),
-        *("--deepspeed_multinode_launcher", "standard"),
-    ]
+def _engine_arguments(engine: str) -> list[str]:
+    if engine == "ddp":
+        return ["--multi_gpu"]
+    initialised = "true" if engine == "zero3" else "false"  # whether weights are sharded while they are loaded
+    return ["--use_deepspeed", "--zero_stage", engine[-1], "--zero3_init_flag", initialised,
+            "--deepspeed_multinode_launcher", "standard"]  # fmt: skip
 
 
 def _threads(processes: int) -> int:
-    """One process computes on all of this machine's cores; of several, each drives a GPU."""
-    return len(os.sched_getaffinity(0)) if processes == 1 else 1
+    """The cores of this machine, shared out; the processes of one with GPUs use them to read data."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)

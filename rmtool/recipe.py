@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import types
 import typing
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rmtool.config import Recipe, Source
+from rmtool.config import LaunchConfig, Recipe, Source
 from rmtool.errors import Place, RmtoolError
 
 CONFIG_FILE = "config.yaml"  # in a run folder: the resolved recipe, from the launcher to the training process
@@ -266,13 +268,37 @@ def _check(recipe: Recipe, file: str) -> None:
         (recipe.lora.rank >= 0 and recipe.lora.alpha > 0, "lora.rank is at least 0 and lora.alpha above 0"),
         (launch.nodes >= 1 and launch.processes_per_node >= 1, "launch counts at least one node and one process"),
         (
-            launch.engine != "single" or launch.nodes * launch.processes_per_node == 1,
-            "launch.engine is ddp, zero2 or zero3 for several processes",
+            launch.engine != "single" or world_size(launch) == 1,
+            "launch.engine is auto, ddp, zero2 or zero3 for several processes",
         ),
+        (
+            not launch.offload_optimizer or launch.engine in ("zero2", "zero3"),
+            "launch.offload_optimizer is for the engines zero2 and zero3",
+        ),
+        (launch.main_port is None or 0 < launch.main_port < 2**16, "launch.main_port is a port, 1 to 65535"),
     )
     for holds, rule in rules:
         if not holds:
             raise RmtoolError("E0205", rule, "mend this value", Place(file))
+
+
+def world_size(launch: LaunchConfig) -> int:
+    """Processes on all nodes."""
+    return launch.nodes * launch.processes_per_node
+
+
+def engine_of(launch: LaunchConfig) -> str:
+    """What runs: single, ddp, zero2 or zero3. DDP of one process is that process alone."""
+    if world_size(launch) == 1 and launch.engine in ("auto", "ddp"):
+        return "single"
+    return "ddp" if launch.engine == "auto" else launch.engine
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """sha256, 12 hex digits, of all that decides what is learned: not of where it runs or is shown."""
+    plain = as_dict(recipe)
+    kept = {name: plain[name] for name in ("model", "data", "train", "lora")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def as_source(item: str | Source) -> Source:

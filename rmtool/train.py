@@ -8,13 +8,13 @@ Cost per step: one forward and backward over the step's unique tokens, cut into 
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
 import math
 import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,58 +29,69 @@ from rmtool.checkpoint import HELD_OUT_FILE, Manifest, public_name, resolve_chec
 from rmtool.config import Recipe
 from rmtool.data.encode import Encoded, Encoder
 from rmtool.data.rejects import REJECTS_FILE, Rejects
+from rmtool.engine import Engine, start_accelerator
 from rmtool.errors import ExitCode, RmtoolError
 from rmtool.layers import compile_layers
 from rmtool.loading import merge_adapters, training_encoder, training_model
 from rmtool.loss import bradley_terry
 from rmtool.metrics import PairSums
 from rmtool.model import PRECISIONS, RewardModel
-from rmtool.optim import build_optimizer, schedule_factor, set_learning_rate
-from rmtool.recipe import CONFIG_FILE, as_dict, as_source, load_recipe, resolve
+from rmtool.optim import build_optimizer, schedule_factor
+from rmtool.recipe import CONFIG_FILE, as_dict, as_source, load_recipe, recipe_hash, resolve
 from rmtool.report import build_report, example, write_report
 from rmtool.split import Split, load_split, write_held_out
+from rmtool.status import begin, end
 from rmtool.steps import Unit, count_pairs, epoch_steps, plan_steps
 from rmtool.tracking import Tracker, draw_curves
 from rmtool.ui import Bar, Ui, worker_ui
 
+DATA_READ_FILE = ".data-read"
+
 
 @dataclass
 class Trainer:
-    """What a step needs. `engine` is `model` as accelerate wrapped it."""
+    """What a step needs."""
 
     recipe: Recipe
-    accelerator: Accelerator
-    model: RewardModel
-    engine: Any
-    optimizer: Any
+    engine: Engine
 
-    def step(self, units: Sequence[Unit]) -> tuple[PairSums, float]:
-        """One optimiser step's gradients: the sums over all ranks' pairs, and the gradient norm before clipping.
+    @property
+    def model(self) -> RewardModel:
+        return self.engine.model
+
+    def gradients(self, units: Sequence[Unit]) -> PairSums:
+        """One optimiser step's gradients, and the sums over all ranks' pairs.
 
         The loss is the sum over the step's pairs divided by their number, however they are cut into packs and ranks.
         """
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        engine, ranks = self.engine, self.engine.ranks
         trees = [unit.tree for unit in units]
-        packs = self.model.plan(trees, self.recipe.train.tokens_per_pack, world)[rank::world]
+        packs = self.model.plan(trees, self.recipe.train.tokens_per_pack, ranks.world)[ranks.rank :: ranks.world]
         pairs = sum(len(unit.preferences) for unit in units)
         sums = PairSums()
         for number, items in enumerate(packs, 1):
             last = number == len(packs)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.engine):
+            with engine.holding(last):
                 # A rank without work in this round runs a unit with weight zero: all ranks must take part.
                 pack_sums, loss = self._pack([units[item] for item in items] or units[:1])
-                weight = world / pairs if items else 0.0  # engines average gradients over ranks
-                with self.model.products():
-                    self.accelerator.backward(loss * weight)
+                weight = ranks.world / pairs if items else 0.0  # engines average gradients over ranks
+                engine.backward(loss * weight, last)
             if items:
                 sums += pack_sums
-        total = self.accelerator.reduce(sums.vector().to(self.accelerator.device), "sum").cpu()
-        limit = self.recipe.train.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        return PairSums.from_vector(total), float(norm)
+        return PairSums.from_vector(ranks.sum(sums.vector()))
+
+    def step(self, units: Sequence[Unit], rate: float, number: int) -> tuple[PairSums, float]:
+        """Gradients and the update; the sums over the step's pairs, and the gradient norm before clipping.
+
+        Raises:
+            RmtoolError: E0802 the loss or the gradient norm is not finite.
+        """
+        sums = self.gradients(units)
+        require_finite_step(sums, 0.0, number, units)
+        return sums, self.engine.update(rate, lambda norm: require_finite_step(sums, norm, number, units))
 
     def _pack(self, units: Sequence[Unit]) -> tuple[PairSums, torch.Tensor]:
-        rewards = self.engine(self.model.collate([unit.tree for unit in units]))
+        rewards = self.engine.wrapped(self.model.collate([unit.tree for unit in units]))
         start, winners, losers, margins, weights = 0, list[int](), list[int](), list[float](), list[float]()
         for unit in units:
             for winner, loser, margin in unit.preferences:
@@ -95,14 +106,18 @@ class Trainer:
         return PairSums.of(chosen, rejected, losses), losses.sum()
 
     def evaluate(self, held_out: Encoded, bar: Bar) -> dict[str, float]:
-        """The eval metrics; each rank scores its share, and the sums are added up."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        labels, trees = held_out.labels[rank::world], held_out.trees[rank::world]
-        budget = self.recipe.train.tokens_per_pack
-        sums = evaluation.evaluate(self.model, labels, trees, budget, bar).total if labels else PairSums()
-        self.model.train()
-        total = self.accelerator.reduce(sums.vector().to(self.accelerator.device), "sum").cpu()
-        return PairSums.from_vector(total).report(evaluation.PREFIX)
+        """The eval metrics; the ranks share the forwards."""
+        result = evaluation.evaluate(
+            self.model,
+            held_out.labels,
+            held_out.trees,
+            self.recipe.train.tokens_per_pack,
+            bar,
+            run=self.engine.wrapped,
+            ranks=self.engine.ranks,
+        )
+        self.engine.wrapped.train()
+        return result.total.report(evaluation.PREFIX)
 
 
 def train_loop(trainer: Trainer, split: Split, tracker: Tracker | None, ui: Ui) -> dict[str, float]:
@@ -118,12 +133,8 @@ def train_loop(trainer: Trainer, split: Split, tracker: Tracker | None, ui: Ui) 
                 if step == total:
                     break
                 rate = train.learning_rate * schedule_factor(train, step, total)
-                set_learning_rate(trainer.optimizer, rate)
                 started = time.monotonic()
-                sums, norm = trainer.step(units)
-                require_finite_step(sums, norm, step + 1, units)
-                trainer.optimizer.step()
-                trainer.optimizer.zero_grad()
+                sums, norm = trainer.step(units, rate, step + 1)
                 step, episode = step + 1, episode + int(sums.pairs)
                 numbers = {
                     "step": step,
@@ -146,7 +157,7 @@ def train_loop(trainer: Trainer, split: Split, tracker: Tracker | None, ui: Ui) 
 
 
 def run_eval(trainer: Trainer, held_out: Encoded, ui: Ui) -> dict[str, float]:
-    with ui.progress("Evaluating", len(held_out.labels[:: trainer.accelerator.num_processes]), "pairs") as bar:
+    with ui.progress("Evaluating", len(held_out.labels), "pairs") as bar:
         return trainer.evaluate(held_out, bar)
 
 
@@ -169,16 +180,19 @@ def require_finite_step(sums: PairSums, norm: float, step: int, units: Sequence[
 
 
 def save_model(trainer: Trainer, encoder: Encoder, manifest: Manifest, folder: Path) -> None:
-    """Write model/: an ordinary transformers checkpoint, and the manifest."""
+    """Write model/: an ordinary transformers checkpoint, and the manifest. All ranks must call it."""
     recipe, model = trainer.recipe, trainer.model
     if recipe.lora.rank:
         merge_adapters(model.classifier)
     model.share_prompts(False)  # back to the stock attention, which any tool knows
-    classifier = model.classifier
-    classifier.to(dtype=PRECISIONS[recipe.train.save_dtype])  # type: ignore[call-arg]  # peft wraps its signature
+    dtype = PRECISIONS[recipe.train.save_dtype]
+    weights = trainer.engine.weights(dtype)
+    if weights is None:
+        return
+    model.classifier.config.dtype = dtype
 
     def fill(target: Path) -> None:
-        classifier.save_pretrained(target)
+        model.classifier.save_pretrained(target, state_dict=weights)
         encoder.tokenizer.save_pretrained(target)
         write_manifest(target, manifest)
 
@@ -212,25 +226,18 @@ def _compile(model: RewardModel) -> str:
     return str(compile_layers(model.backbone) or "none, because there is no stack of several layers that is known")
 
 
-def run(folder: Path, accelerator: Accelerator, ui: Ui) -> None:
-    """Train as config.yaml in `folder` says."""
-    recipe = load_recipe(str(folder / CONFIG_FILE))
+def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
+    """Train as `recipe` says; what comes out is written by the main process, into `folder`."""
     source = resolve_checkpoint(resolve(recipe.model.path), recipe.model.revision, ui)
     encoder, notices = training_encoder(recipe, source)
     fingerprint = encoder.fingerprint()
     main = accelerator.is_main_process
-    aside = folder / REJECTS_FILE if recipe.data.on_bad_row == "skip" else None
-    with Rejects(aside if main or aside is None else Path(os.devnull)) as rejects:
-        split = load_split(recipe, encoder, rejects, ui)
-    report = build_report(split, recipe.train.batch_size, recipe.train.seed)
-    ui.facts("Data", report.rows())
-    ui.say(f"an example: {example(encoder, split.train.labels[0], split.train.trees[0])}")
-    if main:
-        write_report(report, split.train, folder)
+    with _one_after_the_other(recipe, folder, accelerator):
+        split = _read(recipe, folder, encoder, main, ui)
     model, more = training_model(recipe, source, encoder)
-    optimizer = build_optimizer(model, recipe.train)
-    engine, optimizer = accelerator.prepare(model, optimizer)
-    reason = models.choose_layout(model, engine, encoder.max_length)
+    engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
+    engine.require_agreement(_common(recipe, fingerprint, split))
+    reason = models.choose_layout(model, engine.wrapped, encoder.max_length)
     if recipe.train.compile:  # after the trials of both layouts, of which one is used
         more += [f"compiled layers: {_compile(model)}"]
     sharing = f"padded, because {reason}" if reason else "computed once for both responses of a pair"
@@ -239,27 +246,74 @@ def run(folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     if main:
         write_held_out(folder / HELD_OUT_FILE, split)
     tracker = Tracker(folder, recipe.track, as_dict(recipe), ui) if main else None
-    trainer = Trainer(recipe, accelerator, model, engine, optimizer)
+    trainer = Trainer(recipe, engine)
     try:
         metrics = train_loop(trainer, split, tracker, ui)
     finally:
         if tracker:
             tracker.close()
+    ui.say("Saving the checkpoint")
+    save_model(trainer, encoder, _manifest(recipe, encoder, fingerprint, metrics, reason), folder)
     if main:
-        ui.say("Saving the checkpoint")
-        manifest = _manifest(recipe, encoder, fingerprint, metrics, reason)
-        save_model(trainer, encoder, manifest, folder)
         draw_curves(folder)
     accelerator.wait_for_everyone()
 
 
+def _read(recipe: Recipe, folder: Path, encoder: Encoder, main: bool, ui: Ui) -> Split:
+    """The data, and the report on it."""
+    aside = folder / REJECTS_FILE if recipe.data.on_bad_row == "skip" else None
+    with Rejects(aside if main or aside is None else Path(os.devnull)) as rejects:
+        split = load_split(recipe, encoder, rejects, ui)
+    if main:
+        report = build_report(split, recipe.train.batch_size, recipe.train.seed)
+        ui.facts("Data", report.rows())
+        ui.say(f"an example: {example(encoder, split.train.labels[0], split.train.trees[0])}")
+        write_report(report, split.train, folder)
+    return split
+
+
+@contextlib.contextmanager
+def _one_after_the_other(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """A node's first process before its others, which find its token ids in the cache.
+
+    By a file: others that wait in a collective call would be taken for hanging while a million rows are tokenised.
+    """
+    if accelerator.is_local_main_process or not recipe.data.cache:
+        yield
+        (folder / DATA_READ_FILE).touch()
+        return
+    while not (folder / DATA_READ_FILE).exists():
+        time.sleep(0.2)  # the launcher ends this process where the first one fails
+    yield
+
+
+def _common(recipe: Recipe, fingerprint: str, split: Split) -> dict[str, str]:
+    """What must be the same on every rank, by name."""
+    data = hashlib.sha256()
+    for part in (split.train, split.held_out):
+        for labels, tree in zip(part.labels, part.trees, strict=True):
+            data.update(repr((labels.preferences, labels.margins, labels.weight)).encode())
+            for ids in tree.sequences():
+                data.update(ids.tobytes())
+    packages = ("rmtool", "torch", "transformers", "accelerate", "deepspeed")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    return {
+        "recipe": recipe_hash(recipe),
+        "tokenizer and chat template": fingerprint,
+        "data": data.hexdigest(),
+        "versions": versions,
+    }
+
+
 def main() -> None:
     """Entry of a worker process: `python -m rmtool.train RUN_FOLDER`."""
-    folder = Path(sys.argv[1])
-    accelerator = Accelerator()
+    folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", 0))
+    begin(folder, rank)
     status: dict[str, Any] = {"exit": int(ExitCode.OK), "error": None}
     try:
-        run(folder, accelerator, worker_ui(accelerator.is_main_process))
+        recipe = load_recipe(str(folder / CONFIG_FILE))
+        accelerator = start_accelerator(recipe)
+        run(recipe, folder, accelerator, worker_ui(accelerator.is_main_process))
     except RmtoolError as error:
         status = {"exit": int(error.exit_code), "error": error.as_dict()}
     except torch.OutOfMemoryError:
@@ -274,9 +328,7 @@ def main() -> None:
     except Exception:  # noqa: BLE001 - the last line of defence: said, written down, and passed on as a bug
         traceback.print_exc()
         status = {"exit": int(ExitCode.BUG), "error": None}
-    temporary = folder / f".exit-{accelerator.process_index}.json"
-    temporary.write_text(json.dumps(status), encoding="utf-8")
-    os.replace(temporary, folder / f"exit-{accelerator.process_index}.json")
+    end(folder, rank, status["exit"], status["error"])
     sys.exit(status["exit"])
 
 

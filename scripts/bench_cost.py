@@ -171,10 +171,11 @@ def time_steps(spec: Event) -> None:
             taken = take_tokens(units, size)
             benchlib.synchronize(spec["device"])
             started = time.perf_counter()
-            trainer.step(taken)
+            trainer.gradients(taken)
+            trainer.engine.clip()
             benchlib.synchronize(spec["device"])
             seconds = time.perf_counter() - started
-            trainer.optimizer.zero_grad()
+            trainer.engine.optimizer.zero_grad()
             tokens = min(count.take(), sum(unit.tree.unique_tokens for unit in taken))
             if repeat:  # the first of each size is warm-up
                 emit("step", size=size, tokens=tokens, seconds=seconds)
@@ -199,6 +200,7 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
 
     from rmtool.config import DataConfig, ModelConfig, Recipe, TrainConfig
     from rmtool.data.rejects import Rejects
+    from rmtool.engine import Engine
     from rmtool.loading import training_encoder, training_model
     from rmtool.model import choose_layout
     from rmtool.optim import build_optimizer
@@ -223,11 +225,11 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
     encoder, _ = training_encoder(recipe, folder)
     pairs = load_split(recipe, encoder, Rejects(), SilentUi()).train
     model, _ = training_model(recipe, folder, encoder)
-    engine, optimizer = accelerator.prepare(model, build_optimizer(model, train))
-    if reason := choose_layout(model, engine, encoder.max_length):
+    engine = Engine.prepare(accelerator, model, build_optimizer(model, train), train.max_grad_norm)
+    if reason := choose_layout(model, engine.wrapped, encoder.max_length):
         raise SystemExit(f"rmtool cannot share prompts in this model: {reason}")
     units = next(epoch_steps(pairs.labels, pairs.trees, train.seed, 0, train.batch_size))
-    return Trainer(recipe, accelerator, model, engine, optimizer), units
+    return Trainer(recipe, engine), units
 
 
 # ----------------------------------------------------------------------------------------- planning and packing

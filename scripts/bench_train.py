@@ -375,6 +375,7 @@ def train_with_rmtool(spec: Event) -> None:
     from rmtool.config import DataConfig, ModelConfig, Recipe, TrainConfig
     from rmtool.data.encode import Encoded
     from rmtool.data.rejects import Rejects
+    from rmtool.engine import Engine
     from rmtool.loading import training_encoder, training_model
     from rmtool.optim import build_optimizer
     from rmtool.split import Split, load_split
@@ -401,10 +402,10 @@ def train_with_rmtool(spec: Event) -> None:
     encoder, _ = training_encoder(recipe, folder / "model")
     split = load_split(recipe, encoder, Rejects(), SilentUi())
     model, _ = training_model(recipe, folder / "model", encoder)
-    engine, optimizer = accelerator.prepare(model, build_optimizer(model, recipe.train))
-    if reason := models.choose_layout(model, engine, encoder.max_length):
+    engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
+    if reason := models.choose_layout(model, engine.wrapped, encoder.max_length):
         raise SystemExit(f"rmtool cannot share prompts in this model: {reason}")
-    trainer = Trainer(recipe, accelerator, model, engine, optimizer)
+    trainer = Trainer(recipe, engine)
     tracker: Any = Tracker(clock, model)
     clock.start()
     train_loop(trainer, Split(split.train, Encoded()), tracker, SilentUi())

@@ -204,7 +204,9 @@ def test_mistakes_before_training_starts(rmtool: Any, causal_lm: Path, pairs: Pa
         (("--eval-data", "missing.jsonl"), "E0201", 2, "missing.jsonl"),
         (("--set", "data.holdout=6"), "E0302", 3, "6 pairs"),
         (("--output", "/proc/nowhere"), "E0501", 5, "/proc/nowhere"),
-        (("--set", "launch.engine=zero3"), "E0207", 2, "--dry-run"),
+        (("--nodes", "2"), "E0207", 2, "--node-rank"),
+        (("--nodes", "2", "--node-rank", "0"), "E0207", 2, "--main-address"),
+        (("--nodes", "2", "--node-rank", "2"), "E0207", 2, "0 to 1"),
         (("--eval-data", pairs, "--set", "data.holdout=2"), "E0205", 2, "exclude each other"),
     ]
     for arguments, id, code, words in cases:
@@ -297,6 +299,6 @@ def test_every_bundled_recipes_launch_command_is_one_that_accelerate_reads() -> 
         assert (parsed.module, parsed.training_script, parsed.training_script_args) == (
             True,
             "rmtool.train",
-            ["runs/x"],
+            ["runs/x/node-7" if machines > 1 else "runs/x"],
         )
         assert parsed.use_deepspeed == (name == "tulu3-8b")

@@ -76,7 +76,9 @@ WRONG: list[tuple[str, str, str]] = [
     ("data.train=[]", "E0205", "at least one"),
     ("train.betas=[0.9]", "E0205", "list"),
     ("track.wandb=maybe", "E0205", "true or false"),
-    ("launch.nodes=2", "E0205", "several processes"),
+    ("launch={nodes: 2, engine: single}", "E0205", "several processes"),
+    ("launch.offload_optimizer=true", "E0205", "zero2 and zero3"),
+    ("launch.main_port=0", "E0205", "port"),
     ("data.holdout=5", "E0205", ""),
     ("train.compile=true", "E0205", "torch compiles no checkpointed layer"),
 ]

@@ -17,17 +17,20 @@ ROWS = (
     {
         "attention",
         "cache",
+        "cluster",
         "compat",
         "forest",
         "layers",
         "packing",
         "products",
+        "ranks",
         "readout",
         "spool",
+        "status",
         "steps",
         "tokenizer",
     },
-    {"model", "loss", "metrics", "checkpoint", "ui", "loading", "optim", "tracking", "split", "report"},
+    {"model", "loss", "metrics", "checkpoint", "engine", "ui", "loading", "optim", "tracking", "split", "report"},
     {"train", "evaluate", "score", "hub", "hub_errors", "card", "launch", "plan"},
     {"commands", "cli"},
 )
@@ -37,7 +40,7 @@ WITHIN = {
     ("packing", "forest"), ("attention", "forest"), ("attention", "packing"), ("compat", "attention"),
     ("readout", "layers"), ("cache", "spool"),
     ("model", "ui"), ("checkpoint", "ui"), ("tracking", "ui"), ("split", "ui"), ("report", "split"),
-    ("loading", "model"), ("loading", "checkpoint"),
+    ("engine", "model"), ("loading", "model"), ("loading", "checkpoint"),
     ("train", "evaluate"), ("hub", "card"), ("hub", "hub_errors"), ("launch", "plan"), ("cli", "commands"),
 }  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}

@@ -21,6 +21,7 @@ from rmtool.data.encode import encode_all
 from rmtool.data.formats import preference_record
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import read_rows
+from rmtool.engine import Engine
 from rmtool.errors import RmtoolError
 from rmtool.loading import load_for_use, training_encoder, training_model
 from rmtool.loss import bradley_terry
@@ -53,7 +54,7 @@ def recipe(causal_lm: Path, tmp_path: Path) -> Recipe:
 def run(recipe: Recipe, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(dump_recipe(recipe))
-    train.run(folder, Accelerator(cpu=True), SilentUi())
+    train.run(recipe, folder, Accelerator(cpu=True), SilentUi())
     return folder
 
 
@@ -132,9 +133,15 @@ def trainer(recipe: Recipe, source: Path) -> tuple[train.Trainer, Any]:
     split = load_split(recipe, encoder, Rejects(), SilentUi())
     model, _ = training_model(recipe, source, encoder)
     model.share_prompts(True)
-    accelerator = Accelerator(cpu=True)
-    engine, optimizer = accelerator.prepare(model, build_optimizer(model, recipe.train))
-    return train.Trainer(recipe, accelerator, model, engine, optimizer), split
+    optimizer = build_optimizer(model, recipe.train)
+    return train.Trainer(
+        recipe, Engine.prepare(Accelerator(cpu=True), model, optimizer, recipe.train.max_grad_norm)
+    ), split
+
+
+def backward(mine: train.Trainer, units: Any) -> tuple[Any, float]:
+    """What a step does before its update: the sums, and the norm of the gradients, which are left clipped."""
+    return mine.gradients(units), mine.engine.clip()
 
 
 class HalfProducts(TorchDispatchMode):
@@ -160,7 +167,7 @@ def test_without_bf16_instructions_a_whole_step_multiplies_in_fp32(
         mine, split = trainer(set_(recipe, precision="bf16", gradient_checkpointing=checkpointing), causal_lm)
         units = next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8))
         with HalfProducts() as products:
-            sums, norm = mine.step(units)
+            sums, norm = backward(mine, units)
         assert (products.seen[torch.bfloat16] == 0) == lacks
         results.append((sums.loss, norm))
     assert results[1] == pytest.approx(results[0], rel=2**-7)
@@ -174,7 +181,7 @@ def test_a_pair_of_weight_two_counts_like_two_pairs(recipe: Recipe, causal_lm: P
     for data in (once, twice):
         changed = replace(recipe, data=replace(recipe.data, train=(str(data),), holdout=0))
         mine, split = trainer(set_(changed, max_grad_norm=None), causal_lm)
-        sums, norm = mine.step(next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 3)))
+        sums, norm = backward(mine, next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 3)))
         found.append((sums.loss, norm))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
@@ -192,7 +199,7 @@ def test_a_step_equals_the_obvious_slow_one(recipe: Recipe, causal_lm: Path) -> 
     """Each response alone through transformers, the mean loss over the step's pairs, one backward."""
     mine, split = trainer(set_(recipe, max_grad_norm=None), causal_lm)
     units = next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8))
-    sums, norm = mine.step(units)
+    sums, norm = backward(mine, units)
     gradients = {name: p.grad.clone() for name, p in mine.model.named_parameters() if p.grad is not None}
     mine.model.zero_grad()
     mine.model.share_prompts(False)
@@ -216,14 +223,14 @@ def test_margins_change_the_loss_and_can_be_left_out(recipe: Recipe, causal_lm: 
     losses = {}
     for use in (True, False):
         mine, split = trainer(set_(recipe, use_margins=use), causal_lm)
-        sums, _ = mine.step(next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8)))
+        sums, _ = backward(mine, next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8)))
         losses[use] = sums.loss
     assert losses[True] > losses[False]
 
 
 def test_clipping_bounds_the_gradient(recipe: Recipe, causal_lm: Path) -> None:
     mine, split = trainer(set_(recipe, max_grad_norm=1e-3), causal_lm)
-    _, norm = mine.step(next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8)))
+    _, norm = backward(mine, next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8)))
     left = torch.stack([p.grad.norm() for p in mine.model.parameters() if p.grad is not None]).norm()
     assert norm > 1e-3
     assert left.item() == pytest.approx(1e-3, rel=1e-2)

@@ -1,0 +1,91 @@
+"""What a training process leaves for the launcher that started it: that it lives, and how it ended.
+
+In: a run folder and a rank. Out: `rank-R.json` with the process's id and, at its end, its exit code and error, since
+launchers lose both; and `rank-R.log` with what it prints.
+Cost: two short writes per process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Status:
+    """`exit` is None while the process runs; `error` is `RmtoolError.as_dict`'s form."""
+
+    rank: int
+    pid: int
+    exit: int | None = None
+    error: dict[str, Any] | None = None
+
+    def alive(self) -> bool:
+        """Whether the process is there and no zombie."""
+        return self._state() not in ("", "Z", "X")
+
+    def stopped(self) -> bool:
+        """Whether somebody has stopped the process (SIGSTOP): it neither works nor dies."""
+        return self._state() in ("T", "t")
+
+    def _state(self) -> str:
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2][:1]
+        except OSError:
+            return ""
+
+
+def begin(folder: Path, rank: int) -> None:
+    """Say that this process has begun. It dies with the process that started it, so that none is left behind; what it
+    prints goes to a file of its own.
+    """
+    die_with_parent(signal.SIGKILL)
+    log = os.open(log_file(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    _write(folder, Status(rank, os.getpid()))
+
+
+def end(folder: Path, rank: int, exit_code: int, error: dict[str, Any] | None) -> None:
+    """Say how this process ends."""
+    _write(folder, Status(rank, os.getpid(), exit_code, error))
+
+
+def read_statuses(folder: Path) -> list[Status]:
+    """Of every process that has begun; what was written first comes first."""
+    written = sorted((path.stat().st_mtime_ns, path) for path in folder.glob("rank-*.json"))
+    return [Status(**json.loads(path.read_text(encoding="utf-8"))) for _, path in written]
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left."""
+    for path in (*folder.glob("rank-*.json"), *folder.glob("rank-*.log")):
+        path.unlink()
+
+
+def log_file(folder: Path, rank: int) -> Path:
+    """What `rank` prints."""
+    return folder / f"rank-{rank}.log"
+
+
+def die_with_parent(number: int) -> None:
+    """Have the kernel send this signal when the parent process ends (Linux; elsewhere nothing is done)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _write(folder: Path, status: Status) -> None:
+    temporary = folder / f".rank-{status.rank}.json"
+    temporary.write_text(json.dumps(vars(status)), encoding="utf-8")
+    os.replace(temporary, folder / f"rank-{status.rank}.json")
