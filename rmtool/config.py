@@ -64,11 +64,18 @@ class TrainConfig:
     eps: float = 1e-5
     max_grad_norm: float | None = 1.0
     use_margins: bool = True  # rows with a "margin": it is taken off the difference of their rewards
+    loss: Literal["bradley_terry", "hinge"] = "bradley_terry"
+    label_smoothing: float = 0.0  # share of the labels that are taken to be wrong; for bradley_terry
+    center: float = 0.0  # what the square of a pair's summed rewards counts in its loss: rewards stay around 0
+    freeze: Literal["none", "backbone"] = "none"  # backbone: only the score head is trained
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     liger: Literal["auto", "off"] = "auto"  # auto: on CUDA devices
     compile: bool = False  # torch.compile for the decoder layers; its start takes longer than short runs gain
     eval_every: int | None = None  # optimiser steps; evaluation at the end happens in any case
+    keep: Literal["last", "best"] = "last"  # which weights are saved: of the last step, or of the best evaluation
+    best_by: Literal["accuracy", "loss"] = "accuracy"
+    patience: int | None = None  # evaluations without a better one, after which training stops
     save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the final checkpoint
 
 
@@ -79,6 +86,7 @@ class LoraConfig:
     rank: int = 0  # 0: train all weights
     alpha: int = 16
     targets: str | tuple[str, ...] = "all-linear"
+    quantize: Literal["none", "4bit"] = "none"  # 4bit: QLoRA, frozen weights in NF4; on CUDA devices
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,10 @@ from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, gather_obj
 
 from rmtool.config import Recipe
 from rmtool.errors import RmtoolError
-from rmtool.model import RewardModel, gathered
+from rmtool.model import RewardModel
 from rmtool.ranks import Ranks
 from rmtool.recipe import engine_of
+from rmtool.weights import whole_weights
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
@@ -162,15 +163,8 @@ class Engine:
         """The classifier's whole state dict on the CPU, in `dtype`, on the main process; None on the others. All ranks
         must call it.
         """
-        whole = dict(self._whole(dtype))
-        return whole if self.accelerator.is_main_process else None
-
-    def _whole(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        keep = self.accelerator.is_main_process
-        classifier = self.model.classifier
-        parameters = dict(classifier.named_parameters(remove_duplicate=False))
-        for name, value in classifier.state_dict().items():
-            with gathered(parameters[name]) if name in parameters else contextlib.nullcontext():
-                whole = parameters.get(name, value).detach()
-                if keep:
-                    yield name, whole.to("cpu", dtype if whole.is_floating_point() else whole.dtype, copy=True)
+        keep, kept = self.accelerator.is_main_process, dict[str, torch.Tensor]()
+        for name, value in whole_weights(self.model.classifier, dtype):
+            if keep:
+                kept[name] = value
+        return kept if keep else None

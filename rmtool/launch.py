@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rmtool.checkpoint import HELD_OUT_FILE, MANIFEST
+from rmtool.checkpoint import HELD_OUT_FILE, MANIFEST, read_manifest
 from rmtool.data.rejects import REJECTS_FILE
 from rmtool.errors import ExitCode, RmtoolError
 from rmtool.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, Plan, launch_command
@@ -105,7 +105,7 @@ def _set_aside(output: Path) -> None:
             if (output / name).exists():
                 (output / name).rename(previous / name)
     (output / REJECTS_FILE).unlink(missing_ok=True)
-    for leftover in output.glob(".tmp-model-*"):
+    for leftover in (*output.glob(".tmp-*"), *output.glob("best-step-*")):
         shutil.rmtree(leftover)
 
 
@@ -256,7 +256,8 @@ def _raise_failure(plan: Plan, failure: Failure | None, code: int) -> None:
 
 
 def final_metrics(output: Path) -> dict[str, float]:
-    """The last step's eval metrics, or its training metrics where no pairs were held out."""
+    """The saved model's eval metrics, or the last step's training metrics where no pairs were held out."""
+    manifest = read_manifest(output / "model")
+    assert manifest, "a finished run has one"
     last = json.loads((output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    held_out = {name: value for name, value in last.items() if name.startswith("eval/")}
-    return held_out or {name: value for name, value in last.items() if "/" in name}
+    return manifest.metrics or {name: value for name, value in last.items() if "/" in name}

@@ -7,6 +7,7 @@ Cost: reads the weights once.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,12 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
     # Random weights and adapters must not depend on what was drawn before.
     torch.manual_seed(train.seed)
     random_weights = recipe.model.weights == "random"
-    classifier, has_head = models.build_classifier(folder, dtype=torch.float32, random_weights=random_weights)
+    quantized = recipe.lora.quantize != "none"
+    if quantized:
+        require_4bit()
+    classifier, has_head = models.build_classifier(
+        folder, dtype=torch.float32, random_weights=random_weights, quantized=quantized
+    )
     models.set_pad_token(classifier, encoder.tokenizer.pad_token_id, len(encoder.tokenizer))
     models.turn_dropout_off(classifier)
     if has_head and recipe.model.head == "auto":
@@ -163,9 +169,28 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
         notices.append("Liger kernels: on")
     if train.gradient_checkpointing:
         classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if train.freeze == "backbone":
+        for parameter in models.backbone_parameters(classifier):
+            parameter.requires_grad_(False)
+        notices.append("trained: the score head alone")
     if recipe.lora.rank:
         add_adapters(classifier, recipe.lora)
     return RewardModel(classifier, encoder.tokenizer.pad_token_id, train.precision), notices
+
+
+def require_4bit() -> None:
+    """What 4-bit weights need.
+
+    Raises:
+        RmtoolError: E0505 there is no CUDA device, or bitsandbytes is not installed.
+    """
+    hint = "set lora.quantize=none: adapters on 16-bit or fp32 weights train anywhere"
+    if not torch.cuda.is_available():
+        raise RmtoolError("E0505", "lora.quantize=4bit needs a CUDA device, and there is none here", hint)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RmtoolError(
+            "E0505", "lora.quantize=4bit needs bitsandbytes, which is not installed", "pip install bitsandbytes"
+        )
 
 
 def add_adapters(classifier: Any, lora: LoraConfig) -> None:
@@ -191,14 +216,3 @@ def add_adapters(classifier: Any, lora: LoraConfig) -> None:
     # Not a `modules_to_save` copy: the head is one parameter, trained and saved under its own name.
     for parameter in getattr(classifier, HEAD).parameters():
         parameter.requires_grad_(True)
-
-
-def merge_adapters(classifier: Any) -> None:
-    """Fold LoRA adapters into the weights, in place: what is saved is an ordinary checkpoint."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in list(classifier.named_modules()):
-        if isinstance(module, LoraLayer):
-            module.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(classifier.get_submodule(parent), child, module.get_base_layer())

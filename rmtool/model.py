@@ -8,6 +8,7 @@ Cost: the weights, once; choosing the layout takes a few short forwards.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -23,7 +24,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
 from rmtool import attention, compat
 from rmtool.errors import RmtoolError
@@ -218,11 +219,15 @@ def out_of_memory(setting: str) -> RmtoolError:
 # ---------------------------------------------------------------------------------------------------- building
 
 
-def build_classifier(folder: Path, *, dtype: torch.dtype, random_weights: bool = False) -> tuple[PreTrainedModel, bool]:
+def build_classifier(
+    folder: Path, *, dtype: torch.dtype, random_weights: bool = False, quantized: bool = False
+) -> tuple[PreTrainedModel, bool]:
     """A one-label classifier from `folder`, and whether its score head came from the checkpoint.
 
     Args:
         random_weights: draw all weights from the folder's config.json instead of loading them.
+        quantized: load the linear layers' weights in 4 bits (NF4, quantised twice: Dettmers et al., arXiv 2305.14314,
+            section 3), the head's not; products are then computed in bfloat16.
 
     Raises:
         RmtoolError: E0402 more than one label, E0404 not loadable, E0406 not a decoder with a last-token head.
@@ -243,7 +248,7 @@ def build_classifier(folder: Path, *, dtype: torch.dtype, random_weights: bool =
     if random_weights:
         classifier, loaded = _draw(config, dtype), False
     else:
-        classifier, loaded = _load(folder, config, dtype)
+        classifier, loaded = _load(folder, config, dtype, quantized)
     head = getattr(classifier, HEAD, None)
     if not isinstance(head, nn.Linear) or head.bias is not None or classifier.config.is_encoder_decoder:
         raise RmtoolError(
@@ -279,16 +284,33 @@ def _draw(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         raise RmtoolError("E0406", first_line(error), "use a decoder-only model (Llama, Qwen, ...)") from error
 
 
-def _load(folder: Path, config: Any, dtype: torch.dtype) -> tuple[PreTrainedModel, bool]:
+def _four_bit() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=[HEAD],
+    )
+
+
+def _load(folder: Path, config: Any, dtype: torch.dtype, quantized: bool) -> tuple[PreTrainedModel, bool]:
     if not list(folder.glob("*.safetensors")):
         raise RmtoolError(
             "E0407",
             f"{folder} has no safetensors weights",
             "save the model with save_pretrained (pickled .bin files can run code and are not read)",
         )
+    extra: dict[str, Any] = {"quantization_config": _four_bit()} if quantized else {}
     try:
         classifier, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **extra,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise RmtoolError(
@@ -323,7 +345,7 @@ def draw_head(classifier: PreTrainedModel, seed: int) -> None:
     weight = getattr(classifier, HEAD).weight
     std = 1 / math.sqrt(hidden_size(classifier) + 1)
     generator = torch.Generator().manual_seed(seed)
-    with gathered(weight):
+    with torch.no_grad(), gathered([weight], change=True):
         # Drawn on the CPU, so that every device and number of ranks starts from the same head.
         weight.data.copy_(torch.randn(weight.shape, generator=generator) * std)
 
@@ -332,13 +354,19 @@ def hidden_size(classifier: PreTrainedModel) -> int:
     return int(classifier.config.get_text_config().hidden_size)
 
 
-def gathered(parameter: nn.Parameter) -> Any:
-    """A context in which a ZeRO-3 parameter is whole, and is cut up again, changed, at its end."""
-    if not hasattr(parameter, "ds_id"):
-        return torch.no_grad()
+def gathered(parameters: Sequence[nn.Parameter], change: bool = False) -> AbstractContextManager[Any]:
+    """A block in which ZeRO-3 parameters are whole; with `change`, what rank 0 writes into them stays."""
+    cut = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not cut:
+        return contextlib.nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
-    return GatheredParameters(parameter, modifier_rank=0)
+    return GatheredParameters(cut, modifier_rank=0 if change else None)
+
+
+def backbone_parameters(classifier: PreTrainedModel) -> list[nn.Parameter]:
+    """All but the score head's."""
+    return [parameter for name, parameter in classifier.named_parameters() if not name.startswith(f"{HEAD}.")]
 
 
 def turn_dropout_off(classifier: PreTrainedModel) -> None:

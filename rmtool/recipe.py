@@ -231,7 +231,7 @@ def _describe(kind: Any) -> str:
 
 def _check(recipe: Recipe, file: str) -> None:
     """Values that are of the right kind and still make no sense."""
-    train, launch = recipe.train, recipe.launch
+    train, launch, lora = recipe.train, recipe.launch, recipe.lora
     rules = (
         (bool(recipe.data.train), "data.train names at least one source"),
         (recipe.data.holdout >= 0, "data.holdout is at least 0"),
@@ -266,6 +266,27 @@ def _check(recipe: Recipe, file: str) -> None:
         (all(0 <= beta < 1 for beta in train.betas), "train.betas are at least 0 and below 1"),
         (train.max_grad_norm is None or train.max_grad_norm > 0, "train.max_grad_norm is above 0, or null"),
         (recipe.lora.rank >= 0 and recipe.lora.alpha > 0, "lora.rank is at least 0 and lora.alpha above 0"),
+        (0 <= train.label_smoothing < 0.5, "train.label_smoothing is at least 0 and below 0.5"),
+        (
+            not train.label_smoothing or train.loss == "bradley_terry",
+            "train.label_smoothing is for the loss bradley_terry",
+        ),
+        (train.center >= 0, "train.center is at least 0"),
+        (
+            train.freeze == "none" or not recipe.lora.rank,
+            "lora.rank and train.freeze=backbone exclude each other: adapters train the backbone",
+        ),
+        (lora.quantize == "none" or lora.rank > 0, "lora.quantize needs adapters: set lora.rank"),
+        (
+            lora.quantize == "none" or engine_of(launch) in ("single", "ddp"),
+            "lora.quantize is for the engines single and ddp: ZeRO cannot cut 4-bit weights up",
+        ),
+        (train.patience is None or train.patience >= 1, "train.patience is at least 1"),
+        (
+            (train.keep == "last" and train.patience is None) or bool(recipe.data.eval or recipe.data.holdout),
+            "train.keep=best and train.patience need held-out pairs: set data.holdout or data.eval",
+        ),
+        (train.patience is None or train.eval_every is not None, "train.patience needs train.eval_every"),
         (launch.nodes >= 1 and launch.processes_per_node >= 1, "launch counts at least one node and one process"),
         (
             launch.engine != "single" or world_size(launch) == 1,

@@ -1,21 +1,20 @@
 """One training process: what `accelerate launch` starts, once per device.
 
 In: a run folder with config.yaml. Out, in the same folder: metrics.jsonl, held_out.jsonl, curves.png, model/, and
-exit-RANK.json, since launchers lose a child's exit code.
-Cost per step: one forward and backward over the step's unique tokens, cut into packs of at most tokens_per_pack.
+rank-R.json, since launchers lose a child's exit code.
+Cost: the steps (`trainer.py`), and reading the data once per node.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
+import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,180 +22,44 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from rmtool import evaluate as evaluation
 from rmtool import model as models
 from rmtool.checkpoint import HELD_OUT_FILE, Manifest, public_name, resolve_checkpoint, write_folder, write_manifest
 from rmtool.config import Recipe
-from rmtool.data.encode import Encoded, Encoder
+from rmtool.data.encode import Encoder
 from rmtool.data.rejects import REJECTS_FILE, Rejects
 from rmtool.engine import Engine, start_accelerator
 from rmtool.errors import ExitCode, RmtoolError
 from rmtool.layers import compile_layers
-from rmtool.loading import merge_adapters, training_encoder, training_model
-from rmtool.loss import bradley_terry
-from rmtool.metrics import PairSums
+from rmtool.loading import training_encoder, training_model
 from rmtool.model import PRECISIONS, RewardModel
-from rmtool.optim import build_optimizer, schedule_factor
+from rmtool.optim import build_optimizer
 from rmtool.recipe import CONFIG_FILE, as_dict, as_source, load_recipe, recipe_hash, resolve
 from rmtool.report import build_report, example, write_report
 from rmtool.split import Split, load_split, write_held_out
 from rmtool.status import begin, end
-from rmtool.steps import Unit, count_pairs, epoch_steps, plan_steps
 from rmtool.tracking import Tracker, draw_curves
-from rmtool.ui import Bar, Ui, worker_ui
+from rmtool.trainer import Best, Trainer, train_loop
+from rmtool.ui import Ui, worker_ui
+from rmtool.weights import empty_twin
 
 DATA_READ_FILE = ".data-read"
-
-
-@dataclass
-class Trainer:
-    """What a step needs."""
-
-    recipe: Recipe
-    engine: Engine
-
-    @property
-    def model(self) -> RewardModel:
-        return self.engine.model
-
-    def gradients(self, units: Sequence[Unit]) -> PairSums:
-        """One optimiser step's gradients, and the sums over all ranks' pairs.
-
-        The loss is the sum over the step's pairs divided by their number, however they are cut into packs and ranks.
-        """
-        engine, ranks = self.engine, self.engine.ranks
-        trees = [unit.tree for unit in units]
-        packs = self.model.plan(trees, self.recipe.train.tokens_per_pack, ranks.world)[ranks.rank :: ranks.world]
-        pairs = sum(len(unit.preferences) for unit in units)
-        sums = PairSums()
-        for number, items in enumerate(packs, 1):
-            last = number == len(packs)
-            with engine.holding(last):
-                # A rank without work in this round runs a unit with weight zero: all ranks must take part.
-                pack_sums, loss = self._pack([units[item] for item in items] or units[:1])
-                weight = ranks.world / pairs if items else 0.0  # engines average gradients over ranks
-                engine.backward(loss * weight, last)
-            if items:
-                sums += pack_sums
-        return PairSums.from_vector(ranks.sum(sums.vector()))
-
-    def step(self, units: Sequence[Unit], rate: float, number: int) -> tuple[PairSums, float]:
-        """Gradients and the update; the sums over the step's pairs, and the gradient norm before clipping.
-
-        Raises:
-            RmtoolError: E0802 the loss or the gradient norm is not finite.
-        """
-        sums = self.gradients(units)
-        require_finite_step(sums, 0.0, number, units)
-        return sums, self.engine.update(rate, lambda norm: require_finite_step(sums, norm, number, units))
-
-    def _pack(self, units: Sequence[Unit]) -> tuple[PairSums, torch.Tensor]:
-        rewards = self.engine.wrapped(self.model.collate([unit.tree for unit in units]))
-        start, winners, losers, margins, weights = 0, list[int](), list[int](), list[float](), list[float]()
-        for unit in units:
-            for winner, loser, margin in unit.preferences:
-                winners.append(start + winner)
-                losers.append(start + loser)
-                margins.append(margin)
-                weights.append(unit.weight)
-            start += len(unit.tree.responses)
-        chosen, rejected = rewards[winners], rewards[losers]
-        taken_off = rewards.new_tensor(margins) if self.recipe.train.use_margins else None
-        losses = bradley_terry(chosen, rejected, taken_off) * rewards.new_tensor(weights)
-        return PairSums.of(chosen, rejected, losses), losses.sum()
-
-    def evaluate(self, held_out: Encoded, bar: Bar) -> dict[str, float]:
-        """The eval metrics; the ranks share the forwards."""
-        result = evaluation.evaluate(
-            self.model,
-            held_out.labels,
-            held_out.trees,
-            self.recipe.train.tokens_per_pack,
-            bar,
-            run=self.engine.wrapped,
-            ranks=self.engine.ranks,
-        )
-        self.engine.wrapped.train()
-        return result.total.report(evaluation.PREFIX)
-
-
-def train_loop(trainer: Trainer, split: Split, tracker: Tracker | None, ui: Ui) -> dict[str, float]:
-    """All steps of all epochs; returns the last eval metrics (empty without held-out pairs)."""
-    train, labels, trees = trainer.recipe.train, split.train.labels, split.train.trees
-    pairs = count_pairs(labels)
-    total = plan_steps(train.epochs, train.max_steps, pairs, train.batch_size)
-    step, episode, metrics = 0, 0, dict[str, float]()
-    trainer.model.train()
-    with ui.progress("Training", total, "steps") as bar:
-        for epoch in range(train.epochs):
-            for units in epoch_steps(labels, trees, train.seed, epoch, train.batch_size):
-                if step == total:
-                    break
-                rate = train.learning_rate * schedule_factor(train, step, total)
-                started = time.monotonic()
-                sums, norm = trainer.step(units, rate, step + 1)
-                step, episode = step + 1, episode + int(sums.pairs)
-                numbers = {
-                    "step": step,
-                    "episode": episode,
-                    "epoch": episode / pairs,
-                    **sums.report("train/rm"),
-                    "train/rm/lr": rate,
-                    "grad_norm": norm,
-                    "step_seconds": time.monotonic() - started,
-                    "unique_tokens": sum(unit.tree.unique_tokens for unit in units),
-                }
-                bar.advance(1, f"loss {numbers['train/rm/loss']:.3f} acc {numbers['train/rm/accuracy']:.2f}")
-                if split.held_out.labels and (step == total or (train.eval_every and step % train.eval_every == 0)):
-                    metrics = run_eval(trainer, split.held_out, ui)
-                    ui.say(f"step {step}, {evaluation.PREFIX}: {describe(metrics)}")
-                    numbers |= metrics
-                if tracker:
-                    tracker.log(numbers)
-    return metrics
-
-
-def run_eval(trainer: Trainer, held_out: Encoded, ui: Ui) -> dict[str, float]:
-    with ui.progress("Evaluating", len(held_out.labels), "pairs") as bar:
-        return trainer.evaluate(held_out, bar)
-
-
-def describe(metrics: dict[str, float]) -> str:
-    """Eval metrics as one short line of words."""
-    return ", ".join(f"{name.rpartition('/')[2]} {value:.4f}" for name, value in metrics.items())
-
-
-def require_finite_step(sums: PairSums, norm: float, step: int, units: Sequence[Unit]) -> None:
-    """Stop before a bad gradient reaches the weights."""
-    if math.isfinite(sums.loss) and math.isfinite(norm):
-        return
-    places = ", ".join(str(unit.labels.place) for unit in units[:4])
-    raise RmtoolError(
-        "E0802",
-        f"step {step}: the loss ({sums.loss / max(sums.pairs, 1)}) or gradient norm ({norm}) is not a finite number",
-        "lower train.learning_rate, or set train.precision=fp32; the rows of this step are named above",
-        found=f"rows {places}{', ...' if len(units) > 4 else ''}",
-    )
+BEST = "best-step-"  # the best checkpoint so far, until the run ends
 
 
 def save_model(trainer: Trainer, encoder: Encoder, manifest: Manifest, folder: Path) -> None:
-    """Write model/: an ordinary transformers checkpoint, and the manifest. All ranks must call it."""
-    recipe, model = trainer.recipe, trainer.model
-    if recipe.lora.rank:
-        merge_adapters(model.classifier)
-    model.share_prompts(False)  # back to the stock attention, which any tool knows
-    dtype = PRECISIONS[recipe.train.save_dtype]
+    """Write an ordinary transformers checkpoint, and the manifest, into a new `folder`. All ranks must call it."""
+    model, dtype = trainer.model, PRECISIONS[trainer.recipe.train.save_dtype]
     weights = trainer.engine.weights(dtype)
     if weights is None:
         return
-    model.classifier.config.dtype = dtype
+    classifier = empty_twin(model.classifier, dtype)
 
     def fill(target: Path) -> None:
-        model.classifier.save_pretrained(target, state_dict=weights)
+        classifier.save_pretrained(target, state_dict=weights)
         encoder.tokenizer.save_pretrained(target)
         write_manifest(target, manifest)
 
-    write_folder(folder / "model", fill)
+    write_folder(folder, fill)
 
 
 def _manifest(
@@ -247,14 +110,27 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
         write_held_out(folder / HELD_OUT_FILE, split)
     tracker = Tracker(folder, recipe.track, as_dict(recipe), ui) if main else None
     trainer = Trainer(recipe, engine)
+
+    def save(metrics: dict[str, float], name: str) -> None:
+        save_model(trainer, encoder, _manifest(recipe, encoder, fingerprint, metrics, reason), folder / name)
+
+    def save_best(best: Best) -> None:
+        save(best.metrics, f"{BEST}{best.step}")
+        if main:
+            for worse in set(folder.glob(f"{BEST}*")) - {folder / f"{BEST}{best.step}"}:
+                shutil.rmtree(worse)
+
     try:
-        metrics = train_loop(trainer, split, tracker, ui)
+        metrics = train_loop(trainer, split, tracker, ui, save_best)
     finally:
         if tracker:
             tracker.close()
     ui.say("Saving the checkpoint")
-    save_model(trainer, encoder, _manifest(recipe, encoder, fingerprint, metrics, reason), folder)
+    if recipe.train.keep == "last":
+        save(metrics, "model")
     if main:
+        for best in folder.glob(f"{BEST}*"):
+            best.rename(folder / "model")
         draw_curves(folder)
     accelerator.wait_for_everyone()
 

@@ -3,7 +3,7 @@
     python scripts/bench_cost.py steps --plot cost.png     # seconds of a step from 1k to 64k unique tokens
     python scripts/bench_cost.py planning                  # a million records: seconds, and memory
 
-steps. In: hh-rlhf pairs and a model. Out: the seconds of a forward and backward (`rmtool.train.Trainer.step`) at each
+steps. In: hh-rlhf pairs and a model. Out: the seconds of a forward and backward (`rmtool.trainer.Trainer.step`) at each
 size, the straight line through them, the largest distance from it, and a plot.
 planning. In: lengths drawn like hh-rlhf's. Out: seconds and growth of memory, of three ways through all records: every
 training step planned and packed; every response planned over the whole file and packed, as scoring does; one plan of
@@ -206,7 +206,7 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
     from rmtool.optim import build_optimizer
     from rmtool.split import load_split
     from rmtool.steps import epoch_steps
-    from rmtool.train import Trainer
+    from rmtool.trainer import Trainer
     from rmtool.ui import SilentUi
 
     folder = Path(spec["folder"]) / "model"

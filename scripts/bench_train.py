@@ -4,7 +4,7 @@
     python scripts/bench_train.py --data rmb --precision bf16 --json train-rmb-bf16.json
 
 In: preference pairs (a file, or hh and rmb of ../shared) and a causal LM. Out: a table, and with --json every step.
-rmtool runs its own training loop (`rmtool.train.train_loop`), TRL its RewardTrainer: same checkpoint, same pairs in
+rmtool runs its own training loop (`rmtool.trainer.train_loop`), TRL its RewardTrainer: same checkpoint, same pairs in
 the same order, same AdamW, no dropout, no gradient checkpointing. They run in turn, a process each, --rounds times,
 TRL first with every batch size of --peer-batch, then with the one that was fastest. The first step of a process is
 warm-up: it counts in "all steps" only. The loss of every step is compared: where they differ the script says so last
@@ -379,7 +379,7 @@ def train_with_rmtool(spec: Event) -> None:
     from rmtool.loading import training_encoder, training_model
     from rmtool.optim import build_optimizer
     from rmtool.split import Split, load_split
-    from rmtool.train import Trainer, train_loop
+    from rmtool.trainer import Trainer, train_loop
     from rmtool.ui import SilentUi
 
     folder = Path(spec["folder"])

@@ -25,11 +25,12 @@ from rmtool.checkpoint import default_model, read_manifest, resolve_checkpoint, 
 from rmtool.config import LoraConfig, Recipe
 from rmtool.data.messages import Message
 from rmtool.errors import RmtoolError
-from rmtool.loading import add_adapters, load_for_use, merge_adapters, slow_precision, training_encoder, training_model
+from rmtool.loading import add_adapters, load_for_use, slow_precision, training_encoder, training_model
 from rmtool.recipe import load_recipe
 from rmtool.tokenizer import ensure_pad_token, load_tokenizer
 from rmtool.tree import build_tree
 from rmtool.ui import SilentUi
+from rmtool.weights import empty_twin, whole_weights
 
 
 def recipe(folder: Path, tmp_path: Path, *settings: tuple[str, Any]) -> Recipe:
@@ -249,7 +250,7 @@ def test_a_template_that_writes_the_date_reads_the_same_every_day(checkpoint: Pa
 # ------------------------------------------------------------------------------------------------- LoRA
 
 
-def test_adapters_train_the_head_and_merge_into_an_ordinary_model(checkpoint: Path) -> None:
+def test_adapters_train_the_head_and_merge_into_an_ordinary_model(checkpoint: Path, tmp_path: Path) -> None:
     classifier, _ = models.build_classifier(checkpoint, dtype=torch.float32)
     names = set(classifier.state_dict())
     add_adapters(classifier, LoraConfig(rank=4, alpha=8))
@@ -263,10 +264,15 @@ def test_adapters_train_the_head_and_merge_into_an_ordinary_model(checkpoint: Pa
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     ids = torch.arange(3, 20)[None]
     before, head = classifier(ids).logits.detach(), classifier.score.weight.detach().clone()
-    merge_adapters(classifier)
-    assert set(classifier.state_dict()) == names
-    torch.testing.assert_close(classifier(ids).logits.detach(), before, atol=1e-5, rtol=1e-5)
-    assert torch.equal(classifier.score.weight, head)
+    saved = tmp_path / "saved"
+    weights = dict(whole_weights(classifier, torch.float32))
+    empty_twin(classifier, torch.float32).save_pretrained(saved, state_dict=weights)
+    again, has_head = models.build_classifier(saved, dtype=torch.float32)
+    assert has_head
+    assert set(again.state_dict()) == names
+    torch.testing.assert_close(again(ids).logits.detach(), before, atol=1e-5, rtol=1e-5)
+    assert torch.equal(again.score.weight, head)
+    assert torch.equal(classifier(ids).logits.detach(), before)  # what trains on has not been touched
 
 
 def test_unknown_adapter_targets_are_refused(checkpoint: Path) -> None:

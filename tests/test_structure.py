@@ -30,8 +30,21 @@ ROWS = (
         "steps",
         "tokenizer",
     },
-    {"model", "loss", "metrics", "checkpoint", "engine", "ui", "loading", "optim", "tracking", "split", "report"},
-    {"train", "evaluate", "score", "hub", "hub_errors", "card", "launch", "plan"},
+    {
+        "model",
+        "loss",
+        "metrics",
+        "checkpoint",
+        "engine",
+        "ui",
+        "loading",
+        "optim",
+        "tracking",
+        "split",
+        "report",
+        "weights",
+    },
+    {"train", "trainer", "evaluate", "score", "hub", "hub_errors", "card", "launch", "plan"},
     {"commands", "cli"},
 )
 WITHIN = {
@@ -40,7 +53,8 @@ WITHIN = {
     ("packing", "forest"), ("attention", "forest"), ("attention", "packing"), ("compat", "attention"),
     ("readout", "layers"), ("cache", "spool"),
     ("model", "ui"), ("checkpoint", "ui"), ("tracking", "ui"), ("split", "ui"), ("report", "split"),
-    ("engine", "model"), ("loading", "model"), ("loading", "checkpoint"),
+    ("weights", "model"), ("engine", "model"), ("engine", "weights"), ("loading", "model"),
+    ("train", "trainer"), ("trainer", "evaluate"), ("loading", "checkpoint"),
     ("train", "evaluate"), ("hub", "card"), ("hub", "hub_errors"), ("launch", "plan"), ("cli", "commands"),
 }  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}

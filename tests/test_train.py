@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import pair_rows, tiny_config, write_jsonl
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtool import train
@@ -23,12 +25,14 @@ from rmtool.data.rejects import Rejects
 from rmtool.data.rows import read_rows
 from rmtool.engine import Engine
 from rmtool.errors import RmtoolError
+from rmtool.evaluate import evaluate
 from rmtool.loading import load_for_use, training_encoder, training_model
 from rmtool.loss import bradley_terry
 from rmtool.optim import build_optimizer
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.split import load_split
 from rmtool.steps import epoch_steps
+from rmtool.trainer import Trainer
 from rmtool.ui import SilentUi
 
 TRAIN_NAMES = {
@@ -91,7 +95,6 @@ def test_a_run_folder_is_whole_and_its_metrics_are_those_promised(recipe: Recipe
 
 
 def test_the_saved_checkpoint_gives_the_rewards_of_the_last_evaluation(recipe: Recipe, tmp_path: Path) -> None:
-    from rmtool.evaluate import evaluate
 
     folder = run(recipe, tmp_path / "run")
     loaded = load_for_use(folder / "model")
@@ -105,8 +108,6 @@ def test_the_saved_checkpoint_gives_the_rewards_of_the_last_evaluation(recipe: R
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(folder / "model" / "model.safetensors")
 
 
@@ -128,18 +129,16 @@ def test_the_cut_into_packs_changes_no_step(recipe: Recipe, tmp_path: Path, sett
         torch.testing.assert_close(other[name], first[name], atol=2e-5, rtol=1e-4)
 
 
-def trainer(recipe: Recipe, source: Path) -> tuple[train.Trainer, Any]:
+def trainer(recipe: Recipe, source: Path) -> tuple[Trainer, Any]:
     encoder, _ = training_encoder(recipe, source)
     split = load_split(recipe, encoder, Rejects(), SilentUi())
     model, _ = training_model(recipe, source, encoder)
     model.share_prompts(True)
     optimizer = build_optimizer(model, recipe.train)
-    return train.Trainer(
-        recipe, Engine.prepare(Accelerator(cpu=True), model, optimizer, recipe.train.max_grad_norm)
-    ), split
+    return Trainer(recipe, Engine.prepare(Accelerator(cpu=True), model, optimizer, recipe.train.max_grad_norm)), split
 
 
-def backward(mine: train.Trainer, units: Any) -> tuple[Any, float]:
+def backward(mine: Trainer, units: Any) -> tuple[Any, float]:
     """What a step does before its update: the sums, and the norm of the gradients, which are left clipped."""
     return mine.gradients(units), mine.engine.clip()
 
@@ -226,6 +225,114 @@ def test_margins_change_the_loss_and_can_be_left_out(recipe: Recipe, causal_lm: 
         sums, _ = backward(mine, next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8)))
         losses[use] = sums.loss
     assert losses[True] > losses[False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "slow"),
+    [
+        ({"loss": "hinge"}, lambda d, total: max(0.0, 1 - d)),
+        ({"label_smoothing": 0.2}, lambda d, total: 0.8 * softplus(-d) + 0.2 * softplus(d)),
+        ({"center": 0.5}, lambda d, total: softplus(-d) + 0.5 * total**2),
+        ({"loss": "hinge", "center": 2.0}, lambda d, total: max(0.0, 1 - d) + 2 * total**2),
+    ],
+)
+def test_each_loss_is_its_formula_and_moves_the_weights(
+    settings: dict[str, Any], slow: Any, recipe: Recipe, causal_lm: Path
+) -> None:
+    mine, split = trainer(set_(recipe, **settings), causal_lm)
+    plain, _ = trainer(recipe, causal_lm)
+    units = next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8))
+    sums = mine.gradients(units)
+    plain.gradients(units)
+    expected = 0.0
+    for unit in units:
+        with torch.no_grad():
+            rewards = mine.model(mine.model.collate([unit.tree])).tolist()
+        for winner, loser, margin in unit.preferences:
+            expected += slow(rewards[winner] - rewards[loser] - margin, rewards[winner] + rewards[loser])
+    assert sums.loss == pytest.approx(expected, rel=1e-5)
+    assert not torch.allclose(
+        mine.model.classifier.score.weight.grad, plain.model.classifier.score.weight.grad, rtol=1e-3
+    )
+
+
+def softplus(value: float) -> float:
+    return math.log1p(math.exp(value))
+
+
+def test_a_frozen_backbone_stays_as_it_was(recipe: Recipe, causal_lm: Path, tmp_path: Path) -> None:
+    folder = run(set_(recipe, freeze="backbone", learning_rate=0.05, epochs=20), tmp_path / "run")
+    start, saved = load_file(causal_lm / "model.safetensors"), weights(folder)
+    backbone = [name for name in saved if not name.startswith("score.")]
+    assert backbone
+    assert all(torch.equal(saved[name], start[name]) for name in backbone)
+    found = lines(folder)
+    assert found[-1]["train/rm/loss"] < found[0]["train/rm/loss"]
+
+
+def fake_evals(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
+    """Evaluations that say what they are told, in turn."""
+    told = iter(accuracies)
+
+    def run_eval(mine: Trainer, held_out: Any, ui: Any) -> dict[str, float]:
+        return {name: (value := next(told)) if name.endswith("accuracy") else 1 - value for name in sorted(EVAL_NAMES)}
+
+    monkeypatch.setattr("rmtool.trainer.run_eval", run_eval)
+
+
+@pytest.mark.parametrize("best_by", ["accuracy", "loss"])
+def test_the_best_checkpoint_is_kept(
+    best_by: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = weights(run(set_(recipe, max_steps=2, epochs=4, schedule="constant"), tmp_path / "two"))
+    fake_evals(monkeypatch, [0.7, 0.9, 0.9, 0.8])
+    told = set_(recipe, keep="best", best_by=best_by, eval_every=1, epochs=4, max_steps=4, schedule="constant")
+    folder = run(told, tmp_path / "run")
+    for name, value in weights(folder).items():
+        assert torch.equal(value, wanted[name])
+    manifest = read_manifest(folder / "model")
+    assert manifest
+    assert manifest.metrics["eval/rm/accuracy"] == 0.9
+    assert len(lines(folder)) == 4
+    assert not list(folder.glob("best-*"))
+
+
+def test_patience_ends_a_run(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_evals(monkeypatch, [0.7, 0.8, 0.8, 0.7, 1.0])
+    folder = run(set_(recipe, patience=2, eval_every=1, epochs=4), tmp_path / "run")
+    assert len(lines(folder)) == 4
+    fake_evals(monkeypatch, [0.7, 0.8, 0.8, 0.9, 1.0] + [1.0] * 9)
+    assert len(lines(run(set_(recipe, patience=2, eval_every=1, epochs=4), tmp_path / "longer"))) == 7
+
+
+def test_four_bits_need_a_gpu(recipe: Recipe, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(RmtoolError) as caught:
+        run(replace(recipe, lora=replace(recipe.lora, rank=4, quantize="4bit")), tmp_path / "run")
+    assert (caught.value.id, caught.value.exit_code) == ("E0505", 5)
+    assert "lora.quantize=none" in caught.value.hint
+
+
+def test_four_bit_weights_are_saved_as_they_were_trained(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes computes on a CPU too, slowly: the same code as on a GPU."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("rmtool.loading.require_4bit", lambda: None)
+    four = replace(recipe, lora=replace(recipe.lora, rank=4, quantize="4bit"))
+    folder = run(set_(four, max_steps=3), tmp_path / "run")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert not [name for name in weights(folder) if "lora" in name or "absmax" in name or "base_layer" in name]
+    loaded = load_for_use(folder / "model")
+    manifest = read_manifest(folder / "model")
+    assert manifest
+    encoded = encode_all(
+        loaded.encoder, (preference_record(row) for row in read_rows(str(folder / "held_out.jsonl"))), "keep", int
+    )
+    again = evaluate(loaded.model, encoded.labels, encoded.trees, 300, SilentUi()).total.report("eval/rm")
+    assert again == pytest.approx(manifest.metrics, abs=0.02)  # products in bfloat16 there, in fp32 here
 
 
 def test_clipping_bounds_the_gradient(recipe: Recipe, causal_lm: Path) -> None:
