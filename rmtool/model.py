@@ -107,7 +107,17 @@ class RewardModel(nn.Module):
 
     def plan(self, trees: Sequence[TokenTree], budget: int, multiple: int = 1) -> list[list[int]]:
         """`plan_packs` for this model's layout."""
-        return plan_packs(trees, budget, multiple, padded=not self.shares_prompts)
+        return plan_packs(trees, budget, multiple, not self.shares_prompts, self.key_cost)
+
+    @functools.cached_property
+    def key_cost(self) -> float:
+        """What a token asks of attention for each key, in parts of what it asks of the linear layers: 4 hidden flops
+        a layer, of 2 flops a weight (Kaplan et al., arXiv 2001.08361, table 1).
+        """
+        config = self.backbone.config.get_text_config()
+        weights = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self.backbone.parameters() if is_matrix(p))
+        weights -= config.vocab_size * config.hidden_size  # the embedding is looked up, not multiplied
+        return 2 * config.hidden_size * config.num_hidden_layers / max(weights, 1)
 
 
 def choose_layout(model: RewardModel, run: nn.Module, max_length: int) -> str | None:
@@ -386,6 +396,11 @@ def turn_dropout_off(classifier: PreTrainedModel) -> None:
 def _is_noise(name: str) -> bool:
     """Names of rates in transformers' modules and configs: attention_dropout, resid_pdrop, layerdrop, jitter_noise."""
     return "drop" in name or "jitter" in name
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether it has two dimensions or more; ZeRO-3 leaves a flat piece of it in its place, and its shape apart."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
 
 
 def set_pad_token(classifier: PreTrainedModel, pad_id: int, vocabulary: int) -> None:

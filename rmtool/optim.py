@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rmtool.config import TrainConfig
+from rmtool.model import is_matrix
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
@@ -35,8 +36,3 @@ def schedule_factor(train: TrainConfig, step: int, total: int) -> float:
         return 1.0
     progress = (step - train.warmup_steps) / max(1, total - train.warmup_steps)
     return 1.0 - progress if train.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def is_matrix(parameter: nn.Parameter) -> bool:
-    """Whether it has two dimensions or more; ZeRO-3 leaves a flat piece of it in its place, and its shape apart."""
-    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2

@@ -22,6 +22,7 @@ from rmtool.tree import TokenTree
 # The kernel for GPUs gathers every node's keys: a long prompt with very many short responses would have few tokens and
 # no end of keys.
 KEYS_PER_TOKEN = 16
+EVEN = 1.005  # packs are even enough when the heaviest costs so many times the mean
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,9 @@ def pad(trees: Sequence[TokenTree], pad_id: int) -> PaddedBatch:
     return PaddedBatch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(mask.sum(1) - 1))
 
 
-def plan_packs(trees: Sequence[TokenTree], budget: int, multiple: int = 1, padded: bool = False) -> list[list[int]]:
+def plan_packs(
+    trees: Sequence[TokenTree], budget: int, multiple: int = 1, padded: bool = False, key_cost: float = 0.0
+) -> list[list[int]]:
     """Cut a step's trees into packs of at most `budget` tokens each, their number a multiple of `multiple` (the ranks).
 
     Trees that share most of a prompt stay together, as far as the budget allows. A tree over the budget gets a pack of
@@ -145,61 +148,120 @@ def plan_packs(trees: Sequence[TokenTree], budget: int, multiple: int = 1, padde
     empty; the caller runs something in them with weight zero. `padded` counts a pack as rows times its longest row, as
     `pad` will build it, instead of unique tokens.
 
+    Packs are made to cost alike, so that ranks finish together: a token costs 1, and what attention adds for each key
+    that it asks costs `key_cost`.
+
     Returns each pack's tree indices in ascending order: a plan depends on nothing but its arguments.
     """
     sizes = [(len(tree.responses), tree.longest) for tree in trees]
-    packs = _by_length(sizes, budget) if padded else _evenly(trees, budget, multiple)
+    packs = _by_length(sizes, budget) if padded else _evenly(trees, budget, multiple, key_cost)
     packs += [[] for _ in range(-len(packs) % multiple)]
     return [sorted(items) for items in packs]
 
 
-def _evenly(trees: Sequence[TokenTree], budget: int, multiple: int) -> list[list[int]]:
-    """Longest first, each to the lightest pack, with few packs that keep the budget: ranks then finish together."""
-    total = sum(tree.unique_tokens for tree in trees)
-    if multiple == 1 and total <= budget:
-        return [list(range(len(trees)))]
-    groups, costs = _relatives(trees, budget, -(-total // multiple))
-    order = sorted(range(len(costs)), key=lambda group: (-costs[group], groups[group]))
-    count = _round_up(min(len(costs), -(-sum(costs) // budget)), multiple)
-    packs = _spread(costs, order, count)
-    while any(len(items) > 1 and sum(costs[item] for item in items) > budget for items in packs):
+def _evenly(trees: Sequence[TokenTree], budget: int, multiple: int, key_cost: float) -> list[list[int]]:
+    """As few packs as keep the budget, of about the same cost."""
+    if multiple == 1:
+        whole = sum(tree.unique_tokens for tree in trees) <= budget
+        return [list(range(len(trees)))] if whole else _even(trees, budget, 1, key_cost, budget)[1]
+    # Large groups of trees share most, small ones can be shared out evenly: what has the lightest heaviest pack.
+    share = -(-_unique_tokens(trees) // multiple)
+    limits = sorted({min(budget, max(1, share // parts)) for parts in (1, 2, 4)}, reverse=True)
+    return min((_even(trees, budget, multiple, key_cost, limit) for limit in limits), key=lambda plan: plan[0])[1]
+
+
+def _even(
+    trees: Sequence[TokenTree], budget: int, multiple: int, key_cost: float, limit: int
+) -> tuple[float, list[list[int]]]:
+    """The same with groups of at most `limit` tokens: what its packs cost a rank at most, and the packs."""
+    groups = _relatives(trees, limit)
+    sizes = [_unique_tokens([trees[item] for item in group]) for group in groups]
+    keys = [sum(_keys(trees[item]) for item in group) for group in groups]
+    costs = [size + key_cost * asked for size, asked in zip(sizes, keys, strict=True)]
+    count = _round_up(min(len(sizes), -(-sum(sizes) // budget)), multiple)
+    packs = _spread(costs, count)
+    while any(len(items) > 1 and sum(sizes[item] for item in items) > budget for items in packs):
         count = _round_up(count + max(1, count // 16), multiple)
-        packs = _spread(costs, order, count)
-    return [[item for group in members for item in groups[group]] for members in packs]
+        packs = _spread(costs, count)
+    heaviest = max(sum(costs[item] for item in items) for items in packs)
+    return heaviest * (len(packs) // multiple), [[item for group in items for item in groups[group]] for items in packs]
 
 
-def _relatives(trees: Sequence[TokenTree], budget: int, rank_share: int) -> tuple[list[list[int]], list[int]]:
-    """Trees that share more than half of the shorter prompt, in groups within the budget, none with more work than a
-    rank's share of it (else sharing would leave the others idle); and what each group costs.
-    """
+def _keys(tree: TokenTree) -> int:
+    """Keys that the tree's tokens ask, each those before it on its path and itself."""
+    prompt = len(tree.prompt)
+    lengths = [len(response) for response in tree.responses]
+    return prompt * (prompt + 1) // 2 + sum(length * prompt + length * (length + 1) // 2 for length in lengths)
+
+
+def _unique_tokens(trees: Sequence[TokenTree]) -> int:
+    """Tokens of the trees in one pack."""
+    if len(trees) == 1:
+        return trees[0].unique_tokens
+    sequences = [ids for tree in trees for ids in tree.sequences()]
+    order = prefix_order(lambda item, start, stop: sequences[item][start:stop], len(sequences))
+    return sum(len(sequences[item]) - shared for item, shared in order)
+
+
+def _relatives(trees: Sequence[TokenTree], limit: int) -> list[list[int]]:
+    """Trees that share more than half of the shorter prompt, in groups of at most about `limit` tokens."""
     firsts = [tree.sequence(0) for tree in trees]
     order = prefix_order(lambda item, start, stop: firsts[item][start:stop], len(trees))
     groups: list[list[int]] = []
-    costs: list[int] = []
-    last, work = -1, 0  # work: the last group's tokens without sharing among its trees
+    last, size = -1, 0  # size: the last group's tokens; what its trees share beyond the prompt is not known here
     for item, shared in order:
         cost = trees[item].unique_tokens
         half = min(len(tree.prompt) or tree.longest for tree in (trees[last], trees[item])) / 2
-        if shared > half and costs[-1] + cost - shared <= budget and work + cost <= rank_share:
+        if shared > half and size + cost - shared <= limit:
             groups[-1].append(item)
-            costs[-1] += cost - min(shared, cost)
-            work += cost
+            size += cost - min(shared, cost)
         else:
             groups.append([item])
-            costs.append(cost)
-            work = cost
+            size = cost
         last = item
-    return groups, costs
+    return groups
 
 
-def _spread(costs: Sequence[int], order: Sequence[int], count: int) -> list[list[int]]:
+def _spread(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Items in `count` packs, the costliest first, each to the lightest pack; then moved and exchanged until that
+    makes the heaviest pack no lighter.
+    """
     packs: list[list[int]] = [[] for _ in range(count)]
-    heap = [(0, index) for index in range(count)]
-    for item in order:
+    heap = [(0.0, index) for index in range(count)]
+    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
         load, lightest = heapq.heappop(heap)
         packs[lightest].append(item)
         heapq.heappush(heap, (load + costs[item], lightest))
+    loads = [sum(costs[item] for item in items) for items in packs]
+    while _lighten(packs, loads, costs):
+        pass
     return packs
+
+
+def _lighten(packs: list[list[int]], loads: list[float], costs: Sequence[float]) -> bool:
+    """Make the heaviest pack lighter, by giving an item to the first pack for which that helps, or exchanging one;
+    says whether it could.
+    """
+    order = sorted(range(len(packs)), key=lambda pack: (loads[pack], pack))
+    heavy = order[-1]
+    if loads[heavy] * len(loads) <= EVEN * sum(loads):
+        return False
+    for light in order[:-1]:
+        gap = loads[heavy] - loads[light]
+        # What goes over, less what comes back, should be half the gap: then both end alike.
+        exchanges: list[tuple[float, int, int | None]] = [(costs[mine], mine, None) for mine in packs[heavy]]
+        exchanges += [(costs[mine] - costs[other], mine, other) for mine in packs[heavy] for other in packs[light]]
+        change, mine, other = min(exchanges, key=lambda exchange: abs(exchange[0] - gap / 2))
+        if not 0.01 * gap < change < 0.99 * gap:
+            continue
+        packs[heavy].remove(mine)
+        packs[light].append(mine)
+        if other is not None:
+            packs[light].remove(other)
+            packs[heavy].append(other)
+        loads[heavy], loads[light] = loads[heavy] - change, loads[light] + change
+        return True
+    return False
 
 
 def _by_length(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:

@@ -192,3 +192,20 @@ def test_cutting_the_prompt_on_the_left_keeps_the_responses(count: int) -> None:
     tree = build_tree([[1, 2, 3, 4, 5], [1, 2, 3, 6]]).drop_left(count)
     assert [ids.tolist() for ids in tree.sequences()] == [[1, 2, 3, 4, 5][count:], [1, 2, 3, 6][count:]]
     assert np.array_equal(tree.prompt, [1, 2, 3][count:])
+
+
+@given(st.lists(st.integers(1, 400), min_size=64, max_size=200), st.integers(2, 8))
+def test_ranks_cost_alike_and_no_exchange_helps(sizes: list[int], ranks: int) -> None:
+    """Against the obvious bound: the heaviest rank costs at most the mean and half the costliest tree more."""
+    trees = [build_tree([[number, *range(size)], [number, 9]]) for number, size in enumerate(sizes)]
+    packs = plan_packs(trees, 10**6, ranks, key_cost=1e-3)
+    costs = [sum(trees[item].unique_tokens + 1e-3 * slow_keys(trees[item]) for item in items) for items in packs]
+    assert len(packs) == ranks
+    largest = max(tree.unique_tokens + 1e-3 * slow_keys(tree) for tree in trees)
+    assert max(costs) <= sum(costs) / ranks * 1.005 + largest / 2
+
+
+def slow_keys(tree: TokenTree) -> int:
+    """Every token of every response asks those before it; a prompt's tokens ask once."""
+    asked = {tuple(ids[: at + 1]) for ids in (ids.tolist() for ids in tree.sequences()) for at in range(len(ids))}
+    return sum(map(len, asked))

@@ -53,7 +53,7 @@ WITHIN = {
     ("packing", "forest"), ("attention", "forest"), ("attention", "packing"), ("compat", "attention"),
     ("readout", "layers"), ("cache", "spool"),
     ("model", "ui"), ("checkpoint", "ui"), ("tracking", "ui"), ("split", "ui"), ("report", "split"),
-    ("weights", "model"), ("engine", "model"), ("engine", "weights"), ("loading", "model"),
+    ("weights", "model"), ("engine", "model"), ("engine", "weights"), ("loading", "model"), ("optim", "model"),
     ("train", "trainer"), ("trainer", "evaluate"), ("loading", "checkpoint"),
     ("train", "evaluate"), ("hub", "card"), ("hub", "hub_errors"), ("launch", "plan"), ("cli", "commands"),
 }  # fmt: skip
