@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -289,7 +289,8 @@ def read_config(folder: Path) -> Any:
 
 def _draw(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        with uncut():  # every rank draws the same weights, as one process does
+            return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     except (ValueError, ImportError) as error:
         raise RmtoolError("E0406", first_line(error), "use a decoder-only model (Llama, Qwen, ...)") from error
 
@@ -372,6 +373,21 @@ def gathered(parameters: Sequence[nn.Parameter], change: bool = False) -> Abstra
     from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters(cut, modifier_rank=0 if change else None)
+
+
+@contextlib.contextmanager
+def uncut() -> Iterator[None]:
+    """A block in which new models are whole: under ZeRO-3, transformers would cut every one up, on all ranks."""
+    from accelerate.state import AcceleratorState, is_initialized
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    plugin = AcceleratorState().deepspeed_plugin if is_initialized() else None
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if plugin is not None:
+            set_hf_deepspeed_config(plugin.dschf)
 
 
 def backbone_parameters(classifier: PreTrainedModel) -> list[nn.Parameter]:

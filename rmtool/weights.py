@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rmtool.model import gathered
+from rmtool.model import gathered, uncut
 
 BASE = ".base_layer."  # where peft puts the weights beside which adapters stand
 
@@ -57,7 +57,7 @@ def empty_twin(classifier: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
     config = copy.deepcopy(classifier.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
+    with uncut(), torch.device("meta"):
         twin = type(classifier)(config)
     twin.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps its signature
     if hasattr(classifier, "_weight_conversions"):  # the names and shapes that the weights had when they were loaded
