@@ -106,6 +106,7 @@ def _show_plan(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:
         report, missing = _report(plan, output, SilentUi())
         data = {"report": report.as_dict()} if report else {"report": None, "why": missing}
         print_json({"plan": plan.as_dict(), **data}, ui)
+        _end_dry_run(report)
         return
     ui.table(f"Plan: {plan.recipe.name}", ("", ""), plan.rows(), numeric_from=2)
     for node, command in enumerate(plan.commands):
@@ -118,6 +119,13 @@ def _show_plan(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:
         ui.result(f"lengths: {output / LENGTHS_FILE}")
     else:
         ui.result(f"no report on the data: {missing}")
+    _end_dry_run(report)
+
+
+def _end_dry_run(report: DataReport | None) -> None:
+    """As the run would: with 1 where bad rows are set aside."""
+    if report and report.rejected:
+        raise SystemExit(ExitCode.SET_ASIDE)
 
 
 def _report(plan: Plan, output: Path, ui: Ui) -> tuple[DataReport | None, str]:

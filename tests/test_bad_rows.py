@@ -97,3 +97,13 @@ def test_order_packing_line_ends_and_gzip_change_no_reward(rmtool: Any, model: P
     assert rewards.pop("reversed.jsonl")[::-1] == expected
     assert rewards.pop("first.jsonl") + rewards.pop("second.jsonl") == expected
     assert all(found == expected for found in rewards.values())
+
+
+def test_a_dry_run_ends_as_the_run_would(rmtool: Any, causal_lm: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "pairs.jsonl", [*pair_rows(6), {"prompt": "q", "chosen": 5, "rejected": "x"}])
+    command = ("train", "--recipe", "smollm2-135m", "--model", causal_lm, "--data", data, "--set", "data.holdout=2")
+    assert rmtool(*command, "--dry-run").code == 3
+    for more in ((), ("--json",)):
+        shown = rmtool(*command, "--dry-run", "--on-bad-row", "skip", *more)
+        assert shown.code == 1
+        assert "set aside" in shown.out or json.loads(shown.out)["report"]["rejected"] == 1
