@@ -22,7 +22,8 @@ from rmtool.ui import Ui
 
 MANIFEST = "rmtool.json"
 HELD_OUT_FILE = "held_out.jsonl"  # beside the checkpoint, in the folder of the run that made it
-DOWNLOAD = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
+SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
+DOWNLOAD = ("*.safetensors", *SMALL)
 DEFAULT_MODEL = "allenai/Llama-3.1-Tulu-3-8B-RM"
 
 
@@ -124,8 +125,9 @@ def default_model(root: Path) -> str:
     return str(runs[-1]) if runs else DEFAULT_MODEL
 
 
-def resolve_checkpoint(model: str, revision: str | None, ui: Ui) -> Path:
-    """A local folder for `model`: itself, its `model/` if it is a run folder, or a download from the Hub.
+def resolve_checkpoint(model: str, revision: str | None, ui: Ui, weights: bool = True) -> Path:
+    """A local folder for `model`: itself, its `model/` if it is a run folder, or a download from the Hub, without its
+    weights if they are not wanted.
 
     Raises:
         RmtoolError: E0404 there is no such folder or repository, E0701 the Hub is not reachable.
@@ -141,10 +143,10 @@ def resolve_checkpoint(model: str, revision: str | None, ui: Ui) -> Path:
         )
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1 or model.startswith("runs/"):
         raise RmtoolError("E0404", f"there is no checkpoint {model}", "give a checkpoint folder or a Hub id owner/name")
-    return _download(model, revision, ui)
+    return _download(model, revision, ui, weights)
 
 
-def _download(repo_id: str, revision: str | None, ui: Ui) -> Path:
+def _download(repo_id: str, revision: str | None, ui: Ui, weights: bool) -> Path:
     import fnmatch
 
     import httpx2
@@ -153,7 +155,8 @@ def _download(repo_id: str, revision: str | None, ui: Ui) -> Path:
 
     try:
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=30)
-        files = [s for s in info.siblings or [] if any(fnmatch.fnmatch(s.rfilename, p) for p in DOWNLOAD)]
+        wanted = DOWNLOAD if weights else SMALL
+        files = [s for s in info.siblings or [] if any(fnmatch.fnmatch(s.rfilename, p) for p in wanted)]
         total = sum(item.size or 0 for item in files) >> 20
         with ui.progress(f"Downloading {repo_id}", total, "MiB") as bar:
             for item in files:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rmtool.data.encode import Encoded
     from rmtool.data.sources import Selection
     from rmtool.evaluate import EvalResult
+    from rmtool.forecast import Forecast
     from rmtool.loading import Loaded
     from rmtool.plan import Plan
     from rmtool.report import DataReport
@@ -101,25 +102,29 @@ def train_command(
 
 
 def _show_plan(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:
-    """The plan and, where data and tokenizer are at hand, the report on the data."""
+    """The plan and, where data and model are at hand, the report on the data and what the run will take."""
     if as_json:
-        report, missing = _report(plan, output, SilentUi())
-        data = {"report": report.as_dict()} if report else {"report": None, "why": missing}
-        print_json({"plan": plan.as_dict(), **data}, ui)
-        _end_dry_run(report)
+        seen = _look_ahead(plan, output, SilentUi())
+        report = seen.report.as_dict() if seen.report else None
+        ahead = seen.forecast.as_dict() if seen.forecast else None
+        why = {"why": seen.missing} if seen.missing else {}
+        print_json({"plan": plan.as_dict(), "forecast": ahead, "report": report, **why}, ui)
+        _end_dry_run(seen.report)
         return
     ui.table(f"Plan: {plan.recipe.name}", ("", ""), plan.rows(), numeric_from=2)
     for node, command in enumerate(plan.commands):
         ui.result(f"\n# node {node}\n{command}")
-    report, missing = _report(plan, output, ui)
-    if report:
+    seen = _look_ahead(plan, output, ui)
+    if seen.report:
         from rmtool.report import LENGTHS_FILE
 
-        ui.table("Data", ("", ""), report.rows(), numeric_from=2)
+        ui.table("Data", ("", ""), seen.report.rows(), numeric_from=2)
         ui.result(f"lengths: {output / LENGTHS_FILE}")
-    else:
-        ui.result(f"no report on the data: {missing}")
-    _end_dry_run(report)
+    if seen.forecast:
+        ui.table("Per step and device", ("", ""), seen.forecast.rows(), numeric_from=2)
+    if seen.missing:
+        ui.result(f"not known yet: {seen.missing}")
+    _end_dry_run(seen.report)
 
 
 def _end_dry_run(report: DataReport | None) -> None:
@@ -128,31 +133,44 @@ def _end_dry_run(report: DataReport | None) -> None:
         raise SystemExit(ExitCode.SET_ASIDE)
 
 
-def _report(plan: Plan, output: Path, ui: Ui) -> tuple[DataReport | None, str]:
-    """The report, or why there is none; writes the picture of the lengths."""
+@dataclass(frozen=True)
+class _Ahead:
+    """What can be known before a run; `missing` says what could not, and why."""
+
+    report: DataReport | None
+    forecast: Forecast | None
+    missing: str
+
+
+def _look_ahead(plan: Plan, output: Path, ui: Ui) -> _Ahead:
+    """Read the data, and run the model on tensors without memory; writes the picture of the lengths."""
     from rmtool.checkpoint import resolve_checkpoint
+    from rmtool.forecast import forecast
     from rmtool.launch import prepare_folder
     from rmtool.loading import training_encoder
     from rmtool.report import build_report, example, write_report
     from rmtool.split import load_split
+    from rmtool.steps import count_pairs, plan_steps
 
-    recipe = plan.recipe
-    if plan.pairs is None:
-        return None, "a dataset is on the Hub, and is loaded when training starts"
+    recipe, train = plan.recipe, plan.recipe.train
     try:
-        source = resolve_checkpoint(resolve(recipe.model.path), recipe.model.revision, ui)
+        source = resolve_checkpoint(resolve(recipe.model.path), recipe.model.revision, ui, weights=False)
     except RmtoolError as error:
         if error.exit_code != ExitCode.REMOTE:
             raise
-        return None, f"the tokenizer of {recipe.model.path} is not at hand ({error.what})"
+        return _Ahead(None, None, f"lengths, memory and time: {recipe.model.path} is not at hand ({error.what})")
+    if plan.pairs is None:
+        why = "lengths and time: a dataset is on the Hub, and is loaded when training starts"
+        return _Ahead(None, forecast(recipe, source, None, plan.steps), why)
     encoder, _ = training_encoder(recipe, source)
     with Rejects(Path(os.devnull) if recipe.data.on_bad_row == "skip" else None) as rejects:
         split = load_split(recipe, encoder, rejects, ui)
-    report = build_report(split, recipe.train.batch_size, recipe.train.seed)
+    report = build_report(split, train.batch_size, train.seed)
     ui.say(f"an example: {example(encoder, split.train.labels[0], split.train.trees[0])}")
     prepare_folder(output, overwrite=True)
     write_report(report, split.train, output)
-    return report, ""
+    steps = plan_steps(train.epochs, train.max_steps, count_pairs(split.train.labels), train.batch_size)
+    return _Ahead(report, forecast(recipe, source, split.train, steps), "")
 
 
 def _show_result(output: Path, metrics: dict[str, float], ui: TerminalUi) -> None:

@@ -97,6 +97,8 @@ class LaunchConfig:
     processes_per_node: int = 1  # one per GPU
     engine: Literal["auto", "single", "ddp", "zero2", "zero3"] = "auto"  # auto: single or, for several processes, ddp
     offload_optimizer: bool = False  # zero2 and zero3: optimiser states wait in the CPU's memory
+    peak_tflops: float = 989.0  # of one device, for the plan's estimate of time; an H100 in bf16, dense
+    utilisation: float = 0.4  # what share of it the plan counts on
     main_address: str | None = None  # of the first node; default: $MASTER_ADDR
     main_port: int | None = None  # on it; default: $MASTER_PORT, else 29500, or on one node any that is free
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 
 from rmtool.config import Recipe
 from rmtool.errors import RmtoolError
@@ -25,6 +26,12 @@ from rmtool.model import RewardModel
 from rmtool.ranks import Ranks
 from rmtool.recipe import engine_of
 from rmtool.weights import whole_weights
+
+# Elements. DeepSpeed's own sizes would take some 8 GB of a GPU; a matrix that is larger than a bucket goes alone.
+REDUCE_BUCKET = 16_000_000  # gradients that are sent together
+PREFETCH_BUCKET = 50_000_000  # weights that are fetched ahead of their use
+LIVE_PARAMETERS = 300_000_000  # weights that are whole at one time: a layer of a model with 8 billion, and the next
+PERSISTENT_PARAMETERS = 100_000  # weights up to this size stay whole on every rank
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
@@ -34,6 +41,11 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "stage": int(engine_of(recipe.launch).removeprefix("zero")),
         "overlap_comm": True,
         "contiguous_gradients": True,
+        "reduce_bucket_size": REDUCE_BUCKET,
+        "stage3_prefetch_bucket_size": PREFETCH_BUCKET,
+        "stage3_max_live_parameters": LIVE_PARAMETERS,
+        "stage3_max_reuse_distance": LIVE_PARAMETERS,
+        "stage3_param_persistence_threshold": PERSISTENT_PARAMETERS,
         "stage3_gather_16bit_weights_on_model_save": False,  # `Engine.weights` gathers
     }
     if recipe.launch.offload_optimizer:
@@ -57,7 +69,11 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     engine = engine_of(recipe.launch)
     if engine == "single":
         return Accelerator()
-    handlers = [InitProcessGroupKwargs(backend=None if torch.cuda.is_available() else "gloo")]
+    # Gradients live in the buckets that DDP sends, not beside them.
+    handlers = [
+        InitProcessGroupKwargs(backend=None if torch.cuda.is_available() else "gloo"),
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+    ]
     plugin = None
     if engine.startswith("zero"):
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(recipe))
@@ -73,6 +89,13 @@ def _leave_out_shared_memory() -> None:
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far: on a GPU of its tensors, on a CPU all its memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
 @dataclass

@@ -12,9 +12,21 @@ from transformers import PreTrainedModel
 
 def decoder_layers(backbone: PreTrainedModel) -> list[nn.Module]:
     """The layers in order; none where the stack cannot be told from other lists of modules."""
+    return list(_stack(backbone) or ())
+
+
+def keep_first_layers(backbone: PreTrainedModel, count: int) -> None:
+    """Take all but the first `count` layers out; the stack must be known."""
+    stack = _stack(backbone)
+    assert stack is not None
+    del stack[count:]
+    backbone.config.get_text_config().num_hidden_layers = count
+
+
+def _stack(backbone: PreTrainedModel) -> nn.ModuleList | None:
     count = backbone.config.get_text_config().num_hidden_layers
     stacks = [module for module in backbone.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    return list(stacks[0]) if len(stacks) == 1 else []
+    return stacks[0] if len(stacks) == 1 else None
 
 
 def compile_layers(backbone: PreTrainedModel, backend: str = "inductor") -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from rmtool import model as models
 from rmtool.checkpoint import Manifest, read_manifest
@@ -159,7 +160,6 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
         folder, dtype=torch.float32, random_weights=random_weights, quantized=quantized
     )
     models.set_pad_token(classifier, encoder.tokenizer.pad_token_id, len(encoder.tokenizer))
-    models.turn_dropout_off(classifier)
     if has_head and recipe.model.head == "auto":
         notices.append("score head: kept from the checkpoint (model.head=new draws a new one)")
     else:
@@ -167,15 +167,23 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
     if train.liger == "auto" and torch.cuda.is_available():
         models.apply_liger(classifier)
         notices.append("Liger kernels: on")
-    if train.gradient_checkpointing:
-        classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if train.freeze == "backbone":
+        notices.append("trained: the score head alone")
+    make_trainable(classifier, recipe)
+    return RewardModel(classifier, encoder.tokenizer.pad_token_id, train.precision), notices
+
+
+def make_trainable(classifier: PreTrainedModel, recipe: Recipe) -> None:
+    """No dropout; and checkpointing, frozen weights and adapters as the recipe says. Changes `classifier` in place."""
+    models.turn_dropout_off(classifier)
+    # transformers lets checkpointed layers ask for gradients, which a frozen backbone would then compute for nobody.
+    if recipe.train.gradient_checkpointing and recipe.train.freeze == "none":
+        classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.train.freeze == "backbone":
         for parameter in models.backbone_parameters(classifier):
             parameter.requires_grad_(False)
-        notices.append("trained: the score head alone")
     if recipe.lora.rank:
         add_adapters(classifier, recipe.lora)
-    return RewardModel(classifier, encoder.tokenizer.pad_token_id, train.precision), notices
 
 
 def require_4bit() -> None:

@@ -73,7 +73,10 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Rewards float32[N], in the order in which `pack` or `pad` laid the responses."""
-        half = torch.autocast(self.device.type, dtype=PRECISIONS[self.precision], enabled=self.precision != "fp32")
+        # Its cache would keep a copy of every weight until the forward's end; none is used twice.
+        half = torch.autocast(
+            self.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32", cache_enabled=False
+        )
         with half, self.products():
             states = self._last_states(batch)
         with torch.autocast(self.device.type, enabled=False):
@@ -115,9 +118,14 @@ class RewardModel(nn.Module):
         a layer, of 2 flops a weight (Kaplan et al., arXiv 2001.08361, table 1).
         """
         config = self.backbone.config.get_text_config()
+        return 2 * config.hidden_size * config.num_hidden_layers / max(self.multiplied_weights, 1)
+
+    @property
+    def multiplied_weights(self) -> int:
+        """Numbers in the backbone's matrices, but for the embedding's: it is looked up, not multiplied."""
+        config = self.backbone.config.get_text_config()
         weights = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self.backbone.parameters() if is_matrix(p))
-        weights -= config.vocab_size * config.hidden_size  # the embedding is looked up, not multiplied
-        return 2 * config.hidden_size * config.num_hidden_layers / max(weights, 1)
+        return weights - config.vocab_size * config.hidden_size
 
 
 def choose_layout(model: RewardModel, run: nn.Module, max_length: int) -> str | None:

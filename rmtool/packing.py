@@ -176,7 +176,7 @@ def _even(
     """The same with groups of at most `limit` tokens: what its packs cost a rank at most, and the packs."""
     groups = _relatives(trees, limit)
     sizes = [_unique_tokens([trees[item] for item in group]) for group in groups]
-    keys = [sum(_keys(trees[item]) for item in group) for group in groups]
+    keys = [sum(key_count(trees[item]) for item in group) for group in groups]
     costs = [size + key_cost * asked for size, asked in zip(sizes, keys, strict=True)]
     count = _round_up(min(len(sizes), -(-sum(sizes) // budget)), multiple)
     packs = _spread(costs, count)
@@ -187,7 +187,7 @@ def _even(
     return heaviest * (len(packs) // multiple), [[item for group in items for item in groups[group]] for items in packs]
 
 
-def _keys(tree: TokenTree) -> int:
+def key_count(tree: TokenTree) -> int:
     """Keys that the tree's tokens ask, each those before it on its path and itself."""
     prompt = len(tree.prompt)
     lengths = [len(response) for response in tree.responses]

@@ -20,7 +20,7 @@ from rmtool.data.rejects import Rejects
 from rmtool.data.rows import is_hub_source
 from rmtool.data.sources import SourceCount, draw_share, read_records
 from rmtool.errors import RmtoolError
-from rmtool.recipe import as_source, engine_of, world_size
+from rmtool.recipe import as_source, engine_of, recipe_hash, world_size
 from rmtool.split import reading_of, sources_of
 from rmtool.steps import plan_steps
 
@@ -71,6 +71,7 @@ class Plan:
         share = f"{train.batch_size / self.world_size:g} per process"
         pushed = f", then pushed to {recipe.hub.repo_id}" if recipe.hub.repo_id else ""
         return [
+            ("recipe", f"{recipe.name}, {recipe_hash(recipe)} (sha256 of what decides what is learned)"),
             ("model", f"{recipe.model.path} ({recipe.model.weights} weights; trained: {weights})"),
             ("training data", ", ".join(map(_shown, data.train))),
             ("training pairs", unknown if self.pairs is None else f"{self.pairs:,}"),
@@ -91,6 +92,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         return {
             "output": str(self.output),
+            "recipe_hash": recipe_hash(self.recipe),
             "world_size": self.world_size,
             "pairs": self.pairs,
             "steps": self.steps,

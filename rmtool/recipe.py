@@ -296,6 +296,8 @@ def _check(recipe: Recipe, file: str) -> None:
             not launch.offload_optimizer or launch.engine in ("zero2", "zero3"),
             "launch.offload_optimizer is for the engines zero2 and zero3",
         ),
+        (launch.peak_tflops > 0, "launch.peak_tflops is above 0"),
+        (0 < launch.utilisation <= 1, "launch.utilisation is above 0 and at most 1"),
         (launch.main_port is None or 0 < launch.main_port < 2**16, "launch.main_port is a port, 1 to 65535"),
     )
     for holds, rule in rules:

@@ -17,7 +17,7 @@ import torch
 from rmtool import evaluate as evaluation
 from rmtool.config import Recipe, TrainConfig
 from rmtool.data.encode import Encoded
-from rmtool.engine import Engine
+from rmtool.engine import Engine, peak_memory
 from rmtool.errors import RmtoolError
 from rmtool.loss import pair_losses
 from rmtool.metrics import PairSums
@@ -171,6 +171,7 @@ def _timed_step(trainer: Trainer, units: Sequence[Unit], step: int, total: int) 
         "grad_norm": norm,
         "step_seconds": time.monotonic() - started,
         "unique_tokens": sum(unit.tree.unique_tokens for unit in units),
+        "peak_memory": peak_memory(trainer.model.device),  # bytes
     }
     return numbers, int(sums.pairs)
 

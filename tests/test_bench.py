@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import bench_cost
 import bench_score
 import bench_train
 import benchlib
+import simulate_scale
 
 Work = Callable[[Callable[[Any], None], dict[str, Any]], list[dict[str, Any]]]
 
@@ -222,3 +224,35 @@ def _bench(script: str, *options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / script), *map(str, options), *small]
     environment = {**os.environ, "TMPDIR": str(data.parent / "tmp")}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def test_simulated_ranks_wait_for_the_heaviest_pair_and_for_the_network(
+    causal_lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*pair_rows(40), {"prompt": "p", "chosen": "word " * 200, "rejected": "other"}]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    measured = {"line": [0.1, 0.01], "events": [{"tokens": 90, "seconds": 1.0}, {"tokens": 190, "seconds": 2.0}]}
+    (tmp_path / "cost.json").write_text(json.dumps(measured))
+    words = ["--measured", str(tmp_path / "cost.json"), "--data", str(tmp_path / "pairs.jsonl"), "--config",
+             str(causal_lm), "--tokenizer", str(causal_lm), "--gpus", "1", "16", "--pairs-per-gpu", "4",
+             "--pairs-per-step", "64", "--json", str(tmp_path / "out.json")]  # fmt: skip
+    assert simulate_scale.main(simulate_scale.parse(words)) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    alone, many = found["64 pairs a step, 1 GPUs"], found["64 pairs a step, 16 GPUs"]
+    assert all(step["slowest"] == 1.0 and step["network"] == 0.0 for step in alone)
+    assert all(step["slowest"] >= max(1.0, step["one_pair"]) and step["network"] > 0 for step in many)
+    assert max(step["one_pair"] for step in many) > 2.0  # the long pair was drawn, and nobody can cut it
+    assert statistics.median(s["compute"] for s in many) < statistics.median(s["compute"] for s in alone)
+    assert "a pack costs 10 tokens more than it has" in capsys.readouterr().out
+
+
+def test_a_ring_passes_the_slowest_link() -> None:
+    machine = simulate_scale.Machine(1.0, 1.0, nvlink=100.0, nic=5.0, hop_within=1.0, hop_between=10.0)
+    assert machine.collective(800.0, 0, 8) == pytest.approx(800 * 7 / 8 / 100)
+    assert machine.collective(800.0, 0, 16) == pytest.approx(800 * 15 / 16 / 40)  # eight adapters carry eight rings
+    assert machine.collective(0.0, 3, 16) == pytest.approx(3 * (14 * 1.0 + 2 * 10.0))
+
+
+def test_what_was_measured_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(benchlib.BenchError, match=r"bench_cost\.py steps --json"):
+        simulate_scale.read_measured(tmp_path / "cost.json")

@@ -44,7 +44,19 @@ ROWS = (
         "report",
         "weights",
     },
-    {"train", "trainer", "evaluate", "score", "hub", "hub_errors", "card", "launch", "plan"},
+    {
+        "card",
+        "evaluate",
+        "forecast",
+        "hub",
+        "hub_errors",
+        "launch",
+        "memory",
+        "plan",
+        "score",
+        "train",
+        "trainer",
+    },
     {"commands", "cli"},
 )
 WITHIN = {
@@ -55,7 +67,8 @@ WITHIN = {
     ("model", "ui"), ("checkpoint", "ui"), ("tracking", "ui"), ("split", "ui"), ("report", "split"),
     ("weights", "model"), ("engine", "model"), ("engine", "weights"), ("loading", "model"), ("optim", "model"),
     ("train", "trainer"), ("trainer", "evaluate"), ("loading", "checkpoint"),
-    ("train", "evaluate"), ("hub", "card"), ("hub", "hub_errors"), ("launch", "plan"), ("cli", "commands"),
+    ("train", "evaluate"), ("hub", "card"), ("hub", "hub_errors"), ("launch", "plan"), ("forecast", "memory"),
+    ("cli", "commands"),
 }  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}
 
