@@ -180,6 +180,8 @@ def launch_command(recipe: Recipe, output: Path, node: int) -> list[str]:
         # On one node 0: any port that is free, so that two runs do not meet.
         port = launch.main_port or (PORT if launch.nodes > 1 else 0)
         command += ["--main_process_port", str(port), *_engine_arguments(engine_of(launch))]
+        # Seconds after which torch ends the others when one has died; by then rmtool has seen which one it was.
+        command += ["--monitor_interval", "1"]
     # Autocast is the model's own (see model.py): with accelerate's on top there would be two.
     return [*command, "--mixed_precision", "no", "--module", "rmtool.train", str(folder)]
 

@@ -43,6 +43,7 @@ from rmtool.ui import Ui, worker_ui
 from rmtool.weights import empty_twin
 
 DATA_READ_FILE = ".data-read"
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words, of no type of its own
 BEST = "best-step-"  # the best checkpoint so far, until the run ends
 
 
@@ -181,6 +182,16 @@ def _common(recipe: Recipe, fingerprint: str, split: Split) -> dict[str, str]:
     }
 
 
+def _lost_others(error: Exception) -> RmtoolError | None:
+    """What to say where this process failed only because another one is gone; None if that is not why."""
+    told = models.first_line(error)
+    by_type = isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError)
+    if not by_type and not any(words in told for words in GONE):
+        return None
+    hint = "look at what the other nodes say: the first process that failed knows why"
+    return RmtoolError("E0805", "lost the connection to another process", hint, found=told)
+
+
 def main() -> None:
     """Entry of a worker process: `python -m rmtool.train RUN_FOLDER`."""
     folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", 0))
@@ -201,9 +212,10 @@ def main() -> None:
         hint = "set train.compile=false; where a C++ compiler or Triton is missing, install it"
         failed = RmtoolError("E0504", f"torch cannot compile the layers here: {models.first_line(error)}", hint)
         status = {"exit": int(failed.exit_code), "error": failed.as_dict()}
-    except Exception:  # noqa: BLE001 - the last line of defence: said, written down, and passed on as a bug
+    except Exception as error:  # noqa: BLE001 - the last line of defence: said, written down, and passed on
         traceback.print_exc()
-        status = {"exit": int(ExitCode.BUG), "error": None}
+        lost = _lost_others(error)
+        status = {"exit": int(lost.exit_code if lost else ExitCode.BUG), "error": lost.as_dict() if lost else None}
     end(folder, rank, status["exit"], status["error"])
     sys.exit(status["exit"])
 

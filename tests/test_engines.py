@@ -179,6 +179,8 @@ def test_all_ranks_are_gone_soon_after_one(place: Path, tmp_path: Path, rank: in
     assert words in told
     assert f"rank-{rank}.log" in told
     assert not any(group_members(pid) for pid in found.values())
+    if number == signal.SIGKILL:  # the other one knows that it is not its fault
+        assert json.loads((output / f"rank-{1 - rank}.json").read_text())["error"]["code"] == "E0805"
 
 
 @pytest.mark.xdist_group("ranks")
