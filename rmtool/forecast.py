@@ -22,6 +22,11 @@ from rmtool.packing import key_count
 from rmtool.recipe import world_size
 from rmtool.steps import Unit, epoch_steps
 
+PARTS = {name: name for name in ("weights", "gradients")} | {
+    "optimizer": "optimiser states",
+    "activations": "activations",
+    "buffers": "all-gather and reduce buffers",
+}
 LOOKED_AT, PLANNED = 50, 8  # of the first epoch's first steps: whose tokens are counted, whose packs are planned
 
 
@@ -65,8 +70,7 @@ class Forecast:
     def rows(self) -> list[tuple[str, str]]:
         """(what, value) for a table."""
         memory, launch = self.memory, self.recipe.launch
-        parts = ("weights", "gradients", "optimizer", "activations", "buffers")
-        sizes = [(f"memory: {name}", f"{_size(getattr(memory, name))}{self._remark(name)}") for name in parts]
+        sizes = [(f"memory: {PARTS[name]}", f"{_size(getattr(memory, name))}{self._remark(name)}") for name in PARTS]
         if memory.host:
             sizes += [("host memory", f"{_size(memory.host)} per process: optimiser states and gradients")]
         return [

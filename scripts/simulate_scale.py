@@ -136,8 +136,8 @@ def row(world: int, pairs: int, steps: Sequence[Step]) -> list[str]:
         return statistics.median(getattr(step, name) for step in steps)
 
     seconds = middle("seconds")
-    return [f"{world:,}", f"{pairs:,}", f"{middle('packs'):.0f}", f"{middle('slowest') - 1:.1%}",
-            f"{max(0.0, middle('one_pair') - 1):.1%}", digits(middle("compute")), digits(middle("network")),
+    return [f"{world:,}", f"{pairs:,}", f"{middle('packs'):.0f}", f"{middle('slowest'):.3f}",
+            f"{middle('one_pair'):.3f}", digits(middle("compute")), digits(middle("network")),
             digits(seconds), digits(pairs / seconds / world)]  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def assumptions(args: argparse.Namespace, model: Model, measured: Measured, reco
         f"network: ZeRO-3 in bf16 over one ring per GPU of a node; {args.nvlink:g} GB/s within a node,",
         f"  {args.nic:g} GB/s a GPU between nodes, {args.hops[0]:g} and {args.hops[1]:g} microseconds a hop; each",
         "  layer is gathered twice and its gradients scattered once per round of packs, wholly beneath compute",
-        "slowest over mean: of the predicted work; where one pair alone is over the mean, no plan can do better;",
+        "slowest over mean: of the predicted work; where one pair alone is above it, no plan can do better;",
         "  step s has the measured jitter in it too",
     ])  # fmt: skip
 
