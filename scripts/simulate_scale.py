@@ -60,7 +60,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of steps on a real machine: the time of no token in tokens, and each measurement over the fitted line."""
+    """Of steps on a real machine: the time of no token in tokens, and the median of each size over the fitted line."""
 
     fixed_tokens: float
     residuals: tuple[float, ...]
@@ -149,7 +149,7 @@ def assumptions(args: argparse.Namespace, model: Model, measured: Measured, reco
         f"compute: {model.multiplied / 1e9:.2f} billion weights, 6 flops each and token, attention counted, at "
         f"{args.utilisation:.0%} of {args.peak_tflops:g} TFLOP/s",
         f"measured: a pack costs {measured.fixed_tokens:,.0f} tokens more than it has; a rank's time is off the line",
-        f"  as one of {len(measured.residuals)} measured steps was, at most by {off:.1%}",
+        f"  as the median of one of {len(measured.residuals)} measured sizes was, at most by {off:.1%}",
         f"network: ZeRO-3 in bf16 over one ring per GPU of a node; {args.nvlink:g} GB/s within a node,",
         f"  {args.nic:g} GB/s a GPU between nodes, {args.hops[0]:g} and {args.hops[1]:g} microseconds a hop; each",
         "  layer is gathered twice and its gradients scattered once per round of packs, wholly beneath compute",
@@ -231,7 +231,7 @@ def read_measured(path: Path) -> Measured:
         raise BenchError(f"there is no {path}; write it with: scripts/bench_cost.py steps --json {path}")
     content = json.loads(path.read_text(encoding="utf-8"))
     start, slope = content["line"]
-    residuals = tuple(event["seconds"] / (start + slope * event["tokens"]) for event in content["events"])
+    residuals = tuple(seconds / (start + slope * tokens) for tokens, seconds in content["points"])
     return Measured(max(0.0, start / slope), residuals)
 
 

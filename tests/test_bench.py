@@ -231,7 +231,7 @@ def test_simulated_ranks_wait_for_the_heaviest_pair_and_for_the_network(
 ) -> None:
     rows = [*pair_rows(40), {"prompt": "p", "chosen": "word " * 200, "rejected": "other"}]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
-    measured = {"line": [0.1, 0.01], "events": [{"tokens": 90, "seconds": 1.0}, {"tokens": 190, "seconds": 2.0}]}
+    measured = {"line": [0.1, 0.01], "points": [[90, 1.0], [190, 2.0]]}
     (tmp_path / "cost.json").write_text(json.dumps(measured))
     words = ["--measured", str(tmp_path / "cost.json"), "--data", str(tmp_path / "pairs.jsonl"), "--config",
              str(causal_lm), "--tokenizer", str(causal_lm), "--gpus", "1", "16", "--pairs-per-gpu", "4",
