@@ -55,15 +55,24 @@ def _tools(row: Row) -> str:
     """A list of tools, or JSON of one, as Hub datasets store it."""
     tools = row.data.get("tools")
     if isinstance(tools, str) and tools:
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise wrong(row, '"tools" is a list, or JSON of one', "other text") from None
+        tools = _inner_json(tools)
+        if tools is None:
+            raise wrong(row, '"tools" is a list, or JSON of one', "other text")
     if not tools:
         return ""
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise wrong(row, '"tools" is a list of objects', json_kind(tools))
     return json.dumps(tools, ensure_ascii=False)
+
+
+def _inner_json(text: str) -> Any:
+    """What JSON in a field says; None where it is none that we would read in a row."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no character
+    except (ValueError, RecursionError):
+        return None
+    return value
 
 
 def _number(row: Row, name: str, value: Any = None) -> float | None:
@@ -225,9 +234,8 @@ def arena_responses(row: Row, reading: Reading) -> Record:
 def _turns(row: Row, name: str) -> list[str]:
     value = row.data[name]
     if isinstance(value, str) and value.startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
+        value = _inner_json(value)
+        if value is None:
             return [row.data[name]]
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):

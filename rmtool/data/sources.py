@@ -31,6 +31,7 @@ class SourceCount:
     format: str = "unknown"
     records: int = 0
     taken: int = 0
+    counted: str = "rows"  # or prompts, where rows of one prompt are put together
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ def read_records(
 
     def recognised(format: Format) -> None:
         count.format = format.name
+        count.counted = "prompts" if format.grouped else "rows"
 
     for record in preference_records(read_rows(path, rejects), reading, rejects, recognised):
         advance()
