@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,42 @@ def test_a_dry_run_ends_as_the_run_would(rmtool: Any, causal_lm: Path, tmp_path:
         shown = rmtool(*command, "--dry-run", "--on-bad-row", "skip", *more)
         assert shown.code == 1
         assert "set aside" in shown.out or json.loads(shown.out)["report"]["rejected"] == 1
+
+
+def test_bad_rows_are_never_set_aside_in_an_input(rmtool: Any, model: Path, causal_lm: Path, tmp_path: Path) -> None:
+    pairs = with_bad_rows(tmp_path / "ev.jsonl", pair_rows(8))
+    write_jsonl(tmp_path / "ev.rejects.jsonl", pair_rows(5))
+    (tmp_path / "linked.jsonl").symlink_to("ev.rejects.jsonl")
+    responses = with_bad_rows(tmp_path / "sc.rejects.jsonl", ROWS)
+    run = tmp_path / "run"
+    run.mkdir()
+    copied = with_bad_rows(run / "rejects.jsonl", pair_rows(8))
+    commands: list[tuple[Any, ...]] = [
+        ("eval", model, "--data", pairs, "--data", "ev.rejects.jsonl"),
+        ("eval", model, "--data", pairs, "--data", "linked.jsonl"),
+        ("score", responses, "--model", model, "--output", "sc.jsonl"),
+        ("train", "--recipe", "smollm2-135m", "--model", causal_lm, "--data", copied, "--output", run, "--dry-run"),
+    ]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+    for command in commands:
+        shown = rmtool(*command, "--on-bad-row", "skip")
+        assert (shown.code, shown.error) == (6, "E0601"), command
+        assert "it is an input" in shown.err
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+
+
+@pytest.mark.parametrize("kind", ["rows of the user's", "not a file"])
+def test_only_what_a_command_set_aside_is_replaced(rmtool: Any, model: Path, tmp_path: Path, kind: str) -> None:
+    pairs = with_bad_rows(tmp_path / "ev.jsonl", pair_rows(8))
+    aside = tmp_path / "ev.rejects.jsonl"
+    command = ("eval", model, "--data", pairs, "--on-bad-row", "skip")
+    for _ in range(2):
+        assert rmtool(*command).code == 1
+        assert len(scored(aside)) == 3
+    aside.unlink()
+    if kind == "not a file":
+        os.mkfifo(aside)  # to read from it would take for ever
+    else:
+        write_jsonl(aside, pair_rows(2))
+    assert rmtool(*command).error == "E0601"
+    assert kind == "not a file" or scored(aside) == pair_rows(2)
