@@ -4,13 +4,14 @@ In: a key that says all that the token ids depend on (text, template, tokenizer,
 that were encoded under the same key, or nothing. A key never comes back for other content, so an entry is right or not
 there; one that is damaged is removed, and said.
 Cost: 4 bytes of disk per token; reading an entry checks all of it, about 1 GB/s. Entries that were not used for KEPT
-days go when another is written.
+days go when another is written; folders of other names stay.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -27,11 +28,13 @@ from rmtool.errors import RmtoolError
 from rmtool.spool import TreeSpool
 
 KEPT = 30
+_DAY = 24 * 3600
+_ENTRY, _UNFINISHED = re.compile("[0-9a-f]{32}"), ".tmp-"  # names of folders: a key; what is being written
 _IDS, _INDEX, _FACTS = "ids.bin", "index.npz", "entry.json"
 
 
 def cache_folder() -> Path:
-    """`tokens` in $RMTOOL_CACHE, or in rmtool in the user's cache folder; nothing else lies in it."""
+    """`tokens` in $RMTOOL_CACHE, or in rmtool in the user's cache folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmtool"
     return Path(os.environ.get("RMTOOL_CACHE") or home) / "tokens"
 
@@ -66,7 +69,7 @@ def put(key: str, encode: Callable[[TreeSpool], Encoded]) -> Encoded:
     root = cache_folder()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
+        temporary = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root))
         try:
             trees = TreeSpool(temporary / _IDS)
             encoded = encode(trees)
@@ -87,7 +90,17 @@ def put(key: str, encode: Callable[[TreeSpool], Encoded]) -> Encoded:
 
 
 def _prune(root: Path) -> None:
-    oldest = time.time() - KEPT * 24 * 3600
+    """Remove entries that were not used for KEPT days, and what a process that was killed a day ago left behind."""
+    now = time.time()
     for folder in root.iterdir():
-        if folder.stat().st_mtime < oldest:
+        if folder.name.startswith(_UNFINISHED):
+            old = _last_written(folder) < now - _DAY
+        else:
+            old = bool(_ENTRY.fullmatch(folder.name)) and folder.stat().st_mtime < now - KEPT * _DAY
+        if old:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _last_written(folder: Path) -> float:
+    """A folder's own time does not change while a file in it grows."""
+    return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))

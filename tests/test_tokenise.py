@@ -211,13 +211,25 @@ def test_a_damaged_entry_is_made_again(tokenizer: Any, tmp_path: Path, file: str
 def test_old_entries_go_and_nothing_else(tokenizer: Any, tmp_path: Path) -> None:
     path, encoder = write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64)
     tokenised(path, encoder)
-    mine = cache.cache_folder().parent / "mine"
-    mine.mkdir()
-    long_ago = time.time() - 31 * 24 * 3600
-    for old in (entries()[0], mine):
-        os.utime(old, (long_ago, long_ago))
+    root, now, day = cache.cache_folder(), time.time(), 24 * 3600
+    ages = {
+        entries()[0]: 31,
+        root / ".tmp-killed": 2,
+        root / ".tmp-at_work": 2,
+        root / "mine": 400,
+        root.parent / "mine": 400,
+        root / ("0" * 31): 400,
+        root / ("a" * 32): 29,
+    }
+    for folder, days in ages.items():
+        folder.mkdir(exist_ok=True)
+        (folder / "ids.bin").touch()
+        for each in (folder / "ids.bin", folder):
+            os.utime(each, (now - days * day, now - days * day))
+    (root / ".tmp-at_work/ids.bin").write_bytes(b"grows")
     tokenised(path, Encoder(tokenizer, 65))
-    assert (len(entries()), mine.exists()) == (1, True)
+    gone = {folder for folder in ages if not folder.exists()}
+    assert gone == set(list(ages)[:2])
 
 
 def test_a_cache_that_cannot_be_written_says_so(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
