@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ def test_nothing_else_is_taken_for_it(tokenizer: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["ids.bin", "index.npz", "entry.json"])
-@pytest.mark.parametrize("harm", ["cut", "flipped", "gone"])
+@pytest.mark.parametrize("harm", ["cut", "flipped", "gone", "empty", "[]", '{"counts": 5}', "[" * 10**5])
 def test_a_damaged_entry_is_made_again(tokenizer: Any, tmp_path: Path, file: str, harm: str) -> None:
     path, encoder = write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64)
     first = tokenised(path, encoder, kept=False)
@@ -198,14 +199,29 @@ def test_a_damaged_entry_is_made_again(tokenizer: Any, tmp_path: Path, file: str
     content = bytearray(target.read_bytes())
     if harm == "gone":
         target.unlink()
-    else:
+    elif harm in ("cut", "flipped"):
         middle = len(content) // 2
         content[middle] ^= 0x55
         target.write_bytes(content[:middle] if harm == "cut" else content)
+    else:
+        target.write_text(harm.removeprefix("empty"))
     said = list[str]()
     assert cache.get(entries()[0].name, said.append) is None
     assert "is damaged" in said[0]
     assert same(tokenised(path, encoder), first)
+
+
+def test_every_flipped_bit_of_an_entry_is_seen(tokenizer: Any, tmp_path: Path) -> None:
+    tokenised(write_jsonl(tmp_path / "p.jsonl", pair_rows(3)), Encoder(tokenizer, 64))
+    (entry,) = entries()
+    saved = shutil.copytree(entry, tmp_path / "saved")
+    places = [(file.name, at) for file in saved.iterdir() for at in range(file.stat().st_size)]
+    for at, (name, offset) in enumerate(places[:: len(places) // 400]):
+        shutil.copytree(saved, entry, dirs_exist_ok=True)
+        content = bytearray((saved / name).read_bytes())
+        content[offset] ^= 1 << at % 8
+        (entry / name).write_bytes(content)
+        assert cache.get(entry.name, lambda text: None) is None, (name, offset)
 
 
 def test_old_entries_go_and_nothing_else(tokenizer: Any, tmp_path: Path) -> None:
