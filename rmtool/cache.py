@@ -9,6 +9,8 @@ days go when another is written; folders of other names stay.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import os
@@ -53,11 +55,12 @@ def get(key: str, say: Callable[[str], None]) -> Encoded | None:
         trees = TreeSpool.reopen(folder / _IDS, index)
         if trees.crc != facts["ids"]:
             raise ValueError(f"{_IDS} has another checksum")
-        os.utime(folder)
     except (OSError, ValueError) as error:
         say(f"note: the tokenised data in {folder} is damaged ({error}) and is made again")
         shutil.rmtree(folder, ignore_errors=True)
         return None
+    with contextlib.suppress(OSError):  # the files are open: the entry may be gone by now, or not be ours to change
+        os.utime(folder)
     kept = array("q", index["kept"].astype(np.int64).tobytes())
     return Encoded(trees=trees, kept=kept, counts=Counter(facts["counts"]), failed=index["failed"].tolist())
 
@@ -101,8 +104,7 @@ def put(key: str, encode: Callable[[TreeSpool], Encoded]) -> Encoded:
             trees = TreeSpool(temporary / _IDS)
             encoded = encode(trees)
             _finish(temporary, encoded, trees)
-            if not (root / key).exists():  # another process may have been as fast
-                temporary.rename(root / key)
+            _name(temporary, root / key)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # the spool's open file stays readable
         _prune(root)
@@ -112,16 +114,28 @@ def put(key: str, encode: Callable[[TreeSpool], Encoded]) -> Encoded:
     return encoded
 
 
+def _name(folder: Path, entry: Path) -> None:
+    try:
+        folder.rename(entry)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        # Another process has written the same entry meanwhile, and may be reading it: it stays.
+
+
 def _prune(root: Path) -> None:
     """Remove entries that were not used for KEPT days, and what a process that was killed a day ago left behind."""
-    now = time.time()
     for folder in root.iterdir():
-        if folder.name.startswith(_UNFINISHED):
-            old = _last_written(folder) < now - _DAY
-        else:
-            old = bool(_ENTRY.fullmatch(folder.name)) and folder.stat().st_mtime < now - KEPT * _DAY
-        if old:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            # It may be gone by now, renamed or removed by another process; and other users' folders are theirs.
+            if _is_old(folder, time.time()):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_old(folder: Path, now: float) -> bool:
+    if folder.name.startswith(_UNFINISHED):
+        return _last_written(folder) < now - _DAY
+    return bool(_ENTRY.fullmatch(folder.name)) and folder.stat().st_mtime < now - KEPT * _DAY
 
 
 def _last_written(folder: Path) -> float:

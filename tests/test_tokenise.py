@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +248,36 @@ def test_old_entries_go_and_nothing_else(tokenizer: Any, tmp_path: Path) -> None
     tokenised(path, Encoder(tokenizer, 65))
     gone = {folder for folder in ages if not folder.exists()}
     assert gone == set(list(ages)[:2])
+
+
+def test_entries_may_be_written_at_the_same_time() -> None:
+    """The same entry, and others, by two threads in step: what another renames or removes meanwhile is no error."""
+    together, rounds = threading.Barrier(2), 150
+
+    def write(mine: int) -> int:
+        for at in range(rounds):
+            together.wait(20)
+            cache.put(f"{at:032x}", lambda trees: Encoded(trees=trees))
+            cache.put(f"{mine}{at:031x}", lambda trees: Encoded(trees=trees))
+        return rounds
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(write, (1, 2))) == [rounds, rounds]
+    assert len(entries()) == 3 * rounds
+    assert all(cache.get(entry.name, pytest.fail) for entry in entries())
+
+
+def test_a_cache_that_may_only_be_read_is_not_damaged(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    path, encoder = write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64)
+    first = tokenised(path, encoder)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("rmtool.cache.os.utime", refuse)
+    found = cache.get(entries()[0].name, pytest.fail)
+    assert found is not None
+    assert found.kept == first.kept
 
 
 def test_a_cache_that_cannot_be_written_says_so(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
