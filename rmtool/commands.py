@@ -120,13 +120,20 @@ def _show_plan(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:
         ui.result(f"\n# node {node}\n{command}")
     report, missing = _report(plan, output, ui)
     if report:
-        from rmtool.report import LENGTHS_FILE
-
         ui.table("Data", ("", ""), report.rows(), numeric_from=2)
-        ui.result(f"lengths: {output / LENGTHS_FILE}")
+        ui.result(f"lengths: {_lengths_place(output)}")
     else:
         ui.result(f"no report on the data: {missing}")
     _end_dry_run(report)
+
+
+def _lengths_place(output: Path) -> str:
+    from rmtool.launch import is_finished
+    from rmtool.report import LENGTHS_FILE
+
+    if is_finished(output):
+        return f"no picture, {output} holds a finished run, which a dry run leaves as it is; name another --output"
+    return str(output / LENGTHS_FILE)
 
 
 def _end_dry_run(report: DataReport | None) -> None:
@@ -136,9 +143,11 @@ def _end_dry_run(report: DataReport | None) -> None:
 
 
 def _report(plan: Plan, output: Path, ui: Ui) -> tuple[DataReport | None, str]:
-    """The report, or why there is none; writes the picture of the lengths."""
+    """The report, or why there is none; writes it, with the picture of the lengths, unless a finished run has its own
+    there.
+    """
     from rmtool.checkpoint import resolve_checkpoint
-    from rmtool.launch import prepare_folder
+    from rmtool.launch import is_finished, prepare_folder
     from rmtool.loading import training_encoder
     from rmtool.report import build_report, example, write_report
     from rmtool.split import load_split
@@ -157,8 +166,9 @@ def _report(plan: Plan, output: Path, ui: Ui) -> tuple[DataReport | None, str]:
         split = load_split(recipe, encoder, rejects, ui)
     report = build_report(split, recipe.train.batch_size, recipe.train.seed)
     ui.say(f"an example: {example(encoder, split.train.labels[0], split.train.trees[0])}")
-    prepare_folder(output, overwrite=True)
-    write_report(report, split.train, output)
+    if not is_finished(output):
+        prepare_folder(output, overwrite=False)
+        write_report(report, split.train, output)
     return report, ""
 
 

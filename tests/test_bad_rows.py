@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from conftest import pair_rows, scored, write_jsonl
 
+from rmtool.checkpoint import MANIFEST
+from rmtool.report import LENGTHS_FILE, REPORT_FILE
+
 
 def with_bad_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Line 2 is cut, line 4 has a response that is empty, line 6 is of the wrong kind."""
@@ -108,6 +111,26 @@ def test_a_dry_run_ends_as_the_run_would(rmtool: Any, causal_lm: Path, tmp_path:
         shown = rmtool(*command, "--dry-run", "--on-bad-row", "skip", *more)
         assert shown.code == 1
         assert "set aside" in shown.out or json.loads(shown.out)["report"]["rejected"] == 1
+
+
+def test_a_dry_run_leaves_a_finished_run_as_it_is(rmtool: Any, causal_lm: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(6))
+    run = tmp_path / "run"
+    command = ("train", "--recipe", "smollm2-135m", "--model", causal_lm, "--data", data, "--set", "data.holdout=2")
+    command = (*command, "--output", run, "--dry-run")
+    shown = rmtool(*command)
+    assert (shown.code, str(run / LENGTHS_FILE) in shown.out.replace("\n", "")) == (0, True)
+    assert sorted(path.name for path in run.iterdir()) == [LENGTHS_FILE, REPORT_FILE]
+    (run / "model").mkdir()
+    for name in (LENGTHS_FILE, REPORT_FILE, f"model/{MANIFEST}"):
+        (run / name).write_text("the finished run's")
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    for more in ((), ("--overwrite",), ("--json",)):
+        shown = rmtool(*command, *more)
+        assert shown.code == 0, shown.err
+        assert "longer response" in shown.out or json.loads(shown.out)["report"]["pairs"] == 4
+        assert str(run / LENGTHS_FILE) not in shown.out.replace("\n", "")
+        assert before == sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
 
 
 def test_bad_rows_are_never_set_aside_in_an_input(rmtool: Any, model: Path, causal_lm: Path, tmp_path: Path) -> None:
