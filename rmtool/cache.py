@@ -109,7 +109,7 @@ def put(key: str, encode: Callable[[TreeSpool], Encoded]) -> Encoded:
             shutil.rmtree(temporary, ignore_errors=True)  # the spool's open file stays readable
         _prune(root)
     except OSError as error:
-        hint = "free the disk, name another folder in $RMTOOL_CACHE, or set data.cache=false"
+        hint = "free the disk, or name another folder in $RMTOOL_CACHE; train also has --set data.cache=false"
         raise RmtoolError("E0502", f"{root} cannot be written: {error.strerror or error}", hint) from error
     return encoded
 

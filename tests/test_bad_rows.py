@@ -25,6 +25,7 @@ def with_bad_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+RATED = {"score_chosen": 2, "score_rejected": 1}
 ROWS = [{"prompt": row["prompt"], "response": row["chosen"]} for row in pair_rows(8)]
 
 
@@ -131,6 +132,19 @@ def test_a_dry_run_leaves_a_finished_run_as_it_is(rmtool: Any, causal_lm: Path, 
         assert "longer response" in shown.out or json.loads(shown.out)["report"]["pairs"] == 4
         assert str(run / LENGTHS_FILE) not in shown.out.replace("\n", "")
         assert before == sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+
+
+def test_sources_without_ratings_are_named_where_margins_are_asked_for(
+    rmtool: Any, causal_lm: Path, tmp_path: Path
+) -> None:
+    rated = write_jsonl(tmp_path / "rated.jsonl", [row | RATED for row in pair_rows(6)])
+    plain = write_jsonl(tmp_path / "plain.jsonl", pair_rows(6))
+    command = ("train", "--recipe", "smollm2-135m", "--model", causal_lm, "--data", rated, "--data", plain)
+    command = (*command, "--set", "data.holdout=2", "--dry-run")
+    assert "no ratings" not in rmtool(*command).err
+    said = " ".join(rmtool(*command, "--set", "data.rating_margins=true").err.split())
+    assert f"{plain} has no ratings" in said
+    assert f"{rated} has no ratings" not in said
 
 
 def test_bad_rows_are_never_set_aside_in_an_input(rmtool: Any, model: Path, causal_lm: Path, tmp_path: Path) -> None:
