@@ -27,6 +27,11 @@ from rmtool.ui import Replay, TerminalUi
 
 LOG_FILE = "train.log"
 EVENTS_FILE = ".events"
+# What a finished run leaves; written out, because the modules that write some of it import torch.
+_RUN_FILES = (
+    *("model", HELD_OUT_FILE, REJECTS_FILE, CONFIG_FILE, LOG_FILE),
+    *("metrics.jsonl", "curves.png", "report.json", "lengths.png"),
+)
 GRACE_S = 10.0  # between asking the processes to stop and killing them
 
 
@@ -48,8 +53,13 @@ def prepare_folder(output: Path, overwrite: bool) -> None:
         ) from error
 
 
+def is_finished(output: Path) -> bool:
+    """Whether the run folder holds a finished run."""
+    return (output / "model" / MANIFEST).is_file()
+
+
 def _refuse_finished(output: Path, overwrite: bool) -> None:
-    if (output / "model" / MANIFEST).is_file() and not overwrite:
+    if is_finished(output) and not overwrite:
         hint = "choose another --output, or pass --overwrite to move it to previous/"
         raise RmtoolError("E0601", f"{output} holds a finished run", hint)
 
@@ -79,7 +89,7 @@ def _set_aside(output: Path) -> None:
     if (output / "model").exists():
         shutil.rmtree(previous, ignore_errors=True)
         previous.mkdir()
-        for name in ("model", HELD_OUT_FILE, "metrics.jsonl", "curves.png", CONFIG_FILE, LOG_FILE):
+        for name in _RUN_FILES:
             if (output / name).exists():
                 (output / name).rename(previous / name)
     (output / REJECTS_FILE).unlink(missing_ok=True)

@@ -162,6 +162,21 @@ def test_margins_come_from_ratings_when_asked() -> None:
     assert preference_record(row(EXAMPLES["UltraFeedback"][1])).margins == (None,) * 3
 
 
+def test_margins_of_pairs_come_from_their_scores_when_asked() -> None:
+    rating, pair = Reading(rating_margins=True), {"prompt": Q, "chosen": GOOD, "rejected": BAD}
+    scores = {"score_chosen": 8.5, "score_rejected": 6}
+    assert preference_record(row(pair | scores), rating).margins == (2.5,)
+    assert preference_record(row(pair | scores)).margins == (None,)
+    assert preference_record(row(pair | {"margin": 3}), rating).margins == (3.0,)
+    for wrong in ({"score_chosen": 8}, {"score_rejected": 8}, {"score_chosen": 5, "score_rejected": 6}):
+        with pytest.raises(RmtoolError, match=r"data\.rating_margins") as caught:
+            preference_record(row(pair | wrong), rating)
+        assert caught.value.id == "E0303"
+        assert caught.value.what.startswith(
+            '"score_rejected" is m' if wrong == {"score_chosen": 8} else '"score_chosen"'
+        )
+
+
 def read(rows: list[dict[str, Any]]) -> list[Record]:
     numbered = [row(data, line) for line, data in enumerate(rows, 1)]
     rejects = Rejects()
@@ -302,6 +317,9 @@ def test_a_mixture_takes_its_shares_and_is_the_same_every_time(tmp_path: Path) -
     with pytest.raises(RmtoolError, match=r"41 rows of .* are asked for, and it has 40"):
         mixed(tmp_path, Source(a, rows=41))
     assert draw_share(Source("x", fraction=0.1), 0, 0, 0).tolist() == []
+    with pytest.raises(RmtoolError, match=r"0\.01 of .* is none of its 40 rows"):
+        mixed(tmp_path, Source(a, fraction=0.01))
+    assert len(mixed(tmp_path, Source(a, fraction=0.02))) == 1
 
 
 def rendered(data: dict[str, Any]) -> list[tuple[str, str]]:

@@ -116,6 +116,7 @@ FORMATS = (
 FIELDS = frozenset().union(*(format.fields for format in FORMATS)) | {
     "prompt", "system", "system_prompt", "tools", "margin", "weight", "subset", "category_path",
     "rating", "helpfulness", "winner", "winner_model_a", "winner_model_b", "winner_tie", "messages",
+    "score_chosen", "score_rejected",
 }  # fmt: skip
 
 

@@ -136,10 +136,23 @@ def _rated(
 
 
 def pair(row: Row, reading: Reading) -> Record:
-    prompt = whole_prompt(row)
-    return record_of(
-        row, [conversation(row, prompt, row.data[name], name) for name in ("chosen", "rejected")], [(0, 1)]
-    )
+    prompt, names = whole_prompt(row), ("chosen", "rejected")
+    margins = _score_margin(row) if reading.rating_margins else {}
+    return record_of(row, [conversation(row, prompt, row.data[name], name) for name in names], [(0, 1)], **margins)
+
+
+def _score_margin(row: Row) -> dict[str, Any]:
+    """The margin that score_chosen and score_rejected give, as UltraFeedback binarized has them."""
+    names = ("score_chosen", "score_rejected")
+    chosen, rejected = (_number(row, name) for name in names)
+    if chosen is None and rejected is None:
+        return {}
+    if chosen is None or rejected is None:
+        raise wrong(row, f'"{names[chosen is not None]}" is missing, and data.rating_margins asks for the difference')
+    if chosen < rejected:
+        what = '"score_chosen" is below "score_rejected", and data.rating_margins makes their difference the margin'
+        raise wrong(row, what, f"{chosen:g} and {rejected:g}")
+    return {"margins": (chosen - rejected,)}
 
 
 def lists(row: Row, reading: Reading) -> Record:
