@@ -6,12 +6,13 @@ Row 4 of the design, beside `cli`, which parses; kept apart because this half im
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmtool.config import Recipe, Source
-from rmtool.data.rejects import REJECTS_FILE, Rejects
+from rmtool.data.rejects import REJECTS_FILE, Rejects, require_free
 from rmtool.errors import ExitCode, Place, RmtoolError
 from rmtool.recipe import resolve
 from rmtool.ui import SilentUi, TerminalUi, Ui, captured, print_json
@@ -53,9 +54,17 @@ class Reading:
     on_bad_row: str = "fail"
     columns: tuple[tuple[str, str], ...] = ()
 
-    def rejects(self, beside: Path) -> Rejects:
-        """Where bad rows go: `beside` with the ending .rejects.jsonl, or into the error."""
-        return Rejects(_ending(beside, ".rejects.jsonl") if self.on_bad_row == "skip" else None)
+    def rejects(self, beside: Path, inputs: Sequence[str]) -> Rejects:
+        """Where bad rows of the inputs go: `beside` with the ending .rejects.jsonl, or into the error.
+
+        Raises:
+            RmtoolError: E0601 a file of the user's has that name.
+        """
+        if self.on_bad_row != "skip":
+            return Rejects()
+        path = _ending(beside, ".rejects.jsonl")
+        require_free(path, inputs)
+        return Rejects(path)
 
     def check(self, on_long: tuple[str, ...]) -> None:
         if self.precision not in (None, "fp32", "bf16"):
@@ -71,12 +80,15 @@ def train_command(
 ) -> None:
     from rmtool import launch
     from rmtool.plan import make_plan
+    from rmtool.split import sources_of
 
     with captured() as ui:
         if recipe.hub.repo_id and not dry_run:
             from rmtool.hub import check_ready
 
             check_ready(recipe.hub.repo_id)
+        inputs = sources_of((*recipe.data.train, *recipe.data.eval))
+        require_free(output / REJECTS_FILE, [source.path for source in inputs])
         plan = make_plan(recipe, output, node, told_by)
         if not dry_run:
             launch.prepare_folder(output, overwrite)
@@ -116,15 +128,22 @@ def _show_plan(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:
         ui.result(f"\n# node {node}\n{command}")
     seen = _look_ahead(plan, output, ui)
     if seen.report:
-        from rmtool.report import LENGTHS_FILE
-
         ui.table("Data", ("", ""), seen.report.rows(), numeric_from=2)
-        ui.result(f"lengths: {output / LENGTHS_FILE}")
+        ui.result(f"lengths: {_lengths_place(output)}")
     if seen.forecast:
         ui.table("Per step and device", ("", ""), seen.forecast.rows(), numeric_from=2)
     if seen.missing:
         ui.result(f"not known yet: {seen.missing}")
     _end_dry_run(seen.report)
+
+
+def _lengths_place(output: Path) -> str:
+    from rmtool.launch import is_finished
+    from rmtool.report import LENGTHS_FILE
+
+    if is_finished(output):
+        return f"no picture, {output} holds a finished run, which a dry run leaves as it is; name another --output"
+    return str(output / LENGTHS_FILE)
 
 
 def _end_dry_run(report: DataReport | None) -> None:
@@ -143,10 +162,12 @@ class _Ahead:
 
 
 def _look_ahead(plan: Plan, output: Path, ui: Ui) -> _Ahead:
-    """Read the data, and run the model on tensors without memory; writes the picture of the lengths."""
+    """Read the data, and run the model on tensors without memory. Writes the report, with the picture of the lengths,
+    unless a finished run has its own there.
+    """
     from rmtool.checkpoint import resolve_checkpoint
     from rmtool.forecast import forecast
-    from rmtool.launch import prepare_folder
+    from rmtool.launch import is_finished, prepare_folder
     from rmtool.loading import training_encoder
     from rmtool.report import build_report, example, write_report
     from rmtool.split import load_split
@@ -167,8 +188,9 @@ def _look_ahead(plan: Plan, output: Path, ui: Ui) -> _Ahead:
         split = load_split(recipe, encoder, rejects, ui)
     report = build_report(split, train.batch_size, train.seed)
     ui.say(f"an example: {example(encoder, split.train.labels[0], split.train.trees[0])}")
-    prepare_folder(output, overwrite=True)
-    write_report(report, split.train, output)
+    if not is_finished(output):
+        prepare_folder(output, overwrite=False)
+        write_report(report, split.train, output)
     steps = plan_steps(train.epochs, train.max_steps, count_pairs(split.train.labels), train.batch_size)
     return _Ahead(report, forecast(recipe, source, split.train, steps), "")
 
@@ -208,7 +230,7 @@ def eval_command(model: str, data: list[str] | None, samples: int, reading: Read
         folder = resolve_checkpoint(model, None, ui)
         sources = data or _default_eval_data(folder)
         ui.say(f"model: {folder}\ndata:  {', '.join(sources)}")
-        with reading.rejects(Path(Path(sources[0]).name)) as rejects:
+        with reading.rejects(Path(Path(sources[0]).name), sources) as rejects:
             places = [Source(source) for source in sources]
             selection = read_sources(places, record.Reading(reading.columns), 0, rejects, ui)
             loaded = _load(folder, reading, ui)
@@ -309,10 +331,11 @@ def score_command(
         ui.say(f"model: {model}")
         output = output or _scored_name(source)
         _check_output(source, output, overwrite)
+        aside = reading.rejects(output, [str(source)])
         from rmtool.score import score_file
 
         loaded = _load(resolve_checkpoint(model, None, ui), reading, ui)
-        with reading.rejects(output) as rejects:
+        with aside as rejects:
             outcome = score_file(source, output, loaded, reading.tokens_per_pack, rejects, ui)
         _say_rejected(rejects, ui)
         if outcome.truncated:

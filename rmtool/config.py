@@ -38,7 +38,7 @@ class DataConfig:
     eval: tuple[str | Source, ...] = ()  # likewise
     holdout: int | float = 0  # without `eval`: so many training pairs, or this share of them, are held out by prompt
     columns: dict[str, str] = field(default_factory=dict)  # our field name: the data's; dots lead into objects
-    rating_margins: bool = False  # rated responses: a pair's margin is the difference of its ratings
+    rating_margins: bool = False  # a pair's margin is the difference of its ratings, or of score_chosen and _rejected
     on_bad_row: Literal["fail", "skip"] = "fail"  # skip: bad rows are set aside in rejects.jsonl
     max_length: int = 2048  # tokens of prompt and response together
     on_long: Literal["error", "drop", "truncate_prompt"] = "error"

@@ -38,6 +38,11 @@ LINES = 20  # of a failing process's log
 # What a user has set for other programs of theirs must not reach into this run; nor what started this command.
 FOREIGN = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PET_", "PMI_", "OMPI_", "MPI_", "MV2_")
 RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What a finished run leaves; written out, because the modules that write some of it import torch.
+_RUN_FILES = (
+    *("model", HELD_OUT_FILE, REJECTS_FILE, CONFIG_FILE, LOG_FILE),
+    *("metrics.jsonl", "curves.png", "report.json", "lengths.png"),
+)
 
 
 def prepare_folder(output: Path, overwrite: bool) -> None:
@@ -58,8 +63,13 @@ def prepare_folder(output: Path, overwrite: bool) -> None:
         ) from error
 
 
+def is_finished(output: Path) -> bool:
+    """Whether the run folder holds a finished run."""
+    return (output / "model" / MANIFEST).is_file()
+
+
 def _refuse_finished(output: Path, overwrite: bool) -> None:
-    if (output / "model" / MANIFEST).is_file() and not overwrite:
+    if is_finished(output) and not overwrite:
         hint = "choose another --output, or pass --overwrite to move it to previous/"
         raise RmtoolError("E0601", f"{output} holds a finished run", hint)
 
@@ -101,7 +111,7 @@ def _set_aside(output: Path) -> None:
     if (output / "model").exists():
         shutil.rmtree(previous, ignore_errors=True)
         previous.mkdir()
-        for name in ("model", HELD_OUT_FILE, "metrics.jsonl", "curves.png", CONFIG_FILE, LOG_FILE):
+        for name in _RUN_FILES:
             if (output / name).exists():
                 (output / name).rename(previous / name)
     (output / REJECTS_FILE).unlink(missing_ok=True)

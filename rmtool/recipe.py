@@ -244,7 +244,10 @@ def _check(recipe: Recipe, file: str) -> None:
             for source in map(as_source, (*recipe.data.train, *recipe.data.eval))
         ),
         *(
-            (all(n is None or n > 0 for n in (source.fraction, source.rows)), "fraction and rows are above 0")
+            (
+                all(n is None or 0 < n < float("inf") for n in (source.fraction, source.rows)),
+                "fraction and rows are above 0",
+            )
             for source in map(as_source, (*recipe.data.train, *recipe.data.eval))
         ),
         (recipe.data.max_length >= 2, "data.max_length is at least 2"),

@@ -81,7 +81,10 @@ class DataReport:
     def rows(self) -> list[tuple[str, str]]:
         """(what, value) for a table."""
         sources = [
-            (f"source {source.path}", f"{source.format}: {source.records:,} rows, {source.taken:,} of them taken")
+            (
+                f"source {source.path}",
+                f"{source.format}: {source.records:,} {source.counted}, {source.taken:,} of them taken",
+            )
             for source in self.sources
         ]
         fates = [(f"rows {FATES[reason]}", f"{count:,}") for reason, count in sorted(self.dropped.items())]

@@ -63,6 +63,8 @@ def load_split(recipe: Recipe, encoder: Encoder, rejects: Rejects, ui: Ui) -> Sp
     data, seed = recipe.data, recipe.train.seed
     train = read_sources(sources_of(data.train), reading_of(data), seed, rejects, ui)
     held = read_sources(sources_of(data.eval), reading_of(data), seed, rejects, ui) if data.eval else Selection()
+    if data.rating_margins:
+        _say_without_margins(train, ui)
     counts = tuple(scan.count for scan in (*train.scans, *held.scans))
     if data.holdout:
         kept, apart = hold_out(list(train.labels()), data.holdout, seed)
@@ -74,6 +76,14 @@ def load_split(recipe: Recipe, encoder: Encoder, rejects: Rejects, ui: Ui) -> Sp
     if not trained_on.labels:
         raise RmtoolError("E0302", "no training pairs are left", "check data.holdout, data.on_long and data.max_length")
     return Split(trained_on, held_out, counts, rejects.count, held.take(held_out.kept))
+
+
+def _say_without_margins(selection: Selection, ui: Ui) -> None:
+    """A mixture may have sources without ratings, but not unseen."""
+    for scan in selection.scans:
+        margins = {margin for labels in scan.labels for margin in labels.margins}
+        if margins == {None}:
+            ui.say(f"note: data.rating_margins is set, and {scan.count.path} has no ratings: its pairs have no margins")
 
 
 def read_sources(sources: Sequence[Source], reading: Reading, seed: int, rejects: Rejects, ui: Ui) -> Selection:

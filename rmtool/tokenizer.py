@@ -21,6 +21,8 @@ RESERVED_PADS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|pa
 NEW_PAD = "<|pad|>"
 
 TEMPLATE_DATE = datetime.date(2024, 7, 26)  # Llama 3's own, for templates that ask for today's
+_CLOCK = re.compile(r"""strftime_now\s*\(\s*(["'])((?:(?!\1)[^\\])*)\1\s*\)""")  # one string, as it stands there
+_NO_CLOCK = re.compile(r"\{#.*?#\}|strftime_now\s+is\s+(?:not\s+)?defined", re.DOTALL)
 
 # The template that Tulu and Open Instruct use, for models that come without one (arXiv 2411.15124).
 TULU_TEMPLATE = (
@@ -40,7 +42,8 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
         chat_template: "tulu" or the path of a Jinja file; None keeps the tokenizer's own.
 
     Raises:
-        RmtoolError: E0404 no tokenizer, E0405 no chat template, E0201 no such template file.
+        RmtoolError: E0404 no tokenizer, E0405 no chat template, or one that asks for the time, E0201 no such
+            template file.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -56,7 +59,7 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
             "give one: --set model.chat_template=tulu (or a .jinja file) to train, --chat-template to eval or score",
             Place(str(folder)),
         )
-    tokenizer.chat_template = _without_clock(tokenizer.chat_template)
+    tokenizer.chat_template = _without_clock(tokenizer.chat_template, Place(chat_template or str(folder)))
     name_control_tokens(tokenizer)
     return tokenizer
 
@@ -84,15 +87,28 @@ def _rendered(tokenizer: Any) -> Iterator[str]:
             yield tokenizer.apply_chat_template(chat, tokenize=False)
 
 
-def _without_clock(template: str) -> str:
+def _without_clock(template: str, place: Place) -> str:
     """Some templates (Llama 3.2, SmolLM3) write today's date: the same text would get another reward tomorrow, and the
     saved checkpoint in another tool another one still. The date is written into the template instead.
+
+    Raises:
+        RmtoolError: E0405 the template asks for the time in a form that it makes up while it renders.
     """
 
     def date(match: re.Match[str]) -> str:
         return repr(TEMPLATE_DATE.strftime(match[2]))
 
-    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", date, template)
+    pinned = _CLOCK.sub(date, template)
+    if "strftime_now" in _NO_CLOCK.sub("", pinned):
+        raise RmtoolError(
+            "E0405",
+            "the chat template asks for the time, and not in one plain form: the same text would get another reward "
+            "each time",
+            "write the date, or strftime_now('%d %b %Y'), into a copy of the template, and give that: "
+            "--set model.chat_template=FILE.jinja to train, --chat-template to eval or score",
+            place,
+        )
+    return pinned
 
 
 def _template(name: str) -> str:

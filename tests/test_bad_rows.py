@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import pair_rows, scored, write_jsonl
+
+from rmtool.checkpoint import MANIFEST
+from rmtool.report import LENGTHS_FILE, REPORT_FILE
 
 
 def with_bad_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -21,6 +25,7 @@ def with_bad_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+RATED = {"score_chosen": 2, "score_rejected": 1}
 ROWS = [{"prompt": row["prompt"], "response": row["chosen"]} for row in pair_rows(8)]
 
 
@@ -107,3 +112,75 @@ def test_a_dry_run_ends_as_the_run_would(rmtool: Any, causal_lm: Path, tmp_path:
         shown = rmtool(*command, "--dry-run", "--on-bad-row", "skip", *more)
         assert shown.code == 1
         assert "set aside" in shown.out or json.loads(shown.out)["report"]["rejected"] == 1
+
+
+def test_a_dry_run_leaves_a_finished_run_as_it_is(rmtool: Any, causal_lm: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(6))
+    run = tmp_path / "run"
+    command = ("train", "--recipe", "smollm2-135m", "--model", causal_lm, "--data", data, "--set", "data.holdout=2")
+    command = (*command, "--output", run, "--dry-run")
+    shown = rmtool(*command)
+    assert (shown.code, str(run / LENGTHS_FILE) in shown.out.replace("\n", "")) == (0, True)
+    assert sorted(path.name for path in run.iterdir()) == [LENGTHS_FILE, REPORT_FILE]
+    (run / "model").mkdir()
+    for name in (LENGTHS_FILE, REPORT_FILE, f"model/{MANIFEST}"):
+        (run / name).write_text("the finished run's")
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    for more in ((), ("--overwrite",), ("--json",)):
+        shown = rmtool(*command, *more)
+        assert shown.code == 0, shown.err
+        assert "longer response" in shown.out or json.loads(shown.out)["report"]["pairs"] == 4
+        assert str(run / LENGTHS_FILE) not in shown.out.replace("\n", "")
+        assert before == sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+
+
+def test_sources_without_ratings_are_named_where_margins_are_asked_for(
+    rmtool: Any, causal_lm: Path, tmp_path: Path
+) -> None:
+    rated = write_jsonl(tmp_path / "rated.jsonl", [row | RATED for row in pair_rows(6)])
+    plain = write_jsonl(tmp_path / "plain.jsonl", pair_rows(6))
+    command = ("train", "--recipe", "smollm2-135m", "--model", causal_lm, "--data", rated, "--data", plain)
+    command = (*command, "--set", "data.holdout=2", "--dry-run")
+    assert "no ratings" not in rmtool(*command).err
+    said = " ".join(rmtool(*command, "--set", "data.rating_margins=true").err.split())
+    assert f"{plain} has no ratings" in said
+    assert f"{rated} has no ratings" not in said
+
+
+def test_bad_rows_are_never_set_aside_in_an_input(rmtool: Any, model: Path, causal_lm: Path, tmp_path: Path) -> None:
+    pairs = with_bad_rows(tmp_path / "ev.jsonl", pair_rows(8))
+    write_jsonl(tmp_path / "ev.rejects.jsonl", pair_rows(5))
+    (tmp_path / "linked.jsonl").symlink_to("ev.rejects.jsonl")
+    responses = with_bad_rows(tmp_path / "sc.rejects.jsonl", ROWS)
+    run = tmp_path / "run"
+    run.mkdir()
+    copied = with_bad_rows(run / "rejects.jsonl", pair_rows(8))
+    commands: list[tuple[Any, ...]] = [
+        ("eval", model, "--data", pairs, "--data", "ev.rejects.jsonl"),
+        ("eval", model, "--data", pairs, "--data", "linked.jsonl"),
+        ("score", responses, "--model", model, "--output", "sc.jsonl"),
+        ("train", "--recipe", "smollm2-135m", "--model", causal_lm, "--data", copied, "--output", run, "--dry-run"),
+    ]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+    for command in commands:
+        shown = rmtool(*command, "--on-bad-row", "skip")
+        assert (shown.code, shown.error) == (6, "E0601"), command
+        assert "it is an input" in shown.err
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+
+
+@pytest.mark.parametrize("kind", ["rows of the user's", "not a file"])
+def test_only_what_a_command_set_aside_is_replaced(rmtool: Any, model: Path, tmp_path: Path, kind: str) -> None:
+    pairs = with_bad_rows(tmp_path / "ev.jsonl", pair_rows(8))
+    aside = tmp_path / "ev.rejects.jsonl"
+    command = ("eval", model, "--data", pairs, "--on-bad-row", "skip")
+    for _ in range(2):
+        assert rmtool(*command).code == 1
+        assert len(scored(aside)) == 3
+    aside.unlink()
+    if kind == "not a file":
+        os.mkfifo(aside)  # to read from it would take for ever
+    else:
+        write_jsonl(aside, pair_rows(2))
+    assert rmtool(*command).error == "E0601"
+    assert kind == "not a file" or scored(aside) == pair_rows(2)

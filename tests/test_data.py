@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import subprocess
@@ -17,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmtool.data.encode import Encoder, encode_all
-from rmtool.data.formats import preference_record, score_record
+from rmtool.data.formats import preference_record, preference_records, score_record
 from rmtool.data.messages import Message
+from rmtool.data.record import Reading
+from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row, read_rows
 from rmtool.errors import Place, RmtoolError
 
@@ -420,3 +423,58 @@ def test_the_fingerprint_sees_the_template_and_the_vocabulary(tokenizer: Any) ->
     other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("<|im_end|>", "", 1)
     assert encoder(other).fingerprint() != first
+
+
+def test_an_empty_response_is_named_where_it_stands(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "z", "response": text, "rating": at} for at, text in enumerate(("one", "two", ""))]
+    path = write_jsonl(tmp_path / "r.jsonl", rows)
+    (record,) = preference_records(read_rows(str(path)), Reading(), Rejects(), lambda _: None)
+    with pytest.raises(RmtoolError, match="a response is empty") as caught:
+        encoder(tokenizer).encode(record)
+    assert caught.value.place == Place(str(path), 3)
+
+
+def test_a_template_that_fails_at_a_row_names_it(tokenizer: Any) -> None:
+    broken = copy.deepcopy(tokenizer)
+    broken.chat_template = "{% for m in messages %}{{ m.content + (1 if 'bad' in m.content else '') }}{% endfor %}"
+    good, bad = (preference_record(row({"prompt": "p", "chosen": text, "rejected": "r"})) for text in ("c", "bad"))
+    assert encoder(broken).encode(good)[0]
+    with pytest.raises(RmtoolError, match="the chat template refuses this conversation") as caught:
+        encoder(broken).encode(bad)
+    assert caught.value.id == "E0307"
+
+
+def test_parquet_is_read_as_strictly_as_lines(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    good = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    rows = [good, good | {"chosen": "c\0"}, good | {"rejected": "x" * (17 << 20)}, good]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "nul.parquet")
+    text = pyarrow.array([b"p", b"\xff\xfe", b"q"]).cast(pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"prompt": text, "when": pyarrow.array([0, 0, 2**61], pyarrow.timestamp("us"))})
+    pyarrow.parquet.write_table(table, tmp_path / "bytes.parquet")
+    for name, expected in (("nul", ["[2]", "[3]"]), ("bytes", ["[2]", "[3]"])):
+        aside = Rejects()
+        assert len(list(read_rows(str(tmp_path / f"{name}.parquet"), aside))) == (2 if name == "nul" else 1)
+        assert [str(error.place)[-3:] for error in aside._listed] == expected
+        assert {error.id for error in aside._listed} == {"E0301"}
+
+
+def test_an_item_of_a_json_array_may_be_no_longer_than_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"prompt": "a" * (17 << 20), "chosen": "b", "rejected": "c"}]))
+    with pytest.raises(RmtoolError, match="longer than 16 MiB"):
+        list(read_rows(str(tmp_path / "a.json")))
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "a\0b.jsonl"])
+def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
+    with pytest.raises(RmtoolError, match="is no name of a file"):
+        list(read_rows(name))
+
+
+def test_a_deep_line_with_an_escape_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"a": "\\u00e9", "b": ' + "[" * 993 + "]" * 993 + "}\n")
+    with pytest.raises(RmtoolError, match="nested") as caught:
+        list(read_rows(str(tmp_path / "d.jsonl")))
+    assert caught.value.id == "E0301"

@@ -162,6 +162,21 @@ def test_margins_come_from_ratings_when_asked() -> None:
     assert preference_record(row(EXAMPLES["UltraFeedback"][1])).margins == (None,) * 3
 
 
+def test_margins_of_pairs_come_from_their_scores_when_asked() -> None:
+    rating, pair = Reading(rating_margins=True), {"prompt": Q, "chosen": GOOD, "rejected": BAD}
+    scores = {"score_chosen": 8.5, "score_rejected": 6}
+    assert preference_record(row(pair | scores), rating).margins == (2.5,)
+    assert preference_record(row(pair | scores)).margins == (None,)
+    assert preference_record(row(pair | {"margin": 3}), rating).margins == (3.0,)
+    for wrong in ({"score_chosen": 8}, {"score_rejected": 8}, {"score_chosen": 5, "score_rejected": 6}):
+        with pytest.raises(RmtoolError, match=r"data\.rating_margins") as caught:
+            preference_record(row(pair | wrong), rating)
+        assert caught.value.id == "E0303"
+        assert caught.value.what.startswith(
+            '"score_rejected" is m' if wrong == {"score_chosen": 8} else '"score_chosen"'
+        )
+
+
 def read(rows: list[dict[str, Any]]) -> list[Record]:
     numbered = [row(data, line) for line, data in enumerate(rows, 1)]
     rejects = Rejects()
@@ -302,3 +317,91 @@ def test_a_mixture_takes_its_shares_and_is_the_same_every_time(tmp_path: Path) -
     with pytest.raises(RmtoolError, match=r"41 rows of .* are asked for, and it has 40"):
         mixed(tmp_path, Source(a, rows=41))
     assert draw_share(Source("x", fraction=0.1), 0, 0, 0).tolist() == []
+    with pytest.raises(RmtoolError, match=r"0\.01 of .* is none of its 40 rows"):
+        mixed(tmp_path, Source(a, fraction=0.01))
+    assert len(mixed(tmp_path, Source(a, fraction=0.02))) == 1
+
+
+def rendered(data: dict[str, Any]) -> list[tuple[str, str]]:
+    record = preference_record(row(data))
+    return [(message.role, message.content) for message in record.prompt + record.responses[0]]
+
+
+TURNS = [("user", "hi"), ("assistant", "hello"), ("user", "bye"), ("assistant", "good")]
+TALK = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"system": "S", "prompt": "bye", "chosen": [U("hi"), A("hello"), U("bye"), A("good")],
+         "rejected": [U("hi"), A("hello"), U("bye"), A("bad")]},
+        {"system": "S", "chosen": f"{TALK}good", "rejected": f"{TALK}bad"},
+        {"system": "S", "prompt": "hi ", "chosen": f"{TALK}good", "rejected": f"{TALK}bad"},
+        {"prompt": [{"role": "system", "content": "S"}, U("hi")],
+         "chosen": [U("hi"), A("hello"), U("bye"), A("good")], "rejected": [U("hi"), A("hello"), U("bye"), A("bad")]},
+    ],
+)  # fmt: skip
+def test_a_system_prompt_and_transcripts_keep_their_turns(data: dict[str, Any]) -> None:
+    assert rendered(data) == [("system", "S"), *TURNS]
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        ({"prompt": [U("a"), A("b"), U("ok")], "chosen": [U("x"), A("y"), U("ok"), A("c")], "rejected": "r"},
+         "does not contain the"),
+        ({"prompt": "other", "chosen": f"{TALK}good", "rejected": f"{TALK}bad"}, "does not contain the"),
+        ({"system": "S", "chosen": [{"role": "system", "content": "T"}, U("u"), A("c")], "rejected": "r"},
+         "another system prompt"),
+        ({"prompt": None, "chosen": "c", "rejected": "r"}, '"prompt" is null'),
+        ({"prompt": "p", "tools": "[" * 20_000, "chosen": "c", "rejected": "r"}, '"tools" is a list'),
+    ],
+)  # fmt: skip
+def test_a_prompt_is_never_lost(data: dict[str, Any], what: str) -> None:
+    with pytest.raises(RmtoolError, match=what) as caught:
+        preference_record(row(data))
+    assert caught.value.id == "E0303"
+
+
+def read_file(path: Path, columns: tuple[tuple[str, str], ...] = ()) -> tuple[list[Record], list[RmtoolError]]:
+    aside = Rejects()
+    records = list(preference_records(read_rows(str(path), aside), Reading(columns), aside, lambda _: None))
+    return records, aside._listed
+
+
+def test_a_row_without_a_prompt_among_others_is_bad(tmp_path: Path) -> None:
+    rows = [*pair_rows(2), {"chosen": "c", "rejected": "r"}]
+    records, errors = read_file(write_jsonl(tmp_path / "p.jsonl", rows))
+    assert len(records) == 2
+    assert [(error.place.line if error.place else 0, error.what) for error in errors] == [
+        (3, "this row has no prompt, and the first has one")
+    ]
+
+
+def test_columns_are_fields_that_something_reads(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", [{"question": "q", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(RmtoolError, match=r"no format has a field promt") as caught:
+        read_file(path, (("promt", "question"),))
+    assert (caught.value.id, caught.value.hint) == ("E0204", "did you mean prompt?")
+    swapped, _ = read_file(path, (("chosen", "rejected"), ("rejected", "chosen"), ("prompt", "question")))
+    assert texts(swapped[0]) == {("q", "b", "a")}
+
+
+def test_rated_rows_keep_their_places_and_must_agree(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": prompt, "response": f"r{line}", "rating": line} for line, prompt in enumerate("zazza")
+    ]
+    rows[3]["weight"] = 0
+    records, errors = read_file(write_jsonl(tmp_path / "r.jsonl", rows))
+    assert [[place.line for place in record.places] for record in records] == [[1, 3], [2, 5]]
+    assert [error.place.line for error in errors if error.place] == [4]
+    assert "another weight or subset than" in errors[0].what
+    assert records[0].row == {"rows": [rows[0], rows[2]]}
+    assert Record.unpack(records[0].pack()) == records[0]
+
+
+def test_half_a_surrogate_pair_in_inner_json_is_text() -> None:
+    said = '["hi \\ud800"]'
+    arena = {"prompt": said, "response_a": "[" * 20_000, "response_b": "b", "winner": "model_a"}
+    assert preference_record(row(arena)).prompt[0].content == said

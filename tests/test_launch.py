@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 from conftest import pair_rows, write_jsonl
 
+from rmtool import checkpoint, launch, recipe, report, tracking
+from rmtool.data import rejects
+
 PROGRAM = Path(sys.executable).parent / "rmtool"
 
 
@@ -180,6 +183,24 @@ def test_overwriting_sets_the_old_run_aside_and_other_programs_settings_do_not_m
         for name in ("runs/debug", "runs/other")
     )
     assert again["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
+
+
+def test_all_of_a_finished_run_is_set_aside(tmp_path: Path) -> None:
+    """Every file that a run writes; an older rejects.jsonl must not look like this run's."""
+    files = [tracking.METRICS_FILE, tracking.CURVES_FILE, report.REPORT_FILE, report.LENGTHS_FILE]
+    files += [checkpoint.HELD_OUT_FILE, rejects.REJECTS_FILE, recipe.CONFIG_FILE, launch.LOG_FILE]
+    for name in ("model/model.safetensors", *files, "mine.txt", "previous/old"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    launch._set_aside(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "previous"]
+    moved = tmp_path / "previous"
+    assert sorted(path.name for path in moved.iterdir()) == sorted(["model", *files])
+    assert all((moved / name).read_text() == name for name in files)
+    (tmp_path / rejects.REJECTS_FILE).write_text("of a run that failed")
+    launch._set_aside(tmp_path)
+    assert not (tmp_path / rejects.REJECTS_FILE).exists()
+    assert (moved / rejects.REJECTS_FILE).read_text() == rejects.REJECTS_FILE
 
 
 def until(holds: Callable[[], bool], seconds: float = 90.0) -> None:

@@ -247,6 +247,35 @@ def test_a_template_that_writes_the_date_reads_the_same_every_day(checkpoint: Pa
     assert dated.decode(ids).startswith("26 Jul 2024000000")
 
 
+@pytest.mark.parametrize(
+    ("clock", "written"),
+    [
+        ("{# strftime_now(f) is not asked for #}{% if strftime_now is not defined %}no{% endif %}", ""),
+        ("{{ strftime_now ('%H o\"clock') }}", '00 o"clock'),
+        ("{% set f = '%H:%M:%S' %}{{ strftime_now(f) }}", None),
+        ("{% set now = strftime_now %}{{ now('%S') }}", None),
+        ("{{ strftime_now(format='%S') }}", None),
+        ("{{ strftime_now('%H' ~ ':%S') }}", None),
+        ("{{ strftime_now('%H' if messages else '%S') }}", None),
+        ("{{ strftime_now('%H\\'%S') }}", None),
+    ],
+)
+def test_a_template_with_another_clock_is_refused(
+    checkpoint: Path, tmp_path: Path, clock: str, written: str | None
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(clock + template)
+    if written is None:
+        with pytest.raises(RmtoolError) as caught:
+            load_tokenizer(folder)
+        assert (caught.value.id, "--chat-template" in caught.value.hint) == ("E0405", True)
+        return
+    chat = [{"role": "user", "content": "x"}]
+    plain = load_tokenizer(checkpoint).apply_chat_template(chat, tokenize=False)
+    assert load_tokenizer(folder).apply_chat_template(chat, tokenize=False) == written + plain
+
+
 # ------------------------------------------------------------------------------------------------- LoRA
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +191,7 @@ def test_nothing_else_is_taken_for_it(tokenizer: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["ids.bin", "index.npz", "entry.json"])
-@pytest.mark.parametrize("harm", ["cut", "flipped", "gone"])
+@pytest.mark.parametrize("harm", ["cut", "flipped", "gone", "empty", "[]", '{"counts": 5}', "[" * 10**5])
 def test_a_damaged_entry_is_made_again(tokenizer: Any, tmp_path: Path, file: str, harm: str) -> None:
     path, encoder = write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64)
     first = tokenised(path, encoder, kept=False)
@@ -198,26 +201,83 @@ def test_a_damaged_entry_is_made_again(tokenizer: Any, tmp_path: Path, file: str
     content = bytearray(target.read_bytes())
     if harm == "gone":
         target.unlink()
-    else:
+    elif harm in ("cut", "flipped"):
         middle = len(content) // 2
         content[middle] ^= 0x55
         target.write_bytes(content[:middle] if harm == "cut" else content)
+    else:
+        target.write_text(harm.removeprefix("empty"))
     said = list[str]()
     assert cache.get(entries()[0].name, said.append) is None
     assert "is damaged" in said[0]
     assert same(tokenised(path, encoder), first)
 
 
+def test_every_flipped_bit_of_an_entry_is_seen(tokenizer: Any, tmp_path: Path) -> None:
+    tokenised(write_jsonl(tmp_path / "p.jsonl", pair_rows(3)), Encoder(tokenizer, 64))
+    (entry,) = entries()
+    saved = shutil.copytree(entry, tmp_path / "saved")
+    places = [(file.name, at) for file in saved.iterdir() for at in range(file.stat().st_size)]
+    for at, (name, offset) in enumerate(places[:: len(places) // 400]):
+        shutil.copytree(saved, entry, dirs_exist_ok=True)
+        content = bytearray((saved / name).read_bytes())
+        content[offset] ^= 1 << at % 8
+        (entry / name).write_bytes(content)
+        assert cache.get(entry.name, lambda text: None) is None, (name, offset)
+
+
 def test_old_entries_go_and_nothing_else(tokenizer: Any, tmp_path: Path) -> None:
     path, encoder = write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64)
     tokenised(path, encoder)
-    mine = cache.cache_folder().parent / "mine"
-    mine.mkdir()
-    long_ago = time.time() - 31 * 24 * 3600
-    for old in (entries()[0], mine):
-        os.utime(old, (long_ago, long_ago))
+    root, now, day = cache.cache_folder(), time.time(), 24 * 3600
+    ages = {
+        entries()[0]: 31,
+        root / ".tmp-killed": 2,
+        root / ".tmp-at_work": 2,
+        root / "mine": 400,
+        root.parent / "mine": 400,
+        root / ("0" * 31): 400,
+        root / ("a" * 32): 29,
+    }
+    for folder, days in ages.items():
+        folder.mkdir(exist_ok=True)
+        (folder / "ids.bin").touch()
+        for each in (folder / "ids.bin", folder):
+            os.utime(each, (now - days * day, now - days * day))
+    (root / ".tmp-at_work/ids.bin").write_bytes(b"grows")
     tokenised(path, Encoder(tokenizer, 65))
-    assert (len(entries()), mine.exists()) == (1, True)
+    gone = {folder for folder in ages if not folder.exists()}
+    assert gone == set(list(ages)[:2])
+
+
+def test_entries_may_be_written_at_the_same_time() -> None:
+    """The same entry, and others, by two threads in step: what another renames or removes meanwhile is no error."""
+    together, rounds = threading.Barrier(2), 150
+
+    def write(mine: int) -> int:
+        for at in range(rounds):
+            together.wait(20)
+            cache.put(f"{at:032x}", lambda trees: Encoded(trees=trees))
+            cache.put(f"{mine}{at:031x}", lambda trees: Encoded(trees=trees))
+        return rounds
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(write, (1, 2))) == [rounds, rounds]
+    assert len(entries()) == 3 * rounds
+    assert all(cache.get(entry.name, pytest.fail) for entry in entries())
+
+
+def test_a_cache_that_may_only_be_read_is_not_damaged(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    path, encoder = write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64)
+    first = tokenised(path, encoder)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("rmtool.cache.os.utime", refuse)
+    found = cache.get(entries()[0].name, pytest.fail)
+    assert found is not None
+    assert found.kept == first.kept
 
 
 def test_a_cache_that_cannot_be_written_says_so(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -225,4 +285,6 @@ def test_a_cache_that_cannot_be_written_says_so(tokenizer: Any, tmp_path: Path, 
     monkeypatch.setenv("RMTOOL_CACHE", str(tmp_path / "file"))
     with pytest.raises(RmtoolError) as caught:
         tokenised(write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64))
-    assert (caught.value.id, "data.cache=false" in caught.value.hint) == ("E0502", True)
+    assert caught.value.id == "E0502"
+    # eval has no --set
+    assert caught.value.hint.endswith("another folder in $RMTOOL_CACHE; train also has --set data.cache=false")

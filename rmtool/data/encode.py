@@ -26,7 +26,7 @@ from rmtool.data.messages import Message, Messages
 from rmtool.data.record import Labels, Record
 from rmtool.data.rejects import Rejects
 from rmtool.data.tokenise import Conversation, Result, Tokeniser
-from rmtool.errors import RmtoolError
+from rmtool.errors import Place, RmtoolError
 from rmtool.tree import Ids, TokenTree, build_tree, common_prefix
 
 # Whatever reads these differently reads everything differently: turns, Unicode, blanks, and tokens that are only text.
@@ -141,7 +141,7 @@ class Encoder:
                 yield from self._outcomes(*work, judged)
 
     def _conversations(self, record: Record, judged: bool) -> list[Conversation]:
-        if (judged and not record.preferences) or (self.on_empty != "keep" and _has_empty(record)):
+        if (judged and not record.preferences) or (self.on_empty != "keep" and _empty(record)):
             return []
         return [Conversation((*record.prompt, *response), record.tools) for response in record.responses]
 
@@ -162,18 +162,19 @@ class Encoder:
             return None, "empty"
         if not sequences:
             hint = "remove the row, or allow it: data.on_empty=keep, --allow-empty"
-            raise RmtoolError("E0306", "a response is empty", hint, record.place)
-        return self._fit(record, build_tree([self._require_ids(record, ids) for ids in sequences]))
+            raise RmtoolError("E0306", "a response is empty", hint, record.place_of(_empty(record)[0]))
+        ids = [self._require_ids(record.place_of(at), result) for at, result in enumerate(sequences)]
+        return self._fit(record, build_tree(ids))
 
-    def _require_ids(self, record: Record, ids: Result) -> Ids:
+    def _require_ids(self, place: Place, ids: Result) -> Ids:
         if isinstance(ids, ValueError):
             hint = "take that text out of the row, or use another tokenizer"
-            raise RmtoolError("E0307", f"this conversation cannot be read as text: {ids}", hint, record.place) from ids
+            raise RmtoolError("E0307", f"this conversation cannot be read as text: {ids}", hint, place) from ids
         if isinstance(ids, Exception):
             what = f"the chat template refuses this conversation: {ids}"
-            raise RmtoolError("E0307", what, "mend the row's roles", record.place) from ids
+            raise RmtoolError("E0307", what, "mend the row's roles", place) from ids
         if not len(ids):
-            raise RmtoolError("E0307", "the chat template renders nothing", "mend the template", record.place)
+            raise RmtoolError("E0307", "the chat template renders nothing", "mend the template", place)
         return self._without_tail(ids)
 
     def _fit(self, record: Record, tree: TokenTree) -> tuple[TokenTree | None, str | None]:
@@ -188,7 +189,7 @@ class Encoder:
             "E0305",
             f"{tree.longest} tokens, and the limit is {self.max_length}",
             "raise the limit (data.max_length, --max-length), or see data.on_long, --on-long",
-            record.place,
+            record.place_of(max(range(len(tree.responses)), key=lambda at: len(tree.responses[at]))),
         )
 
     def _cuttable(self, record: Record, tree: TokenTree) -> int:
@@ -196,7 +197,7 @@ class Encoder:
         if len(tree.responses) > 1:
             return len(tree.prompt)
         empty = Conversation((*record.prompt, Message("assistant", "")), record.tools)
-        ids = self._require_ids(record, self.tokeniser.read([[empty]])[0][0])
+        ids = self._require_ids(record.place, self.tokeniser.read([[empty]])[0][0])
         return common_prefix([ids, tree.responses[0]])
 
     @staticmethod
@@ -206,8 +207,9 @@ class Encoder:
         )
 
 
-def _has_empty(record: Record) -> bool:
-    return any(not response[-1].content.strip() for response in record.responses)
+def _empty(record: Record) -> list[int]:
+    """Which responses have no text."""
+    return [at for at, response in enumerate(record.responses) if not response[-1].content.strip()]
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -19,12 +19,13 @@ Cost: string work only; nothing is tokenised here.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rmtool.data import shapes
-from rmtool.data.messages import Messages, conversation, wrong
+from rmtool.data.messages import Messages, conversation, is_unasked, wrong
 from rmtool.data.record import PLAIN, Reading, Record
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row
@@ -111,6 +112,14 @@ FORMATS = (
 )
 
 
+# What any format or any row may have: whatever a column can be mapped to.
+FIELDS = frozenset().union(*(format.fields for format in FORMATS)) | {
+    "prompt", "system", "system_prompt", "tools", "margin", "weight", "subset", "category_path",
+    "rating", "helpfulness", "winner", "winner_model_a", "winner_model_b", "winner_tie", "messages",
+    "score_chosen", "score_rejected",
+}  # fmt: skip
+
+
 def recognise(row: Row) -> Format:
     """The format of a row with preferences.
 
@@ -148,7 +157,9 @@ def preference_records(
 
     `seen` is called once, with the format. Rated rows are held until the end, and come by their prompts' first row.
     """
+    require_known_columns(reading)
     format: Format | None = None
+    alone: bool | None = None  # whether responses have no prompt, by the first row
     singles = list[Record]()
     for row in rows:
         try:
@@ -160,6 +171,10 @@ def preference_records(
                 format_now = recognise(row)
                 raise wrong(row, f"this row is of another format ({format_now.name}) than the first ({format.name})")
             record = format.read(row, reading)
+            unasked = is_unasked(record.prompt + record.responses[0])
+            alone = unasked if alone is None else alone
+            if unasked and not alone:
+                raise wrong(row, "this row has no prompt, and the first has one")
         except RmtoolError as error:
             rejects.add(error, row.data)
             continue
@@ -167,21 +182,48 @@ def preference_records(
             singles.append(record)
         else:
             yield record
-    yield from _grouped(singles, reading)
+    yield from _grouped(singles, reading, rejects)
 
 
-def _grouped(singles: Sequence[Record], reading: Reading) -> Iterator[Record]:
+def require_known_columns(reading: Reading) -> None:
+    """Only fields that some format reads can be mapped: another one would be lost without a word.
+
+    Raises:
+        RmtoolError: E0204 nothing reads a field of that name.
+    """
+    for ours, _ in reading.columns:
+        if ours not in FIELDS:
+            near = difflib.get_close_matches(ours, FIELDS, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(FIELDS))}"
+            raise RmtoolError("E0204", f"data.columns.{ours}: no format has a field {ours}", hint)
+
+
+def _grouped(singles: Sequence[Record], reading: Reading, rejects: Rejects) -> Iterator[Record]:
     groups: dict[tuple[Messages, str], list[Record]] = {}
     for record in singles:
         groups.setdefault((_asked(record), record.tools), []).append(record)
-    for (_, tools), records in groups.items():
+    for (_, tools), members in groups.items():
+        records = list(_agreeing(members, rejects))
         ratings = [record.margins[0] or 0.0 for record in records]
         pairs = shapes.by_rating(ratings)
         prompt, responses = shapes.split_shared(*(record.prompt + record.responses[0] for record in records))
         margins = tuple(abs(ratings[a] - ratings[b]) if reading.rating_margins else None for a, b in pairs)
         first = records[0]
-        rest = first.subset, first.weight, tools, first.row
-        yield Record(first.place, prompt, responses, pairs, margins, *rest)
+        row = first.row if len(records) == 1 else {"rows": [record.row for record in records]}
+        places = tuple(record.place for record in records)
+        yield Record(first.place, prompt, responses, pairs, margins, first.subset, first.weight, tools, row, places)
+
+
+def _agreeing(records: Sequence[Record], rejects: Rejects) -> Iterator[Record]:
+    """The first of one prompt's rows, and those that have the same weight and subset."""
+    first = records[0]
+    for record in records:
+        if (record.weight, record.subset) == (first.weight, first.subset):
+            yield record
+            continue
+        what = f"this row has another weight or subset than {first.place}, which has the same prompt"
+        found = f"{record.weight:g}, {record.subset}; not {first.weight:g}, {first.subset}"
+        rejects.add(RmtoolError("E0303", what, "give all rows of a prompt the same", record.place, found), record.row)
 
 
 def _asked(record: Record) -> Messages:
@@ -194,13 +236,14 @@ def _renamed(row: Row, reading: Reading) -> Row:
     if not reading.columns:
         return row
     data = dict(row.data)
+    for _, theirs in reading.columns:
+        data.pop(theirs, None)
     for ours, theirs in reading.columns:
         value: Any = row.data
         for part in theirs.split("."):
             if not isinstance(value, dict) or part not in value:
                 raise wrong(row, f'"{theirs}", which data.columns.{ours} names, is missing', _shown_fields(row))
             value = value[part]
-        data.pop(theirs, None)
         data[ours] = value
     return Row(row.place, data)
 

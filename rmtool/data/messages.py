@@ -47,13 +47,22 @@ def conversation(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
         RmtoolError: E0303 it is of another kind, or does not end with a response.
     """
     turns = _transcript(value) if isinstance(value, str) and _TURN.match(value) else ()
-    messages = turns if turns and turns[: len(prompt)] == prompt else _join(row, prompt, value, name)
+    whole = bool(turns) and turns[0].role == "user"
+    messages = _with_prompt(row, prompt, turns, name) if whole else _join(row, prompt, value, name)
     if messages[-1].role != "assistant":
         last = f"a {messages[-1].role} message"
         raise wrong(
             row, f'"{name}": the conversation ends without a response', last, "end it with an assistant message"
         )
+    if row.data.get("prompt", "") is None and is_unasked(messages):
+        hint = f'give the row a "prompt", or write "{name}" as a whole conversation'
+        raise wrong(row, f'"prompt" is null, and "{name}" is a response alone', hint=hint)
     return messages
+
+
+def is_unasked(messages: Messages) -> bool:
+    """Whether there is nothing but a response."""
+    return all(message.role == "assistant" for message in messages)
 
 
 def prompt_of(row: Row, name: str = "prompt") -> Messages:
@@ -120,12 +129,32 @@ def _join(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
     if isinstance(value, str):
         return (*prompt, Message("assistant", value))
     messages = (_message(row, value, name),) if isinstance(value, dict) else messages_of(row, value, name)
-    if not prompt or messages[0].role == "assistant":
-        return (*prompt, *messages)
-    # A system prompt may stand in only one of the two.
-    if messages[: len(prompt)] == prompt or messages[-2:-1] == prompt[-1:]:
-        return messages
-    raise wrong(row, f'"{name}" is a whole conversation, but it does not contain the "prompt"')
+    return (*prompt, *messages) if messages[0].role == "assistant" else _with_prompt(row, prompt, messages, name)
+
+
+def _with_prompt(row: Row, prompt: Messages, messages: Messages, name: str) -> Messages:
+    """A whole conversation, which repeats the prompt: from its beginning on, or just before the response. A system
+    prompt may stand in only one of the two.
+    """
+    system, asked = _split_system(prompt)
+    own, said = _split_system(messages)
+    if system and own and system != own:
+        raise wrong(row, f'"{name}" has another system prompt than the row', hint="keep one of the two")
+    before = len(said) - 1 - len(asked)  # where the prompt begins if it stands just before the response
+    if before < 0 or _bare(asked) not in (_bare(said[: len(asked)]), _bare(said[before:-1])):
+        raise wrong(row, f'"{name}" is a whole conversation, but it does not contain the "prompt"')
+    return (*(own or system), *said)
+
+
+def _split_system(messages: Messages) -> tuple[Messages, Messages]:
+    """The system prompt, if there is one, and what follows it."""
+    count = int(bool(messages) and messages[0].role == "system")
+    return messages[:count], messages[count:]
+
+
+def _bare(messages: Messages) -> list[Message]:
+    """Without the blanks around what is said: transcripts have none."""
+    return [message._replace(content=message.content.strip()) for message in messages]
 
 
 def wrong(row: Row, what: str, found: str | None = None, hint: str = "mend or remove this row") -> RmtoolError:

@@ -64,6 +64,7 @@ class Record:
     weight:  what each of its preferences counts in the loss
     tools:   JSON of what the chat template is told of tools; empty without any
     row:     as it was written
+    places:  of each response, where they stand in rows of their own
     """
 
     place: Place
@@ -75,6 +76,11 @@ class Record:
     weight: float = 1.0
     tools: str = ""
     row: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    places: tuple[Place, ...] = ()
+
+    def place_of(self, response: int) -> Place:
+        """Where a response stands."""
+        return self.places[response] if self.places else self.place
 
     def labels(self) -> Labels:
         text = marshal.dumps(tuple(map(tuple, self.prompt)), 2)
@@ -90,15 +96,18 @@ class Record:
     def pack(self) -> bytes:
         """The record as bytes for `unpack`, in this process."""
         place = self.place.file, self.place.line, self.place.column
-        return pickle.dumps((self.content(), place, self.margins, self.subset, self.weight, self.row), protocol=5)
+        places = [(place.file, place.line, place.column) for place in self.places]
+        rest = self.margins, self.subset, self.weight, self.row, places
+        return pickle.dumps((self.content(), place, *rest), protocol=5)
 
     @classmethod
     def unpack(cls, packed: bytes) -> Record:
-        content, place, margins, subset, weight, row = pickle.loads(packed)
+        content, place, margins, subset, weight, row, places = pickle.loads(packed)
         prompt, responses, tools, preferences = marshal.loads(content)
         return cls(
             Place(*place),
             tuple(map(Message._make, prompt)),
             tuple(tuple(map(Message._make, messages)) for messages in responses),
             *(preferences, margins, subset, weight, tools, row),
+            tuple(Place(*place) for place in places),
         )

@@ -8,6 +8,9 @@ Cost: the first LISTED errors are held; with a file, one line of it per row.
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -17,6 +20,7 @@ from rmtool.errors import RmtoolError
 LISTED = 20
 REJECTS_FILE = "rejects.jsonl"  # in a run folder
 _ROWS = "E03"  # ids of errors in the data
+_WRITTEN = re.compile(rb'\{"code": "E03\d\d", "file": ')  # how a file of set aside rows begins
 
 
 class Rejects:
@@ -55,7 +59,7 @@ class Rejects:
     def _write(self, path: Path, error: RmtoolError, row: Any) -> None:
         known = {"file", "line", "column", "found"}
         about = {name: value for name, value in error.as_dict().items() if name in known and value is not None}
-        line = {**about, "code": error.id, "reason": error.what, "row": row}
+        line = {"code": error.id, **about, "reason": error.what, "row": row}
         try:
             if self._file is None:
                 self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
@@ -87,6 +91,33 @@ class Rejects:
             rows=tuple(f"{error.place}: {error.what}{_found(error)}" for error in self._listed),
             more=self.count - len(self._listed),
         )
+
+
+def require_free(path: Path, inputs: Iterable[str]) -> None:
+    """See that bad rows can be set aside in `path` and nothing is lost but what an earlier command set aside there.
+
+    Raises:
+        RmtoolError: E0601 it is one of the inputs, or holds something else.
+    """
+    if not os.path.exists(path):
+        return
+    if any(os.path.exists(name) and os.path.samefile(path, name) for name in inputs):
+        raise RmtoolError("E0601", f"bad rows are set aside in {path}, and it is an input", "rename the input")
+    if not _is_rejects(path):
+        what = f"bad rows are set aside in {path}, and it is there already with something else in it"
+        raise RmtoolError("E0601", what, "move or rename that file")
+
+
+def _is_rejects(path: Path) -> bool:
+    """Whether it is a file of rows that were set aside, or an empty one."""
+    if not path.is_file():
+        return False
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise RmtoolError("E0501", f"{path} cannot be read: {error.strerror}", "move or rename that file") from error
+    return not start or _WRITTEN.match(start) is not None
 
 
 def _found(error: RmtoolError) -> str:

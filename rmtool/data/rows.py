@@ -66,6 +66,8 @@ def read_rows(source: str, rejects: Rejects | None = None) -> Iterator[Row]:
 
 def _reader(source: str) -> Iterator[Row | BadRow]:
     path = Path(source)
+    if _is_no_path(path):
+        raise RmtoolError("E0201", f"{source[:80]}... is no name of a file", "check the path")
     if path.is_dir():
         raise RmtoolError("E0201", f"{source} is a folder", f"name a file in it ({', '.join(SUFFIXES)})")
     if not path.exists():
@@ -82,6 +84,17 @@ def _reader(source: str) -> Iterator[Row | BadRow]:
     if name.endswith((".jsonl", ".jsonl.gz")):
         return _jsonl(path)
     raise RmtoolError("E0201", f"{source} is of no known kind", f"name a file that ends in {', '.join(SUFFIXES)}")
+
+
+def _is_no_path(path: Path) -> bool:
+    """Whether the system refuses to look for such a name: it is too long, or has a NUL in it."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        return not isinstance(error, PermissionError | NotADirectoryError)
+    return False
 
 
 def is_hub_source(source: str) -> bool:
@@ -149,7 +162,10 @@ def _json(path: Path) -> Iterator[Row | BadRow]:
     for number, item in enumerate(items, 1):
         place = Place(f"{path}[{number}]")
         try:
-            yield Row(place, _object(item, place))
+            row = Row(place, _object(item, place))
+            if fault := _text_fault(item):
+                raise _bad(place, fault)
+            yield row
         except RmtoolError as error:
             yield BadRow(error, json.dumps(item))
 
@@ -210,6 +226,8 @@ def _has_no_character(value: Any, text: str) -> bool:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         return True
+    except RecursionError:  # deeper than it could be written: the slow parser says so
+        return find_fault(text) is not None
     return False
 
 
@@ -237,7 +255,36 @@ def _bad(place: Place, what: str, hint: str = "mend or remove this row", found: 
     return RmtoolError("E0301", what, hint, place, found)
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _text_fault(value: Any) -> str | None:
+    """What a line of JSONL may not have either: NUL characters, or more text than a line may be long."""
+    total = 0
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            if "\0" in item:
+                return "a text has the character NUL in it"
+            total += len(item)
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+    return f"the row is longer than {MAX_LINE_BYTES >> 20} MiB" if total > MAX_LINE_BYTES else None
+
+
+def _rows_of(batch: Any) -> Iterator[dict[str, Any] | Exception]:
+    """The rows of a record batch; for one that is no text or no date, the error."""
+    try:
+        yield from batch.to_pylist()
+    except (UnicodeDecodeError, OverflowError, ValueError):
+        for at in range(len(batch)):
+            try:
+                yield batch.slice(at, 1).to_pylist()[0]
+            except (UnicodeDecodeError, OverflowError, ValueError) as error:
+                yield error
+
+
+def _parquet(path: Path) -> Iterator[Row | BadRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -249,9 +296,15 @@ def _parquet(path: Path) -> Iterator[Row]:
             names = table.schema_arrow.names
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise _bad(Place(str(path)), f"column {', '.join(twice)} stands there twice", "keep one of the two")
-            items = (item for batch in table.iter_batches() for item in batch.to_pylist())
+            items = (item for batch in table.iter_batches() for item in _rows_of(batch))
             for number, item in enumerate(items, 1):
-                yield Row(Place(f"{path}[{number}]"), item)
+                place = Place(f"{path}[{number}]")
+                if isinstance(item, Exception):
+                    yield BadRow(_bad(place, f"a value cannot be read: {item}"))
+                elif fault := _text_fault(item):
+                    yield BadRow(_bad(place, fault), repr(item))
+                else:
+                    yield Row(place, item)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise _bad(Place(str(path)), f"the gzip data is damaged ({error})") from error
     except (pyarrow.ArrowException, OSError) as error:

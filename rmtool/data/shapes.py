@@ -55,15 +55,24 @@ def _tools(row: Row) -> str:
     """A list of tools, or JSON of one, as Hub datasets store it."""
     tools = row.data.get("tools")
     if isinstance(tools, str) and tools:
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise wrong(row, '"tools" is a list, or JSON of one', "other text") from None
+        tools = _inner_json(tools)
+        if tools is None:
+            raise wrong(row, '"tools" is a list, or JSON of one', "other text")
     if not tools:
         return ""
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise wrong(row, '"tools" is a list of objects', json_kind(tools))
     return json.dumps(tools, ensure_ascii=False)
+
+
+def _inner_json(text: str) -> Any:
+    """What JSON in a field says; None where it is none that we would read in a row."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no character
+    except (ValueError, RecursionError):
+        return None
+    return value
 
 
 def _number(row: Row, name: str, value: Any = None) -> float | None:
@@ -127,10 +136,23 @@ def _rated(
 
 
 def pair(row: Row, reading: Reading) -> Record:
-    prompt = whole_prompt(row)
-    return record_of(
-        row, [conversation(row, prompt, row.data[name], name) for name in ("chosen", "rejected")], [(0, 1)]
-    )
+    prompt, names = whole_prompt(row), ("chosen", "rejected")
+    margins = _score_margin(row) if reading.rating_margins else {}
+    return record_of(row, [conversation(row, prompt, row.data[name], name) for name in names], [(0, 1)], **margins)
+
+
+def _score_margin(row: Row) -> dict[str, Any]:
+    """The margin that score_chosen and score_rejected give, as UltraFeedback binarized has them."""
+    names = ("score_chosen", "score_rejected")
+    chosen, rejected = (_number(row, name) for name in names)
+    if chosen is None and rejected is None:
+        return {}
+    if chosen is None or rejected is None:
+        raise wrong(row, f'"{names[chosen is not None]}" is missing, and data.rating_margins asks for the difference')
+    if chosen < rejected:
+        what = '"score_chosen" is below "score_rejected", and data.rating_margins makes their difference the margin'
+        raise wrong(row, what, f"{chosen:g} and {rejected:g}")
+    return {"margins": (chosen - rejected,)}
 
 
 def lists(row: Row, reading: Reading) -> Record:
@@ -225,9 +247,8 @@ def arena_responses(row: Row, reading: Reading) -> Record:
 def _turns(row: Row, name: str) -> list[str]:
     value = row.data[name]
     if isinstance(value, str) and value.startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
+        value = _inner_json(value)
+        if value is None:
             return [row.data[name]]
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):

@@ -31,6 +31,7 @@ class SourceCount:
     format: str = "unknown"
     records: int = 0
     taken: int = 0
+    counted: str = "rows"  # or prompts, where rows of one prompt are put together
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def draw_share(source: Source, count: int, seed: int, number: int) -> np.ndarray
     the arguments. With a fraction above 1, all of them stand in it once or more, and the rest is drawn.
 
     Raises:
-        RmtoolError: E0308 the source has fewer records than are asked for.
+        RmtoolError: E0308 the source has fewer records than are asked for, or the share comes to none.
     """
     if source.rows is not None and source.rows > count:
         raise RmtoolError(
@@ -120,6 +121,9 @@ def draw_share(source: Source, count: int, seed: int, number: int) -> np.ndarray
             f"write rows: {count}, or fraction: {source.rows / max(count, 1):.3g} to use some of them several times",
         )
     wanted = source.rows if source.rows is not None else round((source.fraction or 1.0) * count)
+    if count and not wanted:
+        what = f"a fraction of {source.fraction:g} of {source.path} is none of its {count:,} rows"
+        raise RmtoolError("E0308", what, "raise the fraction, write rows: 1, or leave the source out")
     whole, rest = divmod(wanted, count) if count else (0, 0)
     drawn = np.random.default_rng([seed, 2**30, number]).permutation(count)[:rest]
     return np.sort(np.concatenate([*[np.arange(count)] * whole, drawn])).astype(np.int64)
@@ -132,6 +136,7 @@ def read_records(
 
     def recognised(format: Format) -> None:
         count.format = format.name
+        count.counted = "prompts" if format.grouped else "rows"
 
     for record in preference_records(read_rows(path, rejects), reading, rejects, recognised):
         advance()

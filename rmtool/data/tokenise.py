@@ -50,6 +50,15 @@ class Draft:
     tails: tuple[str | Conversation | Exception, ...]
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """What a chat template raises for a conversation that it was not written for: its own refusal, or what an
+    expression in it does to a value of another kind.
+    """
+    from jinja2 import TemplateError
+
+    return TemplateError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, ValueError
+
+
 class Tokeniser:
     """Reads conversations as one tokenizer does; the tokenizer must not be changed afterwards."""
 
@@ -128,22 +137,18 @@ class Tokeniser:
         )
 
     def _render_plain(self, conversations: Sequence[Conversation]) -> list[str | Exception]:
-        from jinja2 import TemplateError
-
         chats = [[message.as_dict() for message in conversation.messages] for conversation in conversations]
         if not chats:
             return []
         try:
             return list(self.tokenizer.apply_chat_template(chats, tokenize=False))
-        except TemplateError as error:  # one of them; the others are rendered all the same
+        except refusals() as error:  # one of them; the others are rendered all the same
             if len(chats) == 1:
                 return [error]
             middle = len(chats) // 2
             return self._render_plain(conversations[:middle]) + self._render_plain(conversations[middle:])
 
     def _sanitised(self, conversation: Conversation) -> Result:
-        from jinja2 import TemplateError
-
         if self._folded and any(self._hides(message.content) for message in conversation.messages):
             return ValueError("once normalised, its text holds a control token of the tokenizer")
         try:
@@ -154,7 +159,7 @@ class Tokeniser:
                 return_dict=False,
                 sanitize_control_tokens=True,
             )
-        except (TemplateError, ValueError) as error:
+        except refusals() as error:  # or a ValueError, where text cannot be told from a control token
             return error
         return np.array(ids, dtype=np.int32)
 
