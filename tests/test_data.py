@@ -7,6 +7,7 @@ import gzip
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -478,3 +479,12 @@ def test_a_deep_line_with_an_escape_is_a_bad_row(tmp_path: Path) -> None:
     with pytest.raises(RmtoolError, match="nested") as caught:
         list(read_rows(str(tmp_path / "d.jsonl")))
     assert caught.value.id == "E0301"
+
+
+def test_an_escape_far_in_a_long_line_is_found_soon(tmp_path: Path) -> None:
+    (tmp_path / "l.jsonl").write_text('{"a": "' + "\\u00e9x" * 1_000_000 + '\\u0000"}\n')
+    started = time.monotonic()
+    with pytest.raises(RmtoolError, match="NUL") as caught:
+        list(read_rows(str(tmp_path / "l.jsonl")))
+    assert time.monotonic() - started < 10
+    assert caught.value.place == Place(str(tmp_path / "l.jsonl"), 1, 7_000_008)
