@@ -72,7 +72,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer_with_bos: Any) -
         "train: {batch_size: 16, learning_rate: 5e-4, max_steps: 8}\n"
     )
     (folder / CONFIG_FILE).write_text(dump_recipe(load_recipe(str(folder / "r.yaml"))))
-    train.run(folder, Accelerator(cpu=True), SilentUi())
+    train.run(load_recipe(str(folder / CONFIG_FILE)), folder, Accelerator(cpu=True), SilentUi())
     return folder / "model"
 
 
