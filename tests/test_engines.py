@@ -136,18 +136,35 @@ def free_port() -> int:
 
 
 @pytest.mark.xdist_group("engines")
-def test_nodes_with_different_data_do_not_train(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "engine", "more"),
+    [
+        ("data", "ddp", ()),
+        ("model", "zero3", ()),
+        ("engine", "zero3", ()),
+        ("recipe", "ddp", ("--set", "lora.rank=4")),
+    ],
+)
+def test_nodes_that_differ_do_not_train(
+    place: Path, tmp_path: Path, what: str, engine: str, more: tuple[str, ...]
+) -> None:
+    """Some of these would wait for each other for ever, once engines talk."""
     other = tmp_path / "other"
     shutil.copytree(place / "lm", other / "lm")
-    write_jsonl(other / "pairs.jsonl", pair_rows(ROWS)[::-1])
+    write_jsonl(other / "pairs.jsonl", pair_rows(ROWS)[:: -1 if what == "data" else 1])
+    if what == "model":
+        config = json.loads((other / "lm" / "config.json").read_text())
+        (other / "lm" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     nodes = ("--nodes", "2", "--main-address", "127.0.0.1", "--main-port", str(free_port()))
+    first = command("n", "zero2" if what == "engine" else engine, 1, *nodes, "--node-rank", "0")
+    second = command("n", engine, 1, *nodes, "--node-rank", "1", *more)
     running = [
-        subprocess.Popen(command("n", "ddp", 1, *nodes, "--node-rank", rank), cwd=folder, stderr=subprocess.PIPE)
-        for folder, rank in ((place, "0"), (other, "1"))
+        subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE)
+        for words, folder in ((first, place), (second, other))
     ]
     told = [process.communicate(timeout=200)[1].decode() for process in running]
     assert [process.returncode for process in running] == [2, 2], told
-    assert all("E0208" in text and "another data than process 0" in text for text in told)
+    assert all("E0208" in text and f"another {what} than process 0" in text for text in told)
 
 
 def ranks(folder: Path) -> dict[int, int]:
@@ -198,6 +215,31 @@ def test_a_stopped_run_of_several_processes_leaves_none(place: Path, tmp_path: P
     running.send_signal(number)
     assert running.wait(15) == code
     until(lambda: not any(group_members(pid) for pid in found.values()), 10)
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("engine", ["single", "ddp"])
+def test_a_process_that_hangs_before_it_begins_is_ended_too(place: Path, tmp_path: Path, engine: str) -> None:
+    """One that stands still is named; what neither stands still nor begins ends with Ctrl-C."""
+    hangs = "os.kill(os.getpid(), 19)" if engine == "ddp" else "time.sleep(600)"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
+        "if os.environ.get('RANK', '1') == '1' and 'rmtool.train' in sys.orig_argv[1:3]:\n"
+        f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        f"    {hangs}\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    running = subprocess.Popen(
+        command(str(tmp_path / "run"), engine, 1 if engine == "single" else 2), cwd=place, env=environment,
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(2, signal.SIG_DFL),
+    )  # fmt: skip
+    until(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
+    if engine == "single":
+        running.send_signal(signal.SIGINT)
+    told = running.communicate(timeout=60)[1].decode()
+    assert running.returncode == (8 if engine == "ddp" else 130), told
+    assert ("a process that had hardly begun stands still" in told) == (engine == "ddp")
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
 
 
 @pytest.mark.xdist_group("ranks")
