@@ -33,7 +33,6 @@ def debug_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproces
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("debug")
 def test_the_debug_recipe_learns_what_depends_on_the_prompt(debug_run: Any) -> None:
     folder, shown = debug_run
     assert shown.returncode == 0, shown.stderr
@@ -57,7 +56,6 @@ def test_the_debug_recipe_learns_what_depends_on_the_prompt(debug_run: Any) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("debug")
 def test_a_finished_run_is_not_overwritten(debug_run: Any) -> None:
     folder, _ = debug_run
     before = (folder / "runs/debug/model/model.safetensors").stat().st_mtime_ns
@@ -68,7 +66,6 @@ def test_a_finished_run_is_not_overwritten(debug_run: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("debug")
 def test_score_after_training_needs_no_model_named(debug_run: Any) -> None:
     folder, _ = debug_run
     source = shutil.copy(Path(__file__).parent.parent / "recipes/debug/responses.jsonl", folder / "responses.jsonl")
@@ -158,7 +155,6 @@ def test_a_launcher_killed_at_once_leaves_no_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("debug")
 def test_overwriting_sets_the_old_run_aside_and_other_programs_settings_do_not_matter(debug_run: Any) -> None:
     folder, _ = debug_run
     shutil.copytree(folder / "runs/debug", folder / "runs/other", ignore=shutil.ignore_patterns(".*"))
