@@ -34,7 +34,6 @@ from rmtool.tree import TokenTree, build_tree
 
 MOST_PAIRS = 8  # in the pack that is tried: each takes time, and many need hardly more than few
 TRIED_LAYERS = (3, 5)  # the first has nothing before it, the last does less
-DDP_BUCKET = 25 * 2**20  # bytes; torch's default
 FP32, BF16 = 4, 2  # bytes
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a byte for 64 and 4 for 64 x 256 (arXiv 2305.14314, 3)
 
@@ -94,14 +93,12 @@ def plan_memory(recipe: Recipe, folder: Path, tokens: int, per_pair: int = 512) 
 
 
 def _buckets(recipe: Recipe, trainable: int) -> int:
-    """Gradients on their way: under DDP copies of two buckets; DeepSpeed has buffers, one of each kind that is sent,
+    """Gradients on their way. DDP sends them from where they are; DeepSpeed has buffers, one of each kind that is sent,
     and two under ZeRO-2, which fills one while the other is sent.
     """
     engine = engine_of(recipe.launch)
-    if engine == "single":
+    if engine in ("single", "ddp"):
         return 0
-    if engine == "ddp":
-        return min(2 * DDP_BUCKET, FP32 * trainable)
     sizes = FP32 + BF16 if recipe.train.precision == "bf16" else FP32
     return (2 if engine == "zero2" else 1) * sizes * min(REDUCE_BUCKET, trainable)
 

@@ -231,11 +231,12 @@ def test_what_a_launcher_started_is_found_whoever_its_parent_is() -> None:
 def test_a_process_that_stands_still_before_it_has_begun_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "HANG_S", 1.0)
+    monkeypatch.setattr(launch, "HANG_S", 0.5)
     sleeper = run_later("import time; time.sleep(60)", **{status.LAUNCHER: str(os.getpid())})
     watch = launch.Watch(tmp_path, 1)
     try:
-        watch.listed -= 1
+        started = time.monotonic()
+        until(lambda: watch.look() is not None or time.monotonic() - started > 3)
         assert watch.look() is None
         sleeper.send_signal(signal.SIGSTOP)
         until(lambda: watch.look() is not None, 10)

@@ -15,7 +15,7 @@ from conftest import write_jsonl
 from test_launch import PROGRAM
 
 WIDE = {"hidden_size": 384, "intermediate_size": 1056, "num_hidden_layers": 6, "num_attention_heads": 6,
-        "num_key_value_heads": 3, "head_dim": 64}  # fmt: skip
+        "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 20_000}  # fmt: skip
 CHECKPOINTED = "train.gradient_checkpointing=true"
 
 
