@@ -76,10 +76,11 @@ def model_card(folder: Path, repo_id: str, facts: Mapping[str, object]) -> str:
     """
     base = str(facts.get("base_model") or "")
     data = [str(source) for source in _items(facts.get("train_data"))]
+    settings = facts.get("settings")
     card = _PAGE.substitute(
         metadata=_metadata(base, data),
         name=repo_id.rpartition("/")[2],
-        what=_what(base, data),
+        what=_what(base, data, settings.get("loss") if isinstance(settings, Mapping) else None),
         score_command=SCORE_COMMAND,
         repo_id=repo_id,
         plain=_PLAIN.substitute(repo_id=repo_id) if _has_template(folder) else _NO_TEMPLATE,
@@ -126,12 +127,13 @@ def _shown(value: object) -> str:
     return "`" + re.sub(r"[`|\s]+", " ", text).strip() + "`"
 
 
-def _what(base: str, data: list[str]) -> str:
+def _what(base: str, data: list[str], loss: object) -> str:
     if not base:
         return "A reward model."
     source = f" from {_shown(base)}"
     pairs = f" on the preferences of {_shown(data)}" if data else " on preference pairs"
-    return f"A reward model, trained with rmtool{source}{pairs} (Bradley-Terry loss)."
+    named = "hinge" if loss == "hinge" else "Bradley-Terry"
+    return f"A reward model, trained with rmtool{source}{pairs} ({named} loss)."
 
 
 def _training(facts: Mapping[str, object]) -> str:

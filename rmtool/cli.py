@@ -85,9 +85,11 @@ def train(
     On several nodes, run it once on each; nodes and addresses come from Slurm's or torchrun's variables, or as options.
     """
     from rmtool import recipe as recipes
-    from rmtool.cluster import find_site
+    from rmtool.cluster import find_site, require_told
 
     site = find_site(os.environ)
+    if nodes is None:
+        require_told(site, os.environ)
     overrides: list[tuple[str, Any]] = []
     for name, told, given in (
         ("nodes", site.nodes, nodes),
@@ -113,6 +115,9 @@ def train(
     if node is None and resolved.launch.nodes > 1 and not dry_run:
         hint = "pass --node-rank, or --nodes 1 to train on this one alone"
         raise RmtoolError("E0207", f"{resolved.launch.nodes} nodes, and which of them this is, is not known", hint)
+    if node and node_rank is None and node >= resolved.launch.nodes:
+        what = f"{site.told_by} says that this is node {node}, and the recipe is for {resolved.launch.nodes}"
+        raise RmtoolError("E0207", what, "leave out --nodes, or start it on fewer nodes; --node-rank 0 to run it here")
     where = output or RUNS / resolved.name
     train_command(
         resolved,

@@ -48,7 +48,7 @@ def _slurm(variables: Mapping[str, str]) -> Site:
         _gpus(variables),
         _number(variables, "SLURM_NODEID"),
         variables.get("MASTER_ADDR") or first_host(names) or None,
-        _number(variables, "MASTER_PORT"),
+        _port(variables, "MASTER_PORT"),
         "Slurm",
     )
 
@@ -70,7 +70,7 @@ def _torchrun(variables: Mapping[str, str]) -> Site:
         raise RmtoolError("E0207", what, "start one per node: --nproc-per-node 1 (rmtool starts the processes)")
     nodes = _number(variables, "NNODES", "PET_NNODES", *(["WORLD_SIZE"] if nested else []))
     rank = _number(variables, "NODE_RANK", "PET_NODE_RANK", "GROUP_RANK")
-    port = _number(variables, "MASTER_PORT", "PET_MASTER_PORT")
+    port = _port(variables, "MASTER_PORT", "PET_MASTER_PORT")
     return Site(
         nodes,
         None if nested else _number(variables, "NPROC_PER_NODE", "PET_NPROC_PER_NODE", "LOCAL_WORLD_SIZE"),
@@ -81,10 +81,34 @@ def _torchrun(variables: Mapping[str, str]) -> Site:
     )
 
 
+def require_told(site: Site, variables: Mapping[str, str]) -> None:
+    """Some launchers say how many processes there are, and not on how many nodes: nothing may be guessed from that.
+
+    Raises:
+        RmtoolError: E0207 $WORLD_SIZE is above 1, and `site` knows no nodes.
+    """
+    world = variables.get("WORLD_SIZE", "").strip()
+    if site.nodes is None and world.isdecimal() and int(world) > 1:
+        what = f"$WORLD_SIZE is {world}, and nothing says how many nodes that is"
+        hint = (
+            f"one copy per node: pass --nodes {world} --node-rank $RANK; else start one per node, or unset WORLD_SIZE"
+        )
+        raise RmtoolError("E0207", what, hint)
+
+
+def _port(variables: Mapping[str, str], *names: str) -> int | None:
+    port = _number(variables, *names)
+    if port is not None and not 0 < port < 2**16:
+        raise RmtoolError("E0207", f"${names[0]} is {port}, which is no port", "set it from 1 to 65535, or unset it")
+    return port
+
+
 def _number(variables: Mapping[str, str], *names: str) -> int | None:
-    """The first of these variables that is set."""
+    """The first of these variables that is set; torchrun's words for "as many as there are" are left to the recipe."""
     for name in names:
         text = variables.get(name, "").strip()
+        if text in ("auto", "gpu", "cpu") and name.endswith("NPROC_PER_NODE"):
+            continue
         if text and name.endswith("NNODES") and ":" in text:  # torchrun's least:most
             text = text.partition(":")[2]
         if text:
@@ -96,5 +120,5 @@ def _number(variables: Mapping[str, str], *names: str) -> int | None:
 
 def first_host(names: str) -> str:
     """The first of Slurm's compressed names: of `gpu[03-05,9],cpu1` it is `gpu03`."""
-    found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", names)
-    return "".join(part or "" for part in found.groups()) if found else ""
+    found = re.match(r"(?:[^,\[]|\[[^\]]*\])*", names)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found.group()) if found else ""

@@ -125,7 +125,7 @@ def _show_plan(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:
         return
     ui.table(f"Plan: {plan.recipe.name}", ("", ""), plan.rows(), numeric_from=2)
     for node, command in enumerate(plan.commands):
-        ui.result(f"\n# node {node}\n{command}")
+        ui.result(f"\n# node {node}: what rmtool train runs there, once it has written the run folder\n{command}")
     seen = _look_ahead(plan, output, ui)
     if seen.report:
         ui.table("Data", ("", ""), seen.report.rows(), numeric_from=2)
@@ -166,7 +166,6 @@ def _look_ahead(plan: Plan, output: Path, ui: Ui) -> _Ahead:
     unless a finished run has its own there.
     """
     from rmtool.checkpoint import resolve_checkpoint
-    from rmtool.forecast import forecast
     from rmtool.launch import is_finished, prepare_folder
     from rmtool.loading import training_encoder
     from rmtool.report import build_report, example, write_report
@@ -181,8 +180,9 @@ def _look_ahead(plan: Plan, output: Path, ui: Ui) -> _Ahead:
             raise
         return _Ahead(None, None, f"lengths, memory and time: {recipe.model.path} is not at hand ({error.what})")
     if plan.pairs is None:
-        why = "lengths and time: a dataset is on the Hub, and is loaded when training starts"
-        return _Ahead(None, forecast(recipe, source, None, plan.steps), why)
+        seen, why = _foresee(recipe, source, None, plan.steps)
+        hub = "lengths and time: a dataset is on the Hub, and is loaded when training starts"
+        return _Ahead(None, seen, "; ".join(filter(None, (hub, why))))
     encoder, _ = training_encoder(recipe, source)
     with Rejects(Path(os.devnull) if recipe.data.on_bad_row == "skip" else None) as rejects:
         split = load_split(recipe, encoder, rejects, ui)
@@ -192,7 +192,18 @@ def _look_ahead(plan: Plan, output: Path, ui: Ui) -> _Ahead:
         prepare_folder(output, overwrite=False)
         write_report(report, split.train, output)
     steps = plan_steps(train.epochs, train.max_steps, count_pairs(split.train.labels), train.batch_size)
-    return _Ahead(report, forecast(recipe, source, split.train, steps), "")
+    return _Ahead(report, *_foresee(recipe, source, split.train, steps))
+
+
+def _foresee(recipe: Recipe, source: Path, data: Encoded | None, steps: int | None) -> tuple[Forecast | None, str]:
+    """The forecast, or why there is none."""
+    from rmtool.forecast import forecast
+    from rmtool.model import first_line
+
+    try:
+        return forecast(recipe, source, data, steps), ""
+    except RuntimeError as error:  # some experts' kernels know no tensors without memory
+        return None, f"memory and time: torch cannot run this model without memory ({first_line(error)})"
 
 
 def _show_result(output: Path, metrics: dict[str, float], ui: TerminalUi) -> None:

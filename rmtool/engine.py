@@ -98,6 +98,24 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
+def require_agreement(common: dict[str, str]) -> None:
+    """All ranks must have the same values. To be called before a model is built: engines talk to each other then.
+
+    Raises:
+        RmtoolError: E0208 one has another, on every rank.
+    """
+    gathered_all = gather_object([common])
+    for rank, other in enumerate(gathered_all):
+        for name, value in gathered_all[0].items():
+            if other[name] != value:
+                raise RmtoolError(
+                    "E0208",
+                    f"process {rank} has another {name} than process 0",
+                    "give every node the same files, recipe and packages",
+                    found=f"{other[name]}, not {value}",
+                )
+
+
 @dataclass
 class Engine:
     """`model` in `wrapped`, as accelerate prepared it, and its optimiser."""
@@ -123,23 +141,6 @@ class Engine:
     def ranks(self) -> Ranks:
         """This process's place among the ranks, for work that is shared out."""
         return Ranks(self.accelerator.process_index, self.accelerator.num_processes, self.sum)
-
-    def require_agreement(self, common: dict[str, str]) -> None:
-        """All ranks must have the same values.
-
-        Raises:
-            RmtoolError: E0208 one has another, on every rank.
-        """
-        gathered_all = gather_object([common])
-        for rank, other in enumerate(gathered_all):
-            for name, value in gathered_all[0].items():
-                if other[name] != value:
-                    raise RmtoolError(
-                        "E0208",
-                        f"process {rank} has another {name} than process 0",
-                        "give every node the same files, recipe and packages",
-                        found=f"{other[name]}, not {value}",
-                    )
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, on the CPU."""

@@ -21,6 +21,7 @@ from rmtool.model import RewardModel
 from rmtool.packing import key_count
 from rmtool.recipe import world_size
 from rmtool.steps import Unit, epoch_steps
+from rmtool.tree import TokenTree
 
 PARTS = {name: name for name in ("weights", "gradients")} | {
     "optimizer": "optimiser states",
@@ -39,12 +40,13 @@ class Work:
     """Of one optimiser step, over all ranks; means over the steps that were looked at.
 
     looked_at, planned: how many steps these are
-    tokens:    unique tokens
+    tokens:    that are computed: unique ones, or, where the model runs padded, all and the padding
     cost:      token times of a forward, attention included: the flops are 6 x multiplied weights x cost
     packs:     per rank, at most
-    largest:   unique tokens of the largest pack
+    largest:   tokens of the largest pack
     slowest:   cost of the heaviest rank over the mean
-    per_pair:  unique tokens of one pair
+    per_pair:  tokens of one pair
+    padded:    whether the model runs padded
     """
 
     looked_at: int
@@ -55,6 +57,7 @@ class Work:
     largest: int
     slowest: float
     per_pair: float
+    padded: bool
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,10 @@ class Forecast:
         if work is None:
             return [("unique tokens per step", "known when the dataset is loaded")]
         return [
-            ("unique tokens per step", f"{work.tokens:,.0f} expected (mean of the first {work.looked_at} steps)"),
+            (
+                "tokens per step, padding too" if work.padded else "unique tokens per step",
+                f"{work.tokens:,.0f} expected (mean of the first {work.looked_at} steps)",
+            ),
             (
                 "packs per process and step",
                 f"at most {work.packs:,}; the largest has {work.largest:,} tokens; the slowest process has "
@@ -146,19 +152,22 @@ def measure_work(recipe: Recipe, model: RewardModel, data: Encoded) -> Work:
     train, world = recipe.train, world_size(recipe.launch)
     first = epoch_steps(data.labels, data.trees, train.seed, 0, train.batch_size)
     steps = list(itertools.islice(first, LOOKED_AT))
-    tokens = [sum(unit.tree.unique_tokens for unit in units) for units in steps]
-    heaviest = max(range(len(steps)), key=tokens.__getitem__)
-    plans = [_plan(recipe, model, steps[number], world) for number in {heaviest, *range(min(PLANNED, len(steps)))}]
+    unique = [sum(unit.tree.unique_tokens for unit in units) for units in steps]
+    heaviest = max(range(len(steps)), key=unique.__getitem__)
+    chosen = {heaviest, *range(min(PLANNED, len(steps)))}
+    plans = [_plan(recipe, model, steps[number], world) for number in chosen]
     costs = [sum(plan.costs) for plan in plans]
+    tokens = sum(plan.tokens for plan in plans) / sum(unique[number] for number in chosen) * sum(unique)
     return Work(
         looked_at=len(steps),
         planned=len(plans),
-        tokens=sum(tokens) / len(steps),
-        cost=sum(tokens) / len(steps) * sum(costs) / sum(plan.tokens for plan in plans),
+        tokens=tokens / len(steps),
+        cost=tokens / len(steps) * sum(costs) / sum(plan.tokens for plan in plans),
         packs=max(plan.packs for plan in plans),
         largest=max(plan.largest for plan in plans),
         slowest=sum(max(plan.costs) * world for plan in plans) / sum(costs),
-        per_pair=sum(tokens) / sum(len(units) for units in steps),
+        per_pair=tokens / sum(len(units) for units in steps),
+        padded=not model.shares_prompts,
     )
 
 
@@ -175,14 +184,19 @@ class _StepPlan:
 def _plan(recipe: Recipe, model: RewardModel, units: Sequence[Unit], world: int) -> _StepPlan:
     trees = [unit.tree for unit in units]
     packs = model.plan(trees, recipe.train.tokens_per_pack, world)
-    tokens = [sum(trees[item].unique_tokens for item in items) for items in packs]
-    costs = [
-        size + model.key_cost * sum(key_count(trees[item]) for item in items)
-        for size, items in zip(tokens, packs, strict=True)
-    ]
+    sizes = [_tokens_and_keys([trees[item] for item in items], not model.shares_prompts) for items in packs]
+    tokens, costs = [size for size, _ in sizes], [size + model.key_cost * keys for size, keys in sizes]
     return _StepPlan(
         costs=tuple(sum(costs[rank::world]) for rank in range(world)),
         tokens=sum(tokens),
         packs=len(packs) // world,
         largest=max(tokens),
     )
+
+
+def _tokens_and_keys(trees: Sequence[TokenTree], padded: bool) -> tuple[int, int]:
+    """Of one pack. A padded row asks as many keys as the longest."""
+    if not padded:
+        return sum(tree.unique_tokens for tree in trees), sum(map(key_count, trees))
+    rows, longest = sum(len(tree.responses) for tree in trees), max((tree.longest for tree in trees), default=0)
+    return rows * longest, rows * longest * (longest + 1) // 2

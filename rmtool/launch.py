@@ -21,12 +21,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from rmtool.checkpoint import HELD_OUT_FILE, MANIFEST, read_manifest
 from rmtool.data.rejects import REJECTS_FILE
 from rmtool.errors import ExitCode, RmtoolError
 from rmtool.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, Plan, launch_command
 from rmtool.recipe import CONFIG_FILE, dump_recipe, engine_of
-from rmtool.status import Status, clear, die_with_parent, log_file, read_statuses
+from rmtool.status import LAUNCHER, STOPPED, Status, clear, die_with_parent, log_file, read_statuses, started
 from rmtool.ui import Replay, TerminalUi
 
 LOG_FILE = "train.log"  # of the launcher; each process has a log of its own
@@ -115,7 +117,11 @@ def _set_aside(output: Path) -> None:
             if (output / name).exists():
                 (output / name).rename(previous / name)
     (output / REJECTS_FILE).unlink(missing_ok=True)
-    for leftover in (*output.glob(".tmp-*"), *output.glob("best-step-*")):
+    for best in output.glob("best-step-*"):  # of a run that was interrupted
+        previous.mkdir(exist_ok=True)
+        shutil.rmtree(previous / best.name, ignore_errors=True)
+        best.rename(previous / best.name)
+    for leftover in output.glob(".tmp-*"):
         shutil.rmtree(leftover)
 
 
@@ -147,11 +153,11 @@ def _run_processes(plan: Plan, ui: TerminalUi) -> None:
             start_new_session=True,
             preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
         )
-        watch = Watch(output)
+        watch = Watch(output, plan.recipe.launch.processes_per_node)
         try:
             _follow(child, pipe, Replay(ui), watch)
         finally:
-            _stop(child, output)
+            _stop(child)
     _raise_failure(plan, watch.look(), child.returncode)
 
 
@@ -162,7 +168,7 @@ def _environment(plan: Plan) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN) and name not in RANKS}
     if not torch.cuda.is_available() and engine_of(plan.recipe.launch) == "ddp":
         quiet["ACCELERATE_USE_CPU"] = "true"
-    return {**kept, **quiet, "RMTOOL_EVENTS": str(plan.folder / EVENTS_FILE)}
+    return {**kept, **quiet, "RMTOOL_EVENTS": str(plan.folder / EVENTS_FILE), LAUNCHER: str(os.getpid())}
 
 
 @contextlib.contextmanager
@@ -180,18 +186,35 @@ def _events_pipe(output: Path) -> Iterator[int]:
 
 
 class Watch:
-    """Which process failed first: died, ended with an error, or stands still."""
+    """Which of so many processes failed first: died, ended with an error, or stands still."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, processes: int):
         self.folder = folder
+        self.processes = processes
         self.first: Failure | None = None
-        self.standing: dict[int, float] = {}  # since when a rank is stopped
+        self.standing: dict[int, float] = {}  # by process id: since when it is stopped
+        self.listed = time.monotonic()  # all of the machine's processes, last
 
     def look(self) -> Failure | None:
         """The first failure up to now."""
         if self.first is None:
-            self.first = next(filter(None, map(self._failure, read_statuses(self.folder))), None)
+            statuses = read_statuses(self.folder)
+            begun = {status.pid for status in statuses}
+            self.first = next(filter(None, map(self._failure, statuses)), None) or self._early(begun)
         return self.first
+
+    def _early(self, begun: set[int]) -> Failure | None:
+        """A process that stands still and has not begun; it is known by what was started alone."""
+        now = time.monotonic()
+        if len(begun) == self.processes or now - self.listed < 1:
+            return None
+        self.listed = now
+        early = [process for process in started() if process.pid not in begun and process.info["status"] in STOPPED]
+        since = min([self._since(process.pid) for process in early], default=now)
+        return Failure(None, "stands still", now) if since < now - HANG_S else None
+
+    def _since(self, pid: int) -> float:
+        return self.standing.setdefault(pid, time.monotonic())
 
     def _failure(self, status: Status) -> Failure | None:
         now = time.monotonic()
@@ -201,15 +224,17 @@ class Watch:
             # Between the last look and this one it may have written how it ended.
             again = next(found for found in read_statuses(self.folder) if found.rank == status.rank)
             return Failure(status, "died", now) if again.exit is None else self._failure(again)
-        since = self.standing.setdefault(status.rank, now) if status.stopped() else self.standing.pop(status.rank, now)
-        return Failure(status, "stands still", now) if now - since > HANG_S else None
+        if not status.stopped():
+            self.standing.pop(status.pid, None)
+            return None
+        return Failure(status, "stands still", now) if self._since(status.pid) < now - HANG_S else None
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The process, what happened to it, and when that was seen (time.monotonic)."""
+    """The process (None: one that has not begun), what happened to it, and when that was seen (time.monotonic)."""
 
-    status: Status
+    status: Status | None
     what: str
     seen: float
 
@@ -232,33 +257,35 @@ def _follow(child: subprocess.Popen[bytes], pipe: int, replay: Replay, watch: Wa
                 return
 
 
-def _stop(child: subprocess.Popen[bytes], folder: Path) -> None:
-    """End the launcher's process group and the processes it started, which lead groups of their own."""
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End all that was started: some lead groups of their own, and some have lost the process that started them."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for group in (child.pid, *(status.pid for status in read_statuses(folder) if status.exit is None)):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(group, number)
-        try:
-            child.wait(GRACE_S)
-            return
-        except subprocess.TimeoutExpired:
-            continue
+        for process in started():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        end = time.monotonic() + GRACE_S
+        while child.poll() is None or started():
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)
 
 
 def _raise_failure(plan: Plan, failure: Failure | None, code: int) -> None:
     statuses = read_statuses(plan.folder)
     if failure is None and code == 0 and len(statuses) == plan.recipe.launch.processes_per_node:
         return
-    rank = failure.status.rank if failure else 0
-    log = log_file(plan.folder, rank) if failure else plan.folder / LOG_FILE
-    which = f"process {rank} of {plan.world_size}" if plan.world_size > 1 else "the training process"
-    if failure and failure.status.error:
-        error = RmtoolError.from_dict(failure.status.error)
+    status = failure.status if failure else None
+    log = log_file(plan.folder, status.rank) if status else plan.folder / LOG_FILE
+    which = "the training process"
+    if plan.world_size > 1:
+        which = f"process {status.rank} of {plan.world_size}" if status else "a process that had hardly begun"
+    if status and status.error:
+        error = RmtoolError.from_dict(status.error)
         error.what = f"{which}: {error.what}" if plan.world_size > 1 else error.what
         raise error
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES:]
     tail = "\n    ".join(["", *lines]) if lines else None
-    if failure and failure.status.exit == ExitCode.BUG:
+    if status and status.exit == ExitCode.BUG:
         raise RmtoolError("E7001", f"{which} met a bug in rmtool", f"report it, with {log}", found=tail)
     what = failure.what if failure else f"died (exit code {code})"
     hint = f"read the end of {log}; out of memory is the usual reason: lower train.tokens_per_pack"

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from rmtool import compat
 from rmtool import model as models
+from rmtool.attention import UnsupportedAttentionError
 from rmtool.config import Recipe
 from rmtool.engine import LIVE_PARAMETERS, PERSISTENT_PARAMETERS, REDUCE_BUCKET
 from rmtool.layers import decoder_layers, keep_first_layers
@@ -33,7 +34,6 @@ from rmtool.tree import TokenTree, build_tree
 
 MOST_PAIRS = 8  # in the pack that is tried: each takes time, and many need hardly more than few
 TRIED_LAYERS = (3, 5)  # the first has nothing before it, the last does less
-DDP_BUCKET = 25 * 2**20  # bytes; torch's default
 FP32, BF16 = 4, 2  # bytes
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a byte for 64 and 4 for 64 x 256 (arXiv 2305.14314, 3)
 
@@ -93,14 +93,12 @@ def plan_memory(recipe: Recipe, folder: Path, tokens: int, per_pair: int = 512) 
 
 
 def _buckets(recipe: Recipe, trainable: int) -> int:
-    """Gradients on their way: under DDP copies of two buckets; DeepSpeed has buffers, one of each kind that is sent,
+    """Gradients on their way. DDP sends them from where they are; DeepSpeed has buffers, one of each kind that is sent,
     and two under ZeRO-2, which fills one while the other is sent.
     """
     engine = engine_of(recipe.launch)
-    if engine == "single":
+    if engine in ("single", "ddp"):
         return 0
-    if engine == "ddp":
-        return min(2 * DDP_BUCKET, FP32 * trainable)
     sizes = FP32 + BF16 if recipe.train.precision == "bf16" else FP32
     return (2 if engine == "zero2" else 1) * sizes * min(REDUCE_BUCKET, trainable)
 
@@ -122,8 +120,19 @@ def hollow_model(recipe: Recipe, folder: Path, depth: int | None = None) -> Rewa
             module._parameters[name] = nn.Parameter(torch.empty(value.shape, dtype=dtype), value.requires_grad)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    model.share_prompts(compat.declared_reason(model.backbone) is None)
+    model.share_prompts(_shares(model))
     return model.train()
+
+
+def _shares(model: RewardModel) -> bool:
+    """Whether it computes a prompt once, as far as shapes tell: some attention says only when called that it cannot."""
+    model.share_prompts(compat.declared_reason(model.backbone) is None)
+    try:
+        with torch.no_grad():
+            model(model.collate([_pair(8, 0, padded=False)]))
+    except UnsupportedAttentionError:
+        return False
+    return model.shares_prompts
 
 
 def _frozen_bytes(recipe: Recipe, model: RewardModel) -> int:
@@ -142,7 +151,7 @@ def _activations(recipe: Recipe, folder: Path, model: RewardModel, tokens: int, 
     They grow evenly with the layers, but for the gradient of the embedding, which is there when they are gone.
     """
     pairs = min(max(1, tokens // per_pair), MOST_PAIRS)
-    trees = [_pair(tokens // pairs, first) for first in range(pairs)]
+    trees = [_pair(tokens // pairs, first, not model.shares_prompts) for first in range(pairs)]
     depth, (few, more) = len(decoder_layers(model.backbone)), TRIED_LAYERS
     embedding = _embedding(model)
     gradient = FP32 * embedding.numel() if embedding.requires_grad else 0
@@ -172,9 +181,10 @@ def _embedding(model: RewardModel) -> torch.Tensor:
     return embedding.weight
 
 
-def _pair(tokens: int, first: int) -> TokenTree:
-    """A pair of so many tokens, half of them its prompt."""
-    prompt, response = [first] * max(1, tokens // 2), max(1, tokens // 4)
+def _pair(tokens: int, first: int, padded: bool) -> TokenTree:
+    """A pair of so many tokens: half of them its prompt, or a quarter and a quarter where it is computed twice."""
+    response = max(1, tokens // 4)
+    prompt = [first] * (response if padded else 2 * response)
     return build_tree([prompt + [1] * response, prompt + [2] * response])
 
 

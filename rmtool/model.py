@@ -122,10 +122,18 @@ class RewardModel(nn.Module):
 
     @property
     def multiplied_weights(self) -> int:
-        """Numbers in the backbone's matrices, but for the embedding's: it is looked up, not multiplied."""
+        """Numbers of the backbone's matrices that a token meets: not the embedding's, which is looked up; of the
+        experts, those that it is sent to.
+        """
         config = self.backbone.config.get_text_config()
-        weights = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self.backbone.parameters() if is_matrix(p))
-        return weights - config.vocab_size * config.hidden_size
+        weights = -config.vocab_size * config.hidden_size
+        for name, parameter in self.backbone.named_parameters():
+            shape = _shape(parameter)
+            if ".experts." in name and len(shape) == 3:  # experts x rows x columns
+                weights += getattr(config, "num_experts_per_tok", shape[0]) * math.prod(shape[1:])
+            elif is_matrix(parameter):
+                weights += math.prod(shape)
+        return weights
 
 
 def choose_layout(model: RewardModel, run: nn.Module, max_length: int) -> str | None:
@@ -424,7 +432,11 @@ def _is_noise(name: str) -> bool:
 
 def is_matrix(parameter: nn.Parameter) -> bool:
     """Whether it has two dimensions or more; ZeRO-3 leaves a flat piece of it in its place, and its shape apart."""
-    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+    return len(_shape(parameter)) >= 2
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def set_pad_token(classifier: PreTrainedModel, pad_id: int, vocabulary: int) -> None:

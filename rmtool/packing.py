@@ -154,7 +154,7 @@ def plan_packs(
     Returns each pack's tree indices in ascending order: a plan depends on nothing but its arguments.
     """
     sizes = [(len(tree.responses), tree.longest) for tree in trees]
-    packs = _by_length(sizes, budget) if padded else _evenly(trees, budget, multiple, key_cost)
+    packs = _by_length_for(sizes, budget, multiple) if padded else _evenly(trees, budget, multiple, key_cost)
     packs += [[] for _ in range(-len(packs) % multiple)]
     return [sorted(items) for items in packs]
 
@@ -262,6 +262,16 @@ def _lighten(packs: list[list[int]], loads: list[float], costs: Sequence[float])
         loads[heavy], loads[light] = loads[heavy] - change, loads[light] + change
         return True
     return False
+
+
+def _by_length_for(sizes: Sequence[tuple[int, int]], budget: int, multiple: int) -> list[list[int]]:
+    """The same, in so many packs that every rank has some, if there are rows for that: a smaller budget makes more."""
+    packs = _by_length(sizes, budget)
+    wanted = min(_round_up(len(packs), multiple), len(sizes))
+    while len(packs) < wanted and budget > 1:
+        budget = budget * 9 // 10
+        packs = _by_length(sizes, budget)
+    return packs
 
 
 def _by_length(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:

@@ -62,6 +62,11 @@ class Plan:
         recipe, train, data, launch = self.recipe, self.recipe.train, self.recipe.data, self.recipe.launch
         unknown = "known when the dataset is loaded"
         weights = f"LoRA rank {recipe.lora.rank}" if recipe.lora.rank else "all weights"
+        weights = "the score head alone" if train.freeze == "backbone" else weights
+        kept = "the last step's weights" if train.keep == "last" else f"the weights with the best eval {train.best_by}"
+        stop = f"; stops after {train.patience} evaluations without a better one" if train.patience else ""
+        smooth = f", labels smoothed by {train.label_smoothing:g}" if train.label_smoothing else ""
+        centre = f", plus {train.center:g} (chosen + rejected)^2" if train.center else ""
         held_out = f"{_held(data.holdout)} held out" if data.holdout else "none"
         when = f"every {train.eval_every} steps and at the end" if train.eval_every else "at the end"
         nodes = f"{launch.nodes} node{'s' * (launch.nodes > 1)} x {launch.processes_per_node}"
@@ -81,12 +86,13 @@ class Plan:
             ("pairs per step", f"{train.batch_size:,} over all processes ({share})"),
             ("tokens per pack", f"at most {train.tokens_per_pack:,} unique tokens per forward and process"),
             ("steps", f"{unknown if self.steps is None else f'{self.steps:,}'} (epochs: {train.epochs}{limit})"),
+            ("loss", f"{train.loss.replace('_', '-')}{smooth}{centre}"),
             ("learning rate", f"{train.learning_rate:g}, {train.schedule}, {train.warmup_steps} warm-up steps"),
             ("optimiser", f"AdamW, betas {betas}, eps {train.eps:g}, weight decay {train.weight_decay:g}"),
             ("gradients", f"clipped at norm {train.max_grad_norm}" + ", checkpointed" * train.gradient_checkpointing),
             ("seed", str(train.seed)),
             ("tracking", f"wandb project {recipe.track.project}" if recipe.track.wandb else "the run folder only"),
-            ("checkpoint", f"{self.output / 'model'}, {train.save_dtype}{pushed}"),
+            ("checkpoint", f"{self.output / 'model'}: {kept}, {train.save_dtype}{pushed}{stop}"),
         ]
 
     def as_dict(self) -> dict[str, Any]:

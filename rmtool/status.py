@@ -16,6 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+DATA_READ_FILE = ".data-read"  # a node's first process has read the data
+LAUNCHER = "RMTOOL_LAUNCHER"  # the process that started all others, and which none outlives
+STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -30,17 +35,17 @@ class Status:
 
     def alive(self) -> bool:
         """Whether the process is there and no zombie."""
-        return self._state() not in ("", "Z", "X")
+        return self._state() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
     def stopped(self) -> bool:
         """Whether somebody has stopped the process (SIGSTOP): it neither works nor dies."""
-        return self._state() in ("T", "t")
+        return self._state() in STOPPED
 
     def _state(self) -> str:
         try:
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2][:1]
-        except OSError:
-            return ""
+            return str(psutil.Process(self.pid).status())
+        except psutil.NoSuchProcess:
+            return psutil.STATUS_DEAD
 
 
 def begin(folder: Path, rank: int) -> None:
@@ -48,6 +53,9 @@ def begin(folder: Path, rank: int) -> None:
     prints goes to a file of its own.
     """
     die_with_parent(signal.SIGKILL)
+    launcher = os.environ.get(LAUNCHER)
+    if launcher and not psutil.pid_exists(int(launcher)):
+        raise SystemExit("the rmtool process that started this one is gone")  # before it could be told so
     log = os.open(log_file(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -70,8 +78,16 @@ def read_statuses(folder: Path) -> list[Status]:
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run left."""
-    for path in (*folder.glob("rank-*.json"), *folder.glob("rank-*.log")):
-        path.unlink()
+    for path in (*folder.glob("rank-*.json"), *folder.glob("rank-*.log"), folder / DATA_READ_FILE):
+        path.unlink(missing_ok=True)
+
+
+def started() -> list[psutil.Process]:
+    """The living processes that this launcher started, directly or not, whether or not they have begun: its mark is in
+    their environment.
+    """
+    mark, found = str(os.getpid()), psutil.process_iter(["environ", "status"])
+    return [process for process in found if (process.info["environ"] or {}).get(LAUNCHER) == mark]
 
 
 def log_file(folder: Path, rank: int) -> Path:

@@ -27,22 +27,21 @@ from rmtool.checkpoint import HELD_OUT_FILE, Manifest, public_name, resolve_chec
 from rmtool.config import Recipe
 from rmtool.data.encode import Encoder
 from rmtool.data.rejects import REJECTS_FILE, Rejects
-from rmtool.engine import Engine, start_accelerator
+from rmtool.engine import Engine, require_agreement, start_accelerator
 from rmtool.errors import ExitCode, RmtoolError
 from rmtool.layers import compile_layers
 from rmtool.loading import training_encoder, training_model
 from rmtool.model import PRECISIONS, RewardModel
 from rmtool.optim import build_optimizer
-from rmtool.recipe import CONFIG_FILE, as_dict, as_source, load_recipe, recipe_hash, resolve
+from rmtool.recipe import CONFIG_FILE, as_dict, as_source, engine_of, load_recipe, recipe_hash, resolve
 from rmtool.report import build_report, example, write_report
 from rmtool.split import Split, load_split, write_held_out
-from rmtool.status import begin, end
+from rmtool.status import DATA_READ_FILE, begin, end
 from rmtool.tracking import Tracker, draw_curves
 from rmtool.trainer import Best, Trainer, train_loop
 from rmtool.ui import Ui, worker_ui
 from rmtool.weights import empty_twin
 
-DATA_READ_FILE = ".data-read"
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words, of no type of its own
 BEST = "best-step-"  # the best checkpoint so far, until the run ends
 
@@ -98,9 +97,9 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     main = accelerator.is_main_process
     with _one_after_the_other(recipe, folder, accelerator):
         split = _read(recipe, folder, encoder, main, ui)
+    require_agreement(_common(recipe, source, fingerprint, split))
     model, more = training_model(recipe, source, encoder)
     engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
-    engine.require_agreement(_common(recipe, fingerprint, split))
     reason = models.choose_layout(model, engine.wrapped, encoder.max_length)
     if recipe.train.compile:  # after the trials of both layouts, of which one is used
         more += [f"compiled layers: {_compile(model)}"]
@@ -164,7 +163,7 @@ def _one_after_the_other(recipe: Recipe, folder: Path, accelerator: Accelerator)
     yield
 
 
-def _common(recipe: Recipe, fingerprint: str, split: Split) -> dict[str, str]:
+def _common(recipe: Recipe, source: Path, fingerprint: str, split: Split) -> dict[str, str]:
     """What must be the same on every rank, by name."""
     data = hashlib.sha256()
     for part in (split.train, split.held_out):
@@ -176,6 +175,8 @@ def _common(recipe: Recipe, fingerprint: str, split: Split) -> dict[str, str]:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     return {
         "recipe": recipe_hash(recipe),
+        "engine": f"{engine_of(recipe.launch)}, offloaded: {recipe.launch.offload_optimizer}",
+        "model": hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
         "tokenizer and chat template": fingerprint,
         "data": data.hexdigest(),
         "versions": versions,

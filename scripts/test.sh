@@ -11,4 +11,5 @@ mypy
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-exec python -m pytest -m "not real" --numprocesses 2 --dist loadgroup
+# A file's tests stay on one worker: they share what its fixtures trained.
+exec python -m pytest -m "not real" --numprocesses 2 --dist loadscope --no-loadscope-reorder

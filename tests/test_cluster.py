@@ -30,6 +30,8 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS
          Site(2, 4, 0, "a", None, "torchrun's variables")),
         ({"PET_NNODES": "2:4", "PET_NODE_RANK": "3", "PET_NPROC_PER_NODE": "8", "MASTER_ADDR": "a"},
          Site(4, 8, 3, "a", None, "torchrun's variables")),
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "auto", "MASTER_ADDR": "a"},
+         Site(2, None, 1, "a", None, "torchrun's variables")),
         ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "1", "RANK": "1",
           "MASTER_ADDR": "a", "MASTER_PORT": "29500"}, Site(2, None, 1, "a", 29501, "torchrun's variables")),
     ],
@@ -43,6 +45,8 @@ def test_the_site_is_what_the_variables_say(variables: dict[str, str], site: Sit
     [
         (STEP | {"SLURM_STEP_NUM_TASKS": "16"}, "--ntasks-per-node=1"),
         (STEP | {"SLURM_NODEID": "one"}, "SLURM_NODEID"),
+        (STEP | {"MASTER_PORT": "0"}, "$MASTER_PORT is 0"),
+        ({"MASTER_PORT": "70000"}, "$MASTER_PORT is 70000"),
         ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "8"}, "--nproc-per-node 1"),
     ],
 )
@@ -60,11 +64,32 @@ def test_what_would_start_too_many_processes_is_refused(variables: dict[str, str
         ("gpu[03-05,9],cpu1", "gpu03"),
         ("a,b", "a"),
         ("rack1-gpu[1,3]-ib", "rack1-gpu1-ib"),
+        ("rack[1-2]gpu[3-4],x", "rack1gpu3"),
         ("", ""),
     ],
 )
 def test_the_first_host_of_a_list(names: str, first: str) -> None:
     assert first_host(names) == first
+
+
+def test_processes_without_nodes_are_not_guessed_at(rmtool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod or an MPI launcher that says which of 4 processes this is, and not how many stand on a node."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "7"}.items():
+        monkeypatch.setenv(name, value)
+    shown = rmtool("train", "--dry-run")
+    assert shown.code == 2
+    assert "E0207" in shown.err
+    assert "--nodes 4 --node-rank $RANK" in shown.err
+    told = launch_commands(["train", "--recipe", "tulu3-8b", "--nodes", "4", "--node-rank", "1"], rmtool)
+    assert {(each.num_machines, each.main_process_ip, each.main_process_port) for each in told} == {(4, "a", 7)}
+
+
+def test_a_node_beyond_the_recipes_is_told_who_counted(rmtool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    shown = rmtool("train", "--nodes", "1", "--dry-run")
+    assert shown.code == 2
+    assert "Slurm says that this is node 1, and the recipe is for 1" in shown.err
 
 
 def commands_of(script: str, tmp_path: Path, *, environment: dict[str, str]) -> list[list[str]]:
@@ -86,7 +111,7 @@ def launch_commands(arguments: list[str], rmtool: Any) -> list[Any]:
 
     shown = rmtool(*arguments, "--dry-run")
     assert shown.code == 0, shown.err
-    lines = re.findall(r"^# node \d+\n(.+)$", shown.out, re.MULTILINE)
+    lines = re.findall(r"^# node \d+: .*\n(.+)$", shown.out, re.MULTILINE)
     return [launch_command_parser().parse_args(shlex.split(line)[3:]) for line in lines]
 
 

@@ -19,6 +19,8 @@ from conftest import pair_rows, write_jsonl
 from safetensors.torch import load_file
 from test_launch import PROGRAM, group_members, until
 
+from rmtool.status import Status
+
 pytestmark = pytest.mark.slow
 ROWS = 49  # 9 of them are held out: on two ranks one has five, on four one has three
 
@@ -70,7 +72,6 @@ def assert_same(folder: Path, other: Path, tolerance: float = 1.0) -> None:
         assert (weights[name] - value).norm() <= 1e-4 * tolerance * value.norm(), name
 
 
-@pytest.mark.xdist_group("engines")
 @pytest.mark.parametrize(
     ("engine", "processes", "more"),
     [
@@ -93,7 +94,6 @@ def test_every_engine_takes_the_same_steps(
         assert (folder / "model" / file).is_file()
 
 
-@pytest.mark.xdist_group("engines")
 def test_two_launchers_are_two_nodes(place: Path, alone: Path) -> None:
     port = free_port()
     nodes = ("--nodes", "2", "--main-address", "127.0.0.1", "--main-port", str(port))
@@ -107,7 +107,6 @@ def test_two_launchers_are_two_nodes(place: Path, alone: Path) -> None:
     assert "node 1 is done" in told[1]
 
 
-@pytest.mark.xdist_group("engines")
 def test_adapters_under_zero3_are_merged_and_the_head_is_saved(place: Path) -> None:
     lora = ("--set", "lora.rank=4")
     one, two = train(place, "lora-1", "single", 1, *lora), train(place, "lora-zero3", "zero3", 2, *lora)
@@ -117,7 +116,6 @@ def test_adapters_under_zero3_are_merged_and_the_head_is_saved(place: Path) -> N
     assert saved["score.weight"].norm() > 0
 
 
-@pytest.mark.xdist_group("engines")
 def test_a_new_head_has_the_papers_std_under_zero3(place: Path, tmp_path: Path) -> None:
     """Before any step: a learning rate that moves nothing."""
     rate = ("--set", "train.learning_rate=1e-30", "--set", "train.max_steps=1", "--set", "train.weight_decay=0")
@@ -135,19 +133,35 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.xdist_group("engines")
-def test_nodes_with_different_data_do_not_train(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "engine", "more"),
+    [
+        ("data", "ddp", ()),
+        ("model", "zero3", ()),
+        ("engine", "zero3", ()),
+        ("recipe", "ddp", ("--set", "lora.rank=4")),
+    ],
+)
+def test_nodes_that_differ_do_not_train(
+    place: Path, tmp_path: Path, what: str, engine: str, more: tuple[str, ...]
+) -> None:
+    """Some of these would wait for each other for ever, once engines talk."""
     other = tmp_path / "other"
     shutil.copytree(place / "lm", other / "lm")
-    write_jsonl(other / "pairs.jsonl", pair_rows(ROWS)[::-1])
+    write_jsonl(other / "pairs.jsonl", pair_rows(ROWS)[:: -1 if what == "data" else 1])
+    if what == "model":
+        config = json.loads((other / "lm" / "config.json").read_text())
+        (other / "lm" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     nodes = ("--nodes", "2", "--main-address", "127.0.0.1", "--main-port", str(free_port()))
+    first = command("n", "zero2" if what == "engine" else engine, 1, *nodes, "--node-rank", "0")
+    second = command("n", engine, 1, *nodes, "--node-rank", "1", *more)
     running = [
-        subprocess.Popen(command("n", "ddp", 1, *nodes, "--node-rank", rank), cwd=folder, stderr=subprocess.PIPE)
-        for folder, rank in ((place, "0"), (other, "1"))
+        subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE)
+        for words, folder in ((first, place), (second, other))
     ]
     told = [process.communicate(timeout=200)[1].decode() for process in running]
     assert [process.returncode for process in running] == [2, 2], told
-    assert all("E0208" in text and "another data than process 0" in text for text in told)
+    assert all("E0208" in text and f"another {what} than process 0" in text for text in told)
 
 
 def ranks(folder: Path) -> dict[int, int]:
@@ -156,7 +170,6 @@ def ranks(folder: Path) -> dict[int, int]:
     return {status["rank"]: status["pid"] for status in found if status["exit"] is None}
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(
     ("rank", "number", "words"),
     [(1, signal.SIGKILL, "process 1 of 2 died"), (0, signal.SIGKILL, "process 0 of 2 died"),
@@ -183,7 +196,6 @@ def test_all_ranks_are_gone_soon_after_one(place: Path, tmp_path: Path, rank: in
         assert json.loads((output / f"rank-{1 - rank}.json").read_text())["error"]["code"] == "E0805"
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_run_of_several_processes_leaves_none(place: Path, tmp_path: Path, number: int, code: int) -> None:
     output = tmp_path / "run"
@@ -200,7 +212,32 @@ def test_a_stopped_run_of_several_processes_leaves_none(place: Path, tmp_path: P
     until(lambda: not any(group_members(pid) for pid in found.values()), 10)
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("engine", ["single", "ddp"])
+def test_a_process_that_hangs_before_it_begins_is_ended_too(place: Path, tmp_path: Path, engine: str) -> None:
+    """One that stands still is named; what neither stands still nor begins ends with Ctrl-C."""
+    hangs = "os.kill(os.getpid(), 19)" if engine == "ddp" else "time.sleep(600)"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
+        "words = sys.orig_argv\n"
+        "worker = 'rmtool.train' in words and 'accelerate.commands.launch' not in words\n"
+        "if worker and os.environ.get('RANK', '1') == '1':\n"
+        f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        f"    {hangs}\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    running = subprocess.Popen(
+        command(str(tmp_path / "run"), engine, 1 if engine == "single" else 2), cwd=place, env=environment,
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(2, signal.SIG_DFL),
+    )  # fmt: skip
+    until(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
+    if engine == "single":
+        running.send_signal(signal.SIGINT)
+    told = running.communicate(timeout=60)[1].decode()
+    assert running.returncode == (8 if engine == "ddp" else 130), told
+    assert ("a process that had hardly begun stands still" in told) == (engine == "ddp")
+    assert not Status(0, int((tmp_path / "pid").read_text())).alive()
+
+
 def test_a_rank_that_fails_alone_is_named_with_its_last_lines(place: Path, tmp_path: Path) -> None:
     """A module in front of the real one makes rank 1 fail in its own way; rank 0 only loses its partner."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -15,6 +15,7 @@ import yaml
 from conftest import pair_rows, write_jsonl
 from test_launch import PROGRAM
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForSequenceClassification
 
 from rmtool import memory as memories
 from rmtool.config import Recipe
@@ -23,6 +24,7 @@ from rmtool.engine import LIVE_PARAMETERS, PERSISTENT_PARAMETERS, REDUCE_BUCKET
 from rmtool.forecast import forecast
 from rmtool.loading import training_encoder
 from rmtool.memory import Memory, plan_memory
+from rmtool.plan import make_plan
 from rmtool.recipe import load_recipe
 from rmtool.split import load_split
 from rmtool.steps import epoch_steps
@@ -182,3 +184,57 @@ def test_the_hash_is_that_of_what_is_learned() -> None:
     assert recipe_hash(recipe()) == recipe_hash(recipe("launch.nodes=1", "track.wandb=false"))
     changed = dataclasses.replace(recipe(), train=dataclasses.replace(recipe().train, seed=9))
     assert recipe_hash(recipe()) != recipe_hash(changed)
+
+
+GEMMA_2 = {"vocab_size": 1300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+           "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}  # fmt: skip
+
+
+def test_a_model_that_runs_padded_is_foreseen_so(causal_lm: Path, tmp_path: Path) -> None:
+    """Gemma 2's soft cap shows when its attention is called; then a prompt counts for each of its responses."""
+    from transformers import Gemma2Config
+
+    shutil.copytree(causal_lm, tmp_path / "gemma")
+    Gemma2Config(**GEMMA_2, pad_token_id=0).save_pretrained(tmp_path / "gemma")
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(16))
+    made = named("smollm2-135m", f"data.train=[{tmp_path / 'pairs.jsonl'}]", "data.holdout=0", "train.batch_size=16",
+                 "train.tokens_per_pack=100000")  # fmt: skip
+    encoder, _ = training_encoder(made, causal_lm)
+    data = load_split(made, encoder, Rejects(), SilentUi()).train
+    seen = forecast(made, tmp_path / "gemma", data, 10)
+    assert seen.work is not None
+    [units] = epoch_steps(data.labels, data.trees, made.train.seed, 0, 16)
+    rows = [len(ids) for unit in units for ids in unit.tree.sequences()]
+    assert seen.work.tokens == seen.work.largest == len(rows) * max(rows)  # one pack
+    assert dict(seen.rows())["tokens per step, padding too"].startswith(f"{len(rows) * max(rows):,}")
+    assert seen.memory.tokens == seen.work.largest
+    assert seen.memory.activations > 0
+
+
+def test_of_the_experts_those_count_that_a_token_meets() -> None:
+    from transformers import MixtralConfig
+
+    from rmtool.model import RewardModel
+
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_local_experts": 8,
+             "num_experts_per_tok": 2}  # fmt: skip
+    model = RewardModel(AutoModelForSequenceClassification.from_config(MixtralConfig(**sizes, pad_token_id=0)), 0)
+    attention, router, expert = 32 * (32 + 16 + 16 + 32), 8 * 32, 3 * 32 * 48
+    assert model.multiplied_weights == attention + router + 2 * expert
+
+
+@pytest.mark.parametrize(
+    ("settings", "row", "words"),
+    [
+        ((), "loss", "bradley-terry"),
+        (("train.loss=hinge", "train.center=0.01"), "loss", "hinge, plus 0.01 (chosen + rejected)^2"),
+        (("train.label_smoothing=0.1",), "loss", "smoothed by 0.1"),
+        (("train.freeze=backbone",), "model", "the score head alone"),
+        (("train.keep=best", "train.best_by=loss", "train.patience=3"), "checkpoint", "the best eval loss"),
+        (("train.keep=best", "train.patience=3"), "checkpoint", "stops after 3 evaluations without a better one"),
+    ],
+)
+def test_a_plan_says_how_it_trains(settings: tuple[str, ...], row: str, words: str) -> None:
+    made = named("debug", *settings, *(["train.eval_every=5"] if settings else []))
+    assert words in dict(make_plan(made, Path("run")).rows())[row]

@@ -424,6 +424,12 @@ def test_the_card_says_what_the_manifest_knows(untouched):
     assert "rmtool score" in card
 
 
+@pytest.mark.parametrize(("loss", "named"), [("hinge", "hinge"), ("bradley_terry", "Bradley-Terry")])
+def test_the_card_names_the_loss(folder, loss, named):
+    card = model_card(folder, "me/rm", {"base_model": "a/b", "settings": {"loss": loss}})
+    assert f"({named} loss)" in card
+
+
 def test_the_card_shows_no_local_path_and_no_token(tmp_path, untouched, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("private/base").mkdir(parents=True)  # reads like owner/name, and is a folder here

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import pair_rows, write_jsonl
 
-from rmtool import checkpoint, launch, recipe, report, tracking
+from rmtool import checkpoint, launch, recipe, report, status, tracking
 from rmtool.data import rejects
 
 PROGRAM = Path(sys.executable).parent / "rmtool"
@@ -33,7 +33,6 @@ def debug_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproces
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("debug")
 def test_the_debug_recipe_learns_what_depends_on_the_prompt(debug_run: Any) -> None:
     folder, shown = debug_run
     assert shown.returncode == 0, shown.stderr
@@ -57,7 +56,6 @@ def test_the_debug_recipe_learns_what_depends_on_the_prompt(debug_run: Any) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("debug")
 def test_a_finished_run_is_not_overwritten(debug_run: Any) -> None:
     folder, _ = debug_run
     before = (folder / "runs/debug/model/model.safetensors").stat().st_mtime_ns
@@ -68,7 +66,6 @@ def test_a_finished_run_is_not_overwritten(debug_run: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("debug")
 def test_score_after_training_needs_no_model_named(debug_run: Any) -> None:
     folder, _ = debug_run
     source = shutil.copy(Path(__file__).parent.parent / "recipes/debug/responses.jsonl", folder / "responses.jsonl")
@@ -107,13 +104,13 @@ def children(pid: int) -> list[int]:
 def group_members(session: int) -> list[int]:
     """Living processes of a session."""
     found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
+    for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = status.read_text().rpartition(")")[2].split()
+            fields = path.read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(status.parent.name))
+            found.append(int(path.parent.name))
     return found
 
 
@@ -158,7 +155,6 @@ def test_a_launcher_killed_at_once_leaves_no_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("debug")
 def test_overwriting_sets_the_old_run_aside_and_other_programs_settings_do_not_matter(debug_run: Any) -> None:
     folder, _ = debug_run
     shutil.copytree(folder / "runs/debug", folder / "runs/other", ignore=shutil.ignore_patterns(".*"))
@@ -198,7 +194,9 @@ def test_all_of_a_finished_run_is_set_aside(tmp_path: Path) -> None:
     assert sorted(path.name for path in moved.iterdir()) == sorted(["model", *files])
     assert all((moved / name).read_text() == name for name in files)
     (tmp_path / rejects.REJECTS_FILE).write_text("of a run that failed")
+    (tmp_path / "best-step-7").mkdir()
     launch._set_aside(tmp_path)
+    assert (moved / "best-step-7").is_dir()  # of a run that was interrupted: days may have gone into it
     assert not (tmp_path / rejects.REJECTS_FILE).exists()
     assert (moved / rejects.REJECTS_FILE).read_text() == rejects.REJECTS_FILE
 
@@ -208,6 +206,65 @@ def until(holds: Callable[[], bool], seconds: float = 90.0) -> None:
     while not holds():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.1)
+
+
+def run_later(script: str, **variables: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, **variables}
+    return subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_what_a_launcher_started_is_found_whoever_its_parent_is() -> None:
+    mark = {status.LAUNCHER: str(os.getpid())}
+    forks = "import os, time\nif os.fork(): os._exit(0)\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
+    orphan, other = run_later(forks, **mark), run_later("import time; time.sleep(60)", **{status.LAUNCHER: "1"})
+    assert orphan.stdout
+    pid = int(orphan.stdout.readline())
+    orphan.wait()
+    assert [process.pid for process in status.started()] == [pid]
+    os.kill(pid, signal.SIGSTOP)  # it takes no SIGTERM now
+    launch._stop(orphan)
+    assert status.started() == []
+    other.kill()
+    other.wait()
+
+
+def test_a_process_that_stands_still_before_it_has_begun_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "HANG_S", 0.5)
+    sleeper = run_later("import time; time.sleep(60)", **{status.LAUNCHER: str(os.getpid())})
+    watch = launch.Watch(tmp_path, 1)
+    try:
+        started = time.monotonic()
+        until(lambda: watch.look() is not None or time.monotonic() - started > 3)
+        assert watch.look() is None
+        sleeper.send_signal(signal.SIGSTOP)
+        until(lambda: watch.look() is not None, 10)
+        failure = watch.look()
+        assert failure
+        assert (failure.status, failure.what) == (None, "stands still")
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_a_process_begins_only_while_its_launcher_lives(tmp_path: Path) -> None:
+    script = f"from pathlib import Path; from rmtool.status import begin; begin(Path({str(tmp_path)!r}), 0)"
+    gone = run_later("")
+    gone.wait()
+    late = run_later(script, **{status.LAUNCHER: str(gone.pid)})
+    assert late.wait() == 1
+    assert not list(tmp_path.iterdir())
+    assert run_later(script, **{status.LAUNCHER: str(os.getpid())}).wait() == 0
+    assert (tmp_path / "rank-0.json").exists()
+
+
+def test_an_earlier_runs_traces_are_removed(tmp_path: Path) -> None:
+    """The mark that the data has been read, too: else a node's other processes would read while the first writes."""
+    for name in ("rank-0.json", "rank-3.log", status.DATA_READ_FILE, "mine.txt"):
+        (tmp_path / name).write_text("{}")
+    status.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 COMPILED = ("train", "--recipe", "debug", "--set", "train.compile=true", "--set", "train.max_steps=3")

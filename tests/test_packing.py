@@ -209,3 +209,9 @@ def slow_keys(tree: TokenTree) -> int:
     """Every token of every response asks those before it; a prompt's tokens ask once."""
     asked = {tuple(ids[: at + 1]) for ids in (ids.tolist() for ids in tree.sequences()) for at in range(len(ids))}
     return sum(map(len, asked))
+
+
+def test_padded_packs_are_for_all_ranks() -> None:
+    trees = [build_tree([[row] * 30 + [1] * 20, [row] * 30 + [2] * 20]) for row in range(16)]
+    assert [len(items) for items in plan_packs(trees, 2048, 8, padded=True)] == [2] * 8
+    assert sum(map(bool, plan_packs(trees[:3], 2048, 8, padded=True))) == 3
