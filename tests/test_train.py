@@ -318,7 +318,6 @@ def test_four_bit_weights_are_saved_as_they_were_trained(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bitsandbytes computes on a CPU too, slowly: the same code as on a GPU."""
-    pytest.importorskip("bitsandbytes")
     monkeypatch.setattr("rmtool.loading.require_4bit", lambda: None)
     four = replace(recipe, lora=replace(recipe.lora, rank=4, quantize="4bit"))
     folder = run(set_(four, max_steps=3), tmp_path / "run")
