@@ -18,7 +18,7 @@ from rmtool.config import Recipe
 from rmtool.data.encode import Encoded
 from rmtool.memory import Memory, hollow_model, plan_memory
 from rmtool.model import RewardModel
-from rmtool.packing import key_count
+from rmtool.packing import key_count, pack_tokens
 from rmtool.recipe import world_size
 from rmtool.steps import Unit, epoch_steps
 from rmtool.tree import TokenTree
@@ -184,13 +184,16 @@ class _StepPlan:
 def _plan(recipe: Recipe, model: RewardModel, units: Sequence[Unit], world: int) -> _StepPlan:
     trees = [unit.tree for unit in units]
     packs = model.plan(trees, recipe.train.tokens_per_pack, world)
-    sizes = [_tokens_and_keys([trees[item] for item in items], not model.shares_prompts) for items in packs]
-    tokens, costs = [size for size, _ in sizes], [size + model.key_cost * keys for size, keys in sizes]
+    padded = not model.shares_prompts
+    filled = [[trees[item] for item in items] for items in packs]
+    sizes = [_tokens_and_keys(pack, padded) for pack in filled]
+    costs = [tokens + model.key_cost * keys for tokens, keys in sizes]
     return _StepPlan(
         costs=tuple(sum(costs[rank::world]) for rank in range(world)),
-        tokens=sum(tokens),
+        tokens=sum(tokens for tokens, _ in sizes),
         packs=len(packs) // world,
-        largest=max(tokens),
+        # Trees of one pack share what they begin with, too.
+        largest=max(tokens if padded else pack_tokens(pack) for pack, (tokens, _) in zip(filled, sizes, strict=True)),
     )
 
 

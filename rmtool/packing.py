@@ -165,7 +165,7 @@ def _evenly(trees: Sequence[TokenTree], budget: int, multiple: int, key_cost: fl
         whole = sum(tree.unique_tokens for tree in trees) <= budget
         return [list(range(len(trees)))] if whole else _even(trees, budget, 1, key_cost, budget)[1]
     # Large groups of trees share most, small ones can be shared out evenly: what has the lightest heaviest pack.
-    share = -(-_unique_tokens(trees) // multiple)
+    share = -(-pack_tokens(trees) // multiple)
     limits = sorted({min(budget, max(1, share // parts)) for parts in (1, 2, 4)}, reverse=True)
     return min((_even(trees, budget, multiple, key_cost, limit) for limit in limits), key=lambda plan: plan[0])[1]
 
@@ -175,7 +175,7 @@ def _even(
 ) -> tuple[float, list[list[int]]]:
     """The same with groups of at most `limit` tokens: what its packs cost a rank at most, and the packs."""
     groups = _relatives(trees, limit)
-    sizes = [_unique_tokens([trees[item] for item in group]) for group in groups]
+    sizes = [pack_tokens([trees[item] for item in group]) for group in groups]
     keys = [sum(key_count(trees[item]) for item in group) for group in groups]
     costs = [size + key_cost * asked for size, asked in zip(sizes, keys, strict=True)]
     count = _round_up(min(len(sizes), -(-sum(sizes) // budget)), multiple)
@@ -194,7 +194,7 @@ def key_count(tree: TokenTree) -> int:
     return prompt * (prompt + 1) // 2 + sum(length * prompt + length * (length + 1) // 2 for length in lengths)
 
 
-def _unique_tokens(trees: Sequence[TokenTree]) -> int:
+def pack_tokens(trees: Sequence[TokenTree]) -> int:
     """Tokens of the trees in one pack."""
     if len(trees) == 1:
         return trees[0].unique_tokens

@@ -160,6 +160,20 @@ def test_work_is_that_of_the_steps(causal_lm: Path, tmp_path: Path) -> None:
     assert seen.step_seconds == pytest.approx(6 * weights * seen.work.cost * seen.work.slowest / 4e6)
 
 
+def test_the_largest_pack_counts_what_its_rows_share_once(causal_lm: Path, tmp_path: Path) -> None:
+    """Every row begins with the same words: a pack never passes train.tokens_per_pack for them."""
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(16))
+    made = named("smollm2-135m", f"data.train=[{tmp_path / 'pairs.jsonl'}]", "data.holdout=0", "train.batch_size=16",
+                 "train.tokens_per_pack=100000")  # fmt: skip
+    encoder, _ = training_encoder(made, causal_lm)
+    data = load_split(made, encoder, Rejects(), SilentUi()).train
+    seen = forecast(made, causal_lm, data, 10).work
+    sequences = [ids.tolist() for tree in data.trees for ids in tree.sequences()]
+    prefixes = {tuple(ids[: at + 1]) for ids in sequences for at in range(len(ids))}
+    assert seen is not None
+    assert seen.largest == len(prefixes) < seen.tokens
+
+
 def test_a_dry_run_shows_the_forecast(llama: Path, tmp_path: Path) -> None:
     """Without the data: memory is known, time is not; and nothing is written."""
     command = [PROGRAM, "train", "--recipe", "tulu3-8b", "--model", str(llama), "--dry-run", "--output", "run"]
