@@ -26,8 +26,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
-from rmtool import attention, compat
+from rmtool import attention, attention_check, compat
+from rmtool.attention_check import KernelCheck
 from rmtool.errors import RmtoolError
+from rmtool.fp32 import fp32_compute
 from rmtool.packing import Batch, PackedBatch, pack, pad, plan_packs, plan_reads
 from rmtool.products import wide_products
 from rmtool.ranks import ALONE, Ranks
@@ -36,7 +38,7 @@ from rmtool.tree import Ids, TokenTree, build_tree
 from rmtool.ui import Bar
 
 HEAD = "score"  # transformers' name for the last-token head of every decoder-only *ForSequenceClassification
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ScoreHead(nn.Linear):
@@ -150,35 +152,51 @@ def choose_layout(model: RewardModel, run: nn.Module, max_length: int) -> str | 
     compat.require_fixed_positions(model.backbone, max_length)
     config = model.backbone.config.get_text_config()
     trees = compat.trial_trees(config.vocab_size, getattr(config, "sliding_window", None), max_length)
-    dtype = trial_dtype(model)
     training = model.training
     run.eval()
 
-    @torch.no_grad()
-    def rewards(shares: bool, trees: Sequence[TokenTree]) -> torch.Tensor:
+    def states(shares: bool, trees: Sequence[TokenTree]) -> torch.Tensor:
         model.share_prompts(shares)
-        return run(model.collate(trees))
+        return _read_states(model, run, trees)
 
-    shared, padded = partial(rewards, True), partial(rewards, False)
-    reason = compat.declared_reason(model.backbone) or compat.trial_reason(trees, shared, padded, dtype)
-    if reason is not None:
-        # Without autocast: what rounding does to bf16 rewards would cover what padding does to them.
-        precision, model.precision = model.precision, "fp32"
-        compat.require_padding(trees, padded, trial_dtype(model))
-        model.precision = precision
+    with _in_fp32(model):
+        probe = compat.Probe(trees, partial(states, False))
+        reason = compat.declared_reason(model.backbone) or compat.sharing_failure(probe, partial(states, True, trees))
+        if reason is not None:
+            compat.require_padding(probe)
+    if reason is None:
+        check = KernelCheck()
+        model.share_prompts(True)
+        model.classifier.set_attn_implementation(attention_check.NAME)
+        _read_states(model, run, trees)
+        reason = compat.kernel_failure(check.worst)
     run.train(training)
     model.share_prompts(reason is None)
     return reason
 
 
-def trial_dtype(model: RewardModel) -> torch.dtype:
-    """The coarser of the weights' dtype and the precision."""
-    half = [
-        dtype
-        for dtype in (PRECISIONS[model.precision], next(model.backbone.parameters()).dtype)
-        if dtype != torch.float32
-    ]
-    return half[0] if half else torch.float32
+@torch.no_grad()
+def _read_states(model: RewardModel, run: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
+    """What the score head reads of one batch, float32[N, hidden], in the order of the rewards."""
+    read = list[torch.Tensor]()
+    head = getattr(model.classifier, HEAD)
+    hook = head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].float()))
+    try:
+        run(model.collate(trees))
+    finally:
+        hook.remove()
+    return read[0]
+
+
+@contextlib.contextmanager
+def _in_fp32(model: RewardModel) -> Iterator[None]:
+    """A block in which forwards compute in fp32, whatever the precision and the weights' dtype."""
+    precision, model.precision = model.precision, "fp32"
+    try:
+        with fp32_compute(model.backbone):
+            yield
+    finally:
+        model.precision = precision
 
 
 @torch.no_grad()

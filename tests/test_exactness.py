@@ -177,7 +177,7 @@ def test_a_model_with_soft_capped_attention_runs_padded_and_says_why() -> None:
     assert relative(model(model.collate(TREES)), alone(model, TREES)) < 1e-5
 
 
-def test_the_trial_refuses_a_model_whose_positions_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_refuses_a_model_whose_positions_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """The third gate alone: nothing is declared wrong, but every response starts one position late."""
     model = build(FAMILIES["llama"])
     real = RewardModel._last_states
@@ -190,7 +190,7 @@ def test_the_trial_refuses_a_model_whose_positions_are_wrong(monkeypatch: pytest
         return real(self, batch)
 
     monkeypatch.setattr(RewardModel, "_last_states", shifted)
-    assert "differ" in (choose_layout(model, model, 512) or "")
+    assert "prefix sharing changes" in (choose_layout(model, model, 512) or "")
 
 
 def test_bidirectional_attention_is_declared() -> None:
