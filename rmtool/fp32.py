@@ -28,7 +28,7 @@ def fp32_compute(backbone: PreTrainedModel) -> Iterator[None]:
                 else:
                     _widen_while_it_runs(module, stack)
         for module in backbone.modules():
-            if hasattr(module, "compute_dtype"):  # bitsandbytes
+            if hasattr(module, "compute_type_is_set"):  # bitsandbytes
                 _compute_4bit_in_fp32(module, stack)
         yield
 
@@ -69,6 +69,5 @@ def _widen_while_it_runs(module: nn.Module, stack: contextlib.ExitStack) -> None
 
 def _compute_4bit_in_fp32(layer: nn.Module, stack: contextlib.ExitStack) -> None:
     """For bitsandbytes' Linear4bit, which settles what it computes in at its first forward."""
-    names = ("compute_dtype", "compute_type_is_set")
-    stack.callback(vars(layer).update, {name: vars(layer)[name] for name in names if name in vars(layer)})
-    layer.compute_dtype, layer.compute_type_is_set = torch.float32, True  # type: ignore[assignment]
+    stack.callback(vars(layer).update, compute_dtype=layer.compute_dtype, compute_type_is_set=layer.compute_type_is_set)
+    vars(layer).update(compute_dtype=torch.float32, compute_type_is_set=True)

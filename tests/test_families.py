@@ -330,7 +330,7 @@ def test_the_table_has_every_type_and_enough_of_them_share() -> None:
 @pytest.mark.parametrize("name", ["bloom", "falcon", "jamba", "qwen2_moe (window)", "phimoe (window)"])
 def test_a_layout_accepted_wrongly_would_be_seen(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compat, "declared_reason", lambda *_: None)
-    monkeypatch.setattr(compat, "trial_reason", lambda *_: None)
+    monkeypatch.setattr(compat, "sharing_failure", lambda *_: None)
     row = measure(name, variants(name.split()[0])[name], tmp_path)
     assert row.layout == "shared"
     assert row.errors is not None

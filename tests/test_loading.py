@@ -412,14 +412,15 @@ def test_the_trial_is_no_longer_than_what_the_model_is_given(positions: int) -> 
     assert models.choose_layout(model, model, positions) is None
 
 
-def test_padding_is_tried_without_the_rounding_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16 the trial would have to allow so much that a model which padding changes passes."""
+def test_padding_is_probed_without_the_rounding_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 the probe would have to allow so much that a model which padding changes passes."""
     config = Gemma2Config(**tiny_config(97), num_labels=1)
     model = models.RewardModel(
         AutoModelForSequenceClassification.from_config(config), pad_id=0, precision="bf16"
     ).eval()
-    tried: list[Any] = []
-    monkeypatch.setattr(compat, "require_padding", lambda *given: tried.append((given[2], model.precision)))
+    probed: list[Any] = []
+    monkeypatch.setattr(compat, "require_padding", lambda probe: probed.append((probe.padding_error, model.precision)))
     assert models.choose_layout(model, model, 512)
-    assert tried == [(torch.float32, "fp32")]
-    assert model.precision == "bf16"
+    [(error, precision)] = probed
+    assert error < 1e-5
+    assert (precision, model.precision) == ("fp32", "bf16")

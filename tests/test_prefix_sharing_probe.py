@@ -1,0 +1,196 @@
+"""The probe at load: judged in fp32 whatever the weights are kept in, and on attention where that is half precision."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from conftest import tiny_config
+from mutants import Patch
+from rounding import RoundedProducts, rounded_matmul, rounded_products
+from test_exactness import TREES
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from rmtool import attention_check, compat
+from rmtool import model as models
+from rmtool.attention_check import KernelCheck, sequence_rows
+from rmtool.fp32 import fp32_compute
+from rmtool.model import RewardModel, choose_layout, draw_head, turn_dropout_off
+from rmtool.packing import pack
+
+DEEP = hf.LlamaConfig(**(tiny_config(97) | {"num_hidden_layers": 40, "initializer_range": 0.1}), num_labels=1)
+
+
+def build(config: Any, precision: str = "fp32", dtype: torch.dtype = torch.float32) -> RewardModel:
+    torch.manual_seed(0)
+    classifier = AutoModelForSequenceClassification.from_config(copy.deepcopy(config)).to(dtype)
+    draw_head(classifier, 0)
+    turn_dropout_off(classifier)
+    classifier.score.float()
+    return RewardModel(classifier, 0, precision).eval()
+
+
+def states(model: RewardModel, shares: bool) -> torch.Tensor:
+    model.share_prompts(shares)
+    return models._read_states(model, model, TREES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_deep_model_shares_prompts_in_half_precision(precision: str, dtype: torch.dtype, monkeypatch: Patch) -> None:
+    """Rounding alone moves its states by more than many a mistake would."""
+    monkeypatch.setattr(models, "wide_products", rounded_products)
+    model = build(DEEP, precision, dtype)
+    probe = compat.Probe(TREES, lambda trees: models._read_states(model, model, trees))
+    model.share_prompts(True)
+    assert probe.error(models._read_states(model, model, TREES)) > 20 * compat.TOLERANCE
+    assert choose_layout(model, model, 512) is None
+    assert model.shares_prompts
+    assert model.precision == precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.LlamaConfig(**tiny_config(97), num_labels=1),
+        hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=512, num_labels=1),
+        hf.Gemma3TextConfig(**tiny_config(97), num_labels=1, sliding_window=8),
+        hf.Qwen3MoeConfig(
+            **tiny_config(97), num_labels=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_weights_of_16_bits_compute_in_fp32(config: Any, dtype: torch.dtype) -> None:
+    """As the same numbers kept in fp32 do; afterwards every weight is the one it was."""
+    half, whole = build(config, dtype=dtype), build(config, dtype=dtype)
+    whole.classifier.float()
+    before = {name: (weight.dtype, weight.data_ptr()) for name, weight in half.named_parameters()}
+    with fp32_compute(half.backbone):
+        inside = states(half, shares=False)
+    assert {name: (weight.dtype, weight.data_ptr()) for name, weight in half.named_parameters()} == before
+    # Rotary embeddings and scaled embeddings may be computed in the weights' dtype before the first layer.
+    torch.testing.assert_close(
+        inside, states(whole, shares=False), atol=2e-2 if "gemma" in config.model_type else 1e-5, rtol=1e-5
+    )
+    assert not torch.equal(states(half, shares=False), inside)
+
+
+def test_one_layer_at_a_time_is_wide() -> None:
+    model = build(DEEP, dtype=torch.bfloat16)
+    wide: list[int] = []
+
+    def count(*_: Any) -> None:
+        wide.append(sum(weight.dtype == torch.float32 for weight in model.backbone.parameters()))
+
+    for layer in model.backbone.layers:
+        layer.self_attn.register_forward_pre_hook(count)
+    with fp32_compute(model.backbone):
+        states(model, shares=False)
+    assert wide == [len(list(model.backbone.layers[0].parameters()))] * len(model.backbone.layers)
+
+
+def test_weights_are_restored_when_a_forward_fails() -> None:
+    model = build(DEEP, dtype=torch.bfloat16)
+    model.backbone.layers[3].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), fp32_compute(model.backbone):
+        states(model, shares=False)
+    assert {weight.dtype for weight in model.backbone.parameters()} == {torch.bfloat16}
+
+
+class FourBit(nn.Linear):
+    """What bitsandbytes' Linear4bit has: it takes the dtype of its first input, unless told that it was chosen."""
+
+    compute_type_is_set = False
+    computed: list[torch.dtype | None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.compute_type_is_set:
+            self.compute_dtype, self.compute_type_is_set = x.dtype, True
+        self.computed.append(self.compute_dtype)
+        return super().forward(x)
+
+
+def test_4_bit_layers_compute_in_fp32_and_choose_afterwards() -> None:
+    model = build(DEEP)
+    layer = model.backbone.layers[0].mlp
+    layer.up_proj.__class__ = FourBit
+    layer.up_proj.compute_dtype, layer.up_proj.computed = torch.bfloat16, []
+    with fp32_compute(model.backbone):
+        states(model, shares=False)
+    assert set(layer.up_proj.computed) == {torch.float32}
+    assert (layer.up_proj.compute_dtype, layer.up_proj.compute_type_is_set) == (torch.bfloat16, False)
+
+
+def test_a_model_that_padding_changes_is_refused_with_weights_of_16_bits(monkeypatch: Patch) -> None:
+    """And a sound one is not: in bf16 padding moves its states by more than the bound."""
+    monkeypatch.setattr(models, "wide_products", rounded_products)
+    monkeypatch.setattr(compat, "declared_reason", lambda _: "made to run padded")
+    model = build(DEEP, "bf16", torch.bfloat16)
+    probe = compat.Probe(TREES, lambda trees: models._read_states(model, model, trees))
+    assert probe.padding_error > compat.PADDED_TOLERANCE
+    assert choose_layout(model, model, 512) == "made to run padded"
+
+
+# ------------------------------------------------------------------------------------------------ the kernel's check
+
+
+def test_rows_are_those_of_each_whole_sequence() -> None:
+    batch = pack(TREES)
+    ids = batch.input_ids[0]
+    got = sorted(ids[rows].tolist() for rows in sequence_rows(batch.layout))
+    assert got == sorted(sequence.tolist() for tree in TREES for sequence in tree.sequences())
+
+
+def checked(precision: str, change: Callable[[torch.Tensor], torch.Tensor], monkeypatch: Patch) -> float:
+    """`KernelCheck.worst` where the packed attention's result is changed."""
+    from mutants import install_attention
+
+    from rmtool.attention import packed_attention
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        output, _ = packed_attention(*args, **kwargs)
+        return change(output), None
+
+    install_attention(changed, monkeypatch)
+    model = build(DEEP, precision)
+    check = KernelCheck()
+    model.share_prompts(True)
+    model.classifier.set_attn_implementation(attention_check.NAME)
+    models._read_states(model, model, TREES)
+    return check.worst
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_unit_is_the_rounding_of_the_precision(precision: str, monkeypatch: Patch) -> None:
+    """An output off by a share of itself counts as many times the rounding as that share is."""
+    unit = torch.finfo(models.PRECISIONS[precision]).eps / 2
+    assert 0.05 < checked(precision, lambda output: output, monkeypatch) < 1
+    assert 2 < checked(precision, lambda output: output * (1 + 32 * unit), monkeypatch) < 40
+    assert checked(precision, lambda output: output * torch.nan, monkeypatch) == torch.inf
+
+
+def test_fp32_has_no_kernel_to_check(monkeypatch: Patch) -> None:
+    assert checked("fp32", lambda output: output * 2, monkeypatch) == 0
+
+
+# ----------------------------------------------------------------------------------------------- what stands in for it
+
+
+def test_rounded_products_are_coarse_and_depend_on_the_shape() -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(9, 64).bfloat16(), torch.randn(64, 48).bfloat16()
+    exact = left.float() @ right.float()
+    rounded = rounded_matmul(left, right)
+    assert rounded.dtype == torch.bfloat16
+    assert 0 < (rounded.float() - exact).norm() / exact.norm() < 2**-7
+    assert not torch.equal(rounded_matmul(left[:6], right), rounded[:6])
+    with RoundedProducts():
+        assert torch.equal(left @ right, rounded)
+        assert torch.equal(torch.addmm(torch.zeros(48).bfloat16(), left, right), rounded)
