@@ -21,6 +21,7 @@ from rmtool.errors import Place, RmtoolError
 from rmtool.ui import Ui
 
 MANIFEST = "rmtool.json"
+PADDED = "padded: "  # `Manifest.layout` of a run that did not share prompts, before the reason
 HELD_OUT_FILE = "held_out.jsonl"  # beside the checkpoint, in the folder of the run that made it
 SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
 DOWNLOAD = ("*.safetensors", *SMALL)
@@ -44,6 +45,11 @@ class Manifest:
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     format: int = 1
+
+    @property
+    def padded_reason(self) -> str | None:
+        """Why training used padded batches; None if it shared prompts."""
+        return self.layout.removeprefix(PADDED) if self.layout.startswith(PADDED) else None
 
 
 def read_manifest(folder: Path) -> Manifest | None:

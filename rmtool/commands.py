@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rmtool.config import Recipe, Source
 from rmtool.data.rejects import REJECTS_FILE, Rejects, require_free
@@ -100,15 +100,15 @@ def train_command(
         if node:
             ui.say(f"node {node} is done; node 0 writes the checkpoint")
             return
-        metrics = launch.final_metrics(output)
+        manifest, metrics = launch.final_manifest(output), launch.final_metrics(output)
         if recipe.hub.repo_id:
             from rmtool.hub import push_checkpoint
 
             ui.say(push_checkpoint(output / "model", recipe.hub.repo_id, private=not recipe.hub.public, ui=ui))
         if as_json:
-            print_json({"output": str(output), "metrics": metrics}, ui)
+            print_json({"output": str(output), "metrics": metrics, **_sharing_fields(manifest.padded_reason)}, ui)
         else:
-            _show_result(output, metrics, ui)
+            _show_result(output, metrics, manifest.padded_reason, ui)
     if (output / REJECTS_FILE).exists():
         raise SystemExit(ExitCode.SET_ASIDE)
 
@@ -206,9 +206,12 @@ def _foresee(recipe: Recipe, source: Path, data: Encoded | None, steps: int | No
         return None, f"memory and time: torch cannot run this model without memory ({first_line(error)})"
 
 
-def _show_result(output: Path, metrics: dict[str, float], ui: TerminalUi) -> None:
+def _show_result(output: Path, metrics: dict[str, float], padded_reason: str | None, ui: TerminalUi) -> None:
+    from rmtool.compat import describe_sharing
+
     ui.table("Result", ("metric", "value"), [(name, f"{value:.4f}") for name, value in metrics.items()])
     ui.result(f"checkpoint: {output / 'model'}\ncurves:     {output / 'curves.png'}")
+    ui.result(f"prefix sharing: {describe_sharing(padded_reason)}")
     if (output / REJECTS_FILE).exists():
         ui.result(f"bad rows:   {output / REJECTS_FILE}")
 
@@ -263,12 +266,14 @@ def eval_command(model: str, data: list[str] | None, samples: int, reading: Read
                     "samples": [vars(sample) for sample in shown],
                     "set_aside": dict(encoded.counts),
                     "rejected": rejects.count,
+                    **_sharing_fields(loaded.padded_reason),
                 },
                 ui,
             )
         else:
             _show_eval(ui, result, shown)
         _say_rejected(rejects, ui)
+        _say_sharing(loaded, ui)
     if encoded.counts["long"] or rejects.count:
         raise SystemExit(ExitCode.SET_ASIDE)
 
@@ -288,6 +293,19 @@ def _samples(selection: Selection, encoded: Encoded, result: EvalResult) -> list
 def _say_rejected(rejects: Rejects, ui: TerminalUi) -> None:
     if rejects.count:
         ui.say(f"note: {rejects.count:,} bad rows were set aside in {rejects.path}")
+
+
+def _say_sharing(loaded: Loaded, ui: TerminalUi) -> None:
+    """Last, so that a slow run shows why it was slow."""
+    if loaded.padded_reason:
+        from rmtool.compat import describe_sharing
+
+        ui.say(f"note: prefix sharing: {describe_sharing(loaded.padded_reason)}")
+
+
+def _sharing_fields(reason: str | None) -> dict[str, Any]:
+    """The `--json` form."""
+    return {"prefix_sharing": reason is None, "padded_reason": reason}
 
 
 def _default_eval_data(folder: Path) -> list[str]:
@@ -354,9 +372,11 @@ def score_command(
         if outcome.nonfinite:
             ui.say(f"note: {outcome.nonfinite} rewards are not finite numbers and are null in the output")
         if as_json:
-            print_json({"model": model, "output": str(output), **vars(outcome)}, ui)
+            sharing = _sharing_fields(loaded.padded_reason)
+            print_json({"model": model, "output": str(output), **vars(outcome), **sharing}, ui)
         else:
             ui.result(f"{outcome.responses} responses in {outcome.rows} rows scored: {output}")
+        _say_sharing(loaded, ui)
     if outcome.nonfinite or outcome.rejected:
         raise SystemExit(ExitCode.SET_ASIDE)
 

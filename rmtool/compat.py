@@ -52,6 +52,11 @@ def declared_reason(backbone: PreTrainedModel) -> str | None:
     return None
 
 
+def describe_sharing(reason: str | None) -> str:
+    """For the user: whether prompts are shared, with what `choose_layout` returned."""
+    return f"off, using padded batches ({reason})" if reason else "on"
+
+
 def require_positions(backbone: PreTrainedModel, max_length: int) -> None:
     """Refuse sequences longer than a model's table of learned positions.
 

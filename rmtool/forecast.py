@@ -14,9 +14,10 @@ from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rmtool.compat import describe_sharing
 from rmtool.config import Recipe
 from rmtool.data.encode import Encoded
-from rmtool.memory import Memory, hollow_model, plan_memory
+from rmtool.memory import Memory, hollow_model, padded_reason, plan_memory
 from rmtool.model import RewardModel
 from rmtool.packing import key_count, pack_tokens
 from rmtool.recipe import world_size
@@ -69,6 +70,7 @@ class Forecast:
     memory: Memory
     work: Work | None
     step_seconds: float | None
+    padded_reason: str | None = None  # why prompts will not be shared
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, value) for a table."""
@@ -78,6 +80,7 @@ class Forecast:
             sizes += [("host memory", f"{_size(memory.host)} per process: optimiser states and gradients")]
         return [
             ("parameters", f"{memory.parameters:,}, of which {memory.trainable:,} are trained"),
+            ("prefix sharing", describe_sharing(self.padded_reason)),
             *self._work_rows(),
             *sizes,
             ("memory per device", f"{_size(memory.total)}, and what the libraries themselves take"),
@@ -119,6 +122,8 @@ class Forecast:
             "memory": memory,
             "step_seconds": self.step_seconds,
             "steps": self.steps,
+            "prefix_sharing": self.padded_reason is None,
+            "padded_reason": self.padded_reason,
         }
 
 
@@ -129,6 +134,7 @@ def forecast(recipe: Recipe, folder: Path, data: Encoded | None, steps: int | No
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = hollow_model(recipe, folder)
+        reason = padded_reason(model)
     work = measure_work(recipe, model, data) if data else None
     tokens, per_pair = (work.largest, round(work.per_pair)) if work else (recipe.train.tokens_per_pack, 512)
     memory = plan_memory(recipe, folder, tokens, per_pair)
@@ -137,7 +143,7 @@ def forecast(recipe: Recipe, folder: Path, data: Encoded | None, steps: int | No
         # Kaplan et al., arXiv 2001.08361, section 2.1; what checkpointing computes again is not counted as use.
         flops = _flops_per_weight(recipe) * model.multiplied_weights * work.cost * work.slowest
         seconds = flops / (world_size(recipe.launch) * recipe.launch.peak_tflops * 1e12 * recipe.launch.utilisation)
-    return Forecast(recipe, steps, memory, work, seconds)
+    return Forecast(recipe, steps, memory, work, seconds, reason)
 
 
 def _flops_per_weight(recipe: Recipe) -> int:

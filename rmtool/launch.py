@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from rmtool.checkpoint import HELD_OUT_FILE, MANIFEST, read_manifest
+from rmtool.checkpoint import HELD_OUT_FILE, MANIFEST, Manifest, read_manifest
 from rmtool.data.rejects import REJECTS_FILE
 from rmtool.errors import ExitCode, RmtoolError
 from rmtool.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, Plan, launch_command
@@ -292,9 +292,15 @@ def _raise_failure(plan: Plan, failure: Failure | None, code: int) -> None:
     raise RmtoolError("E0801", f"{which} {what}", hint, found=tail)
 
 
-def final_metrics(output: Path) -> dict[str, float]:
-    """The saved model's eval metrics, or the last step's training metrics where no pairs were held out."""
+def final_manifest(output: Path) -> Manifest:
+    """What the finished run in `output` wrote beside its model."""
     manifest = read_manifest(output / "model")
     assert manifest, "a finished run has one"
+    return manifest
+
+
+def final_metrics(output: Path) -> dict[str, float]:
+    """The saved model's eval metrics, or the last step's training metrics where no pairs were held out."""
+    manifest = final_manifest(output)
     last = json.loads((output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return manifest.metrics or {name: value for name, value in last.items() if "/" in name}

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rmtool import model as models
 from rmtool.checkpoint import Manifest, read_manifest
+from rmtool.compat import describe_sharing
 from rmtool.config import LoraConfig, Recipe
 from rmtool.data.encode import CANNED, Encoder
 from rmtool.errors import Place, RmtoolError
@@ -31,12 +32,15 @@ _MALLOC = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_
 
 @dataclass(frozen=True)
 class Loaded:
-    """`notices` are sentences for the user; `manifest` is None for a checkpoint that rmtool did not write."""
+    """`notices` are sentences for the user; `manifest` is None for a checkpoint that rmtool did not write;
+    `padded_reason` says why prompts are not shared, None where they are.
+    """
 
     model: RewardModel
     encoder: Encoder
     manifest: Manifest | None
     notices: tuple[str, ...]
+    padded_reason: str | None = None
 
 
 def load_for_use(
@@ -87,8 +91,8 @@ def load_for_use(
     notices += slow_precision(precision)
     reason = models.choose_layout(model, model, encoder.max_length)
     if reason:
-        notices.append(f"prompts are computed once per response, not shared: {reason}")
-    return Loaded(model, encoder, manifest, tuple(notices))
+        notices.append(f"prefix sharing: {describe_sharing(reason)}")
+    return Loaded(model, encoder, manifest, tuple(notices), reason)
 
 
 def slow_precision(precision: str) -> list[str]:

@@ -120,19 +120,26 @@ def hollow_model(recipe: Recipe, folder: Path, depth: int | None = None) -> Rewa
             module._parameters[name] = nn.Parameter(torch.empty(value.shape, dtype=dtype), value.requires_grad)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    model.share_prompts(_shares(model))
+    model.share_prompts(padded_reason(model) is None)
     return model.train()
 
 
-def _shares(model: RewardModel) -> bool:
-    """Whether it computes a prompt once, as far as shapes tell: some attention says only when called that it cannot."""
-    model.share_prompts(compat.declared_reason(model.backbone) is None)
+def padded_reason(model: RewardModel) -> str | None:
+    """Why a hollow model will not share prompts, as far as shapes tell: some attention says only when called that it
+    cannot. None if it might.
+    """
+    if reason := compat.declared_reason(model.backbone):
+        return reason
+    shares = model.shares_prompts
+    model.share_prompts(True)
     try:
         with torch.no_grad():
             model(model.collate([_pair(8, 0, padded=False)]))
-    except UnsupportedAttentionError:
-        return False
-    return model.shares_prompts
+    except UnsupportedAttentionError as error:
+        return str(error)
+    finally:
+        model.share_prompts(shares)
+    return None
 
 
 def _frozen_bytes(recipe: Recipe, model: RewardModel) -> int:

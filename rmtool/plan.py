@@ -83,6 +83,7 @@ class Plan:
             ("evaluation", f"{', '.join(map(_shown, data.eval)) or held_out}; {when}"),
             ("longest sequence", f"{data.max_length:,} tokens; longer: {data.on_long}"),
             ("processes", f"{self.world_size} = {nodes}{told}, {engine_of(launch)}, {train.precision}"),
+            *self._precision_rows(),
             ("pairs per step", f"{train.batch_size:,} over all processes ({share})"),
             ("tokens per pack", f"at most {train.tokens_per_pack:,} unique tokens per forward and process"),
             ("steps", f"{unknown if self.steps is None else f'{self.steps:,}'} (epochs: {train.epochs}{limit})"),
@@ -94,6 +95,14 @@ class Plan:
             ("tracking", f"wandb project {recipe.track.project}" if recipe.track.wandb else "the run folder only"),
             ("checkpoint", f"{self.output / 'model'}: {kept}, {train.save_dtype}{pushed}{stop}"),
         ]
+
+    def _precision_rows(self) -> list[tuple[str, str]]:
+        """A remark where this machine multiplies much faster in another precision."""
+        from rmtool.products import has_fast_bf16  # imports torch
+
+        if self.recipe.train.precision != "fp32" or not has_fast_bf16():
+            return []
+        return [("precision", "fp32 (bf16 is several times faster on this machine: --set train.precision=bf16)")]
 
     def as_dict(self) -> dict[str, Any]:
         return {

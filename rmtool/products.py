@@ -33,6 +33,15 @@ def lacks_bf16() -> bool:
     return has.get("architecture") == "x86_64" and not (has.get("amx_bf16") or has.get("avx512_bf16"))
 
 
+def has_fast_bf16() -> bool:
+    """Whether bfloat16 products are several times faster here than fp32: on GPUs with tensor cores for them, and on
+    CPUs with matrix instructions (AMX). AVX-512's bf16 instructions alone make about twice as many.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 def wide_products(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """A block for forwards and backwards in `precision`; it changes nothing where bfloat16 is fast or not used."""
     if device.type != "cpu" or precision == "fp32" or not lacks_bf16():

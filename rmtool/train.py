@@ -23,7 +23,16 @@ import torch
 from accelerate import Accelerator
 
 from rmtool import model as models
-from rmtool.checkpoint import HELD_OUT_FILE, Manifest, public_name, resolve_checkpoint, write_folder, write_manifest
+from rmtool.checkpoint import (
+    HELD_OUT_FILE,
+    PADDED,
+    Manifest,
+    public_name,
+    resolve_checkpoint,
+    write_folder,
+    write_manifest,
+)
+from rmtool.compat import describe_sharing
 from rmtool.config import Recipe
 from rmtool.data.encode import Encoder
 from rmtool.data.rejects import REJECTS_FILE, Rejects
@@ -75,7 +84,7 @@ def _manifest(
         recipe=recipe.name,
         base_model=public_name(recipe.model.path),
         train_data=[public_name(as_source(source).path) for source in recipe.data.train],
-        layout=f"padded: {reason}" if reason else "shared",
+        layout=f"{PADDED}{reason}" if reason else "shared",
         settings=as_dict(recipe)["train"] | {"lora": as_dict(recipe)["lora"]},
         metrics=metrics,
         versions={name: metadata.version(name) for name in packages},
@@ -103,9 +112,9 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     reason = models.choose_layout(model, engine.wrapped, encoder.max_length)
     if recipe.train.compile:  # after the trials of both layouts, of which one is used
         more += [f"compiled layers: {_compile(model)}"]
-    sharing = f"padded, because {reason}" if reason else "computed once for both responses of a pair"
-    for notice in (*notices, *more, f"prompts: {sharing}"):
+    for notice in (*notices, *more):
         ui.say(notice)
+    ui.facts("Plan: model", [("prefix sharing", describe_sharing(reason))])
     if main:
         write_held_out(folder / HELD_OUT_FILE, split)
     tracker = Tracker(folder, recipe.track, as_dict(recipe), ui) if main else None

@@ -76,11 +76,15 @@ def steps_main(args: argparse.Namespace) -> int:
         events = session.run("steps", {**spec, "repeats": args.repeats}, on_event=_told)
         facts = benchlib.environment({name: saved[name] for name in ("torch", "gpu")})
         cores = session.cores
+    padded = benchlib.padded_reason(events)
+    events = [event for event in events if event["event"] == "step"]
     points = median_points(events)
     line = fit_line(points)
     show(benchlib.describe(facts, cores))
-    show(steps_text(args, events, points, line))
-    benchlib.write_json(args.json, {"environment": facts, "points": points, "line": line, "events": events})
+    show("\n".join([steps_text(args, events, points, line), *benchlib.layout_notes(padded)]))
+    benchlib.write_json(
+        args.json, {"environment": facts, "padded": padded, "points": points, "line": line, "events": events}
+    )
     if args.plot:
         draw(args.plot, events, line)
     return 0
@@ -227,7 +231,7 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
     model, _ = training_model(recipe, folder, encoder)
     engine = Engine.prepare(accelerator, model, build_optimizer(model, train), train.max_grad_norm)
     if reason := choose_layout(model, engine.wrapped, encoder.max_length):
-        raise SystemExit(f"rmtool cannot share prompts in this model: {reason}")
+        emit("padded", reason=reason)
     units = next(epoch_steps(pairs.labels, pairs.trees, train.seed, 0, train.batch_size))
     return Trainer(recipe, engine), units
 

@@ -52,6 +52,7 @@ class Run:
     memory: int
     tokens: int  # that were computed
     rewards: list[float]
+    padded: str | None = None  # why rmtool did not share prompts
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -149,10 +150,10 @@ def take_turns(session: Session, args: argparse.Namespace, best: dict[str, int])
     for number in range(1, args.rounds + 1):
         for system in (OURS, *best):
             spec = {**work_spec(session, args), "size": best.get(system)}
-            event = session.run(system, spec, peer=system != OURS)[-1]
-            runs.append(
-                Run(system, number, **{name: event[name] for name in Run.__dataclass_fields__ if name in event})
-            )
+            events = session.run(system, spec, peer=system != OURS)
+            event = events[-1]
+            measured = {name: event[name] for name in Run.__dataclass_fields__ if name in event}
+            runs.append(Run(system, number, **measured, padded=benchlib.padded_reason(events)))
             rate = benchlib.digits(len(event["rewards"]) / event["seconds"])
             say(f"round {number}, {system}: {event['seconds']:.1f} s, {rate} responses/s")
     return runs
@@ -250,6 +251,7 @@ class Result:
         batch = self.best.get("pipeline", 1)
         each = benchlib.count_tokens(flat, self.unique_tokens, batch).per(len(flat))
         return [
+            *benchlib.layout_notes(self.of(OURS)[0].padded),
             f"tokens per response: {each[0]} padded {batch} at once, {each[1]} packed, {each[2]} with shared prompts",
             f"tokens of a prompt: {percentiles(prepared['prompts'])}",
             f"tokens of prompt and response: {percentiles([row[0] for row in flat])}",
@@ -448,9 +450,8 @@ def load_rmtool(spec: Event) -> Score:
     loaded = load_for_use(
         checkpoint, precision=spec["precision"], max_length=spec["max_length"], on_long="error", on_empty="keep"
     )
-    if not loaded.model.shares_prompts:
-        raise SystemExit(f"rmtool cannot share prompts in this model: {'; '.join(loaded.notices)}")
-
+    if loaded.padded_reason:
+        emit("padded", reason=loaded.padded_reason)
     count = benchlib.TokenCount(loaded.model)
 
     def score(source: Path) -> tuple[list[float], int]:

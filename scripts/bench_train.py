@@ -45,6 +45,7 @@ class Run:
     setup_seconds: float
     memory_before: int
     steps: list[Event]
+    padded: str | None = None  # why rmtool did not share prompts
 
     @property
     def measured(self) -> list[Event]:
@@ -174,7 +175,8 @@ def one_run(session: Session, spec: Event, system: str, batch: int, number: int)
     steps = [event for event in events if event["event"] == "step"]
     if len(steps) != spec["steps"]:
         raise BenchError(f"{system} took {len(steps)} steps instead of {spec['steps']}")
-    return Run(system, batch, number, start["setup_seconds"], start["memory"], steps)
+    padded = benchlib.padded_reason(events)
+    return Run(system, batch, number, start["setup_seconds"], start["memory"], steps, padded)
 
 
 # --------------------------------------------------------------------------------------------------- results
@@ -267,6 +269,7 @@ class Result:
             f"matrix products in {self.args.precision}: {benchlib.digits(self.peak_gflops)} GFLOP/s, measured here",
             f"left out: {self.prepared['dropped']} pairs over {self.args.max_length} tokens",
         ]
+        notes[:0] = benchlib.layout_notes(self.ours[0].padded)
         if self.theirs:
             memory = max(run.peak for run in self.theirs) / max(run.peak for run in self.ours)
             gaps = [abs(a["loss"] - b["loss"]) for a, b in zip(self.ours[0].steps, self.theirs[0].steps, strict=True)]
@@ -404,7 +407,7 @@ def train_with_rmtool(spec: Event) -> None:
     model, _ = training_model(recipe, folder / "model", encoder)
     engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
     if reason := models.choose_layout(model, engine.wrapped, encoder.max_length):
-        raise SystemExit(f"rmtool cannot share prompts in this model: {reason}")
+        emit("padded", reason=reason)
     trainer = Trainer(recipe, engine)
     tracker: Any = Tracker(clock, model)
     clock.start()

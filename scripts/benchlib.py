@@ -129,6 +129,18 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
 # ------------------------------------------------------------------------------------------------ the driver
 
 
+def padded_reason(events: Sequence[Event]) -> str | None:
+    """Why rmtool's worker used padded batches; None if it shared prompts."""
+    return next((event["reason"] for event in events if event["event"] == "padded"), None)
+
+
+def layout_notes(padded: str | None) -> list[str]:
+    """What a reader of the results must know where rmtool did not share prompts, for the reason given."""
+    if padded is None:
+        return []
+    return [f"prefix sharing: off, using padded batches ({padded}); rmtool's tokens include padding"]
+
+
 def say(text: str) -> None:
     """To the user, now; results go to stdout at the end."""
     sys.stderr.write(text + "\n")

@@ -404,3 +404,4 @@ def test_the_manifest_says_how_prompts_were_read(recipe: Recipe, tmp_path: Path,
         manifest = read_manifest(run(chosen, tmp_path / name) / "model")
         assert manifest
         assert manifest.layout.startswith(layout)
+        assert (manifest.padded_reason is None) == (layout == "shared")

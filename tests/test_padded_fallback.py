@@ -1,0 +1,98 @@
+"""A model that cannot share prompts: said in the plan, in the result and in the last line, not only in passing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import pair_rows, tiny_config, write_jsonl
+from transformers import Gemma2Config, Gemma2ForSequenceClassification
+
+from rmtool import commands, products
+from rmtool.checkpoint import Manifest
+from rmtool.compat import describe_sharing
+from rmtool.forecast import forecast
+from rmtool.model import draw_head
+from rmtool.plan import make_plan
+from rmtool.recipe import load_recipe
+from rmtool.ui import TerminalUi
+
+OFF = "prefix sharing: off, using padded batches (its attention takes softcap)"
+
+
+@pytest.fixture(scope="module")
+def gemma2(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A reward model whose attention has a soft cap."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("gemma2")
+    model = Gemma2ForSequenceClassification(Gemma2Config(**tiny_config(len(tokenizer)), num_labels=1))
+    draw_head(model, 0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_eval_ends_with_it(rmtool: Any, gemma2: Path, checkpoint: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(3))
+    shown = rmtool("eval", gemma2, "--data", data, "--samples", 0)
+    assert shown.err.splitlines()[-1] == f"note: {OFF}"
+    found = json.loads(rmtool("eval", gemma2, "--data", data, "--json").out)
+    assert (found["prefix_sharing"], found["padded_reason"]) == (False, "its attention takes softcap")
+    shared = rmtool("eval", checkpoint, "--data", data, "--json")
+    assert "prefix sharing" not in shared.err
+    found = json.loads(shared.out)
+    assert (found["prefix_sharing"], found["padded_reason"]) == (True, None)
+
+
+def test_score_ends_with_it(rmtool: Any, gemma2: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "a", "response": "b"}])
+    shown = rmtool("score", data, "--model", gemma2)
+    assert shown.err.splitlines()[-1] == f"note: {OFF}"
+    found = json.loads(rmtool("score", data, "--model", gemma2, "--json", "--overwrite").out)
+    assert (found["prefix_sharing"], found["padded_reason"]) == (False, "its attention takes softcap")
+
+
+@pytest.mark.parametrize(
+    ("layout", "line"), [("padded: its attention takes softcap", OFF), ("shared", "prefix sharing: on")]
+)
+def test_the_result_of_training_ends_with_it(
+    layout: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = Manifest("", 1, "fp32", "error", "error", "r", "m", [], layout=layout)
+    commands._show_result(tmp_path, {"eval/rm/accuracy": 0.5}, manifest.padded_reason, TerminalUi())
+    assert capsys.readouterr().out.splitlines()[-1] == line
+
+
+def test_a_dry_run_foresees_it(gemma2: Path, checkpoint: Path) -> None:
+    recipe = load_recipe("smollm2-135m")
+    for folder, reason in ((gemma2, "its attention takes softcap"), (checkpoint, None)):
+        seen = forecast(recipe, folder, None, None)
+        assert dict(seen.rows())["prefix sharing"] == describe_sharing(reason)
+        assert (seen.as_dict()["prefix_sharing"], seen.as_dict()["padded_reason"]) == (reason is None, reason)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_plan_says_where_bf16_is_faster(
+    precision: Any, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "has_fast_bf16", lambda: fast)
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
+    recipe = load_recipe("debug", [("data.train", [str(data)]), ("data.holdout", 2)])
+    recipe = replace(recipe, train=replace(recipe.train, precision=precision))
+    row = dict(make_plan(recipe, tmp_path / "run").rows()).get("precision", "")
+    assert ("--set train.precision=bf16" in row) == (fast and precision == "fp32")
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [({"amx_bf16": True, "avx512_bf16": True}, True), ({"avx512_bf16": True}, False), ({}, False)],
+)
+def test_which_cpus_have_fast_bf16(flags: dict[str, bool], fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **flags})
+    assert products.has_fast_bf16() == fast
