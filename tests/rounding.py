@@ -69,7 +69,8 @@ def _rounded_attention(
         scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    return rounded_matmul(scores.softmax(-1).to(q.dtype), v), scores.logsumexp(-1)
+    shares = scores.softmax(-1).nan_to_num()  # a row that may see nothing (padding) gives zeros
+    return rounded_matmul(shares.to(q.dtype), v), scores.logsumexp(-1)
 
 
 def rounded_products(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

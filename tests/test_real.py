@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, read_pairs
+from rounding import rounded_products
 from test_invariance import Draw, Pool, alone, check
 
 from rmtool.data.encode import Encoder, encode_all
@@ -66,6 +67,29 @@ def test_the_real_model_shares_prompts_exactly_on_real_pairs(smollm2: Path) -> N
     model.share_prompts(False)
     alone = [[classifier(torch.tensor(ids[None]).long()).logits.item() for ids in tree.sequences()] for tree in trees]
     torch.testing.assert_close(torch.tensor(shared), torch.tensor(alone), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("products", ["as the CPU rounds", "every part rounded"])
+def test_the_real_model_shares_prompts_in_bf16(smollm2: Path, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its rewards are as near to those of fp32 as the rewards of padded batches are."""
+    from rmtool.model import RewardModel
+
+    if products == "every part rounded":
+        monkeypatch.setattr("rmtool.model.wide_products", rounded_products)
+    classifier, _ = build_classifier(smollm2, dtype=torch.float32)
+    draw_head(classifier, 0)
+    model = RewardModel(classifier, pad_id=0, precision="bf16").eval()
+    assert choose_layout(model, model, 2048) is None
+    encoder = Encoder(load_tokenizer(smollm2), 2048, on_empty="keep")
+    trees = encode_all(encoder, read_pairs(HH)[:60], "error", lambda: None).trees
+    trees = sorted(trees, key=lambda tree: tree.longest)[:24]
+    rewards = {}
+    for precision, shares in (("fp32", True), ("bf16", True), ("bf16", False)):
+        model.precision = precision
+        model.share_prompts(shares)
+        rewards[precision, shares] = np.array(compute_rewards(model, trees, 2048, SilentUi()))
+    shared, padded = (np.std(rewards["bf16", shares] - rewards["fp32", True]) for shares in (True, False))
+    assert shared < 1.5 * padded
 
 
 def test_the_real_model_gives_one_reward_in_any_batch(smollm2: Path) -> None:
