@@ -95,7 +95,7 @@ def require_fixed_positions(backbone: PreTrainedModel, max_length: int) -> None:
             )
 
 
-def trial_trees(vocab_size: int, window: int | None, max_length: int) -> list[TokenTree]:
+def probe_trees(vocab_size: int, window: int | None, max_length: int) -> list[TokenTree]:
     """Made-up trees with a prompt longer than the sliding window (where sequences can reach it) and odd lengths, and
     with what a pack can share: a prompt, its beginning, the beginning of a response, a whole response, nothing.
     """

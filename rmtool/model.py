@@ -151,7 +151,7 @@ def choose_layout(model: RewardModel, run: nn.Module, max_length: int) -> str | 
     compat.require_positions(model.backbone, max_length)
     compat.require_fixed_positions(model.backbone, max_length)
     config = model.backbone.config.get_text_config()
-    trees = compat.trial_trees(config.vocab_size, getattr(config, "sliding_window", None), max_length)
+    trees = compat.probe_trees(config.vocab_size, getattr(config, "sliding_window", None), max_length)
     training = model.training
     run.eval()
 
@@ -162,14 +162,15 @@ def choose_layout(model: RewardModel, run: nn.Module, max_length: int) -> str | 
     with _in_fp32(model):
         probe = compat.Probe(trees, partial(states, False))
         reason = compat.declared_reason(model.backbone) or compat.sharing_failure(probe, partial(states, True, trees))
-        if reason is not None:
-            compat.require_padding(probe)
     if reason is None:
         check = KernelCheck()
         model.share_prompts(True)
         model.classifier.set_attn_implementation(attention_check.NAME)
         _read_states(model, run, trees)
         reason = compat.kernel_failure(check.worst)
+    if reason is not None:
+        with _in_fp32(model):
+            compat.require_padding(probe)
     run.train(training)
     model.share_prompts(reason is None)
     return reason

@@ -110,7 +110,7 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     model, more = training_model(recipe, source, encoder)
     engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
     reason = models.choose_layout(model, engine.wrapped, encoder.max_length)
-    if recipe.train.compile:  # after the trials of both layouts, of which one is used
+    if recipe.train.compile:  # after the probe of both layouts, of which one is used
         more += [f"compiled layers: {_compile(model)}"]
     for notice in (*notices, *more):
         ui.say(notice)

@@ -405,7 +405,7 @@ def test_large_blocks_are_reused(variables: dict[str, str], kept: bool) -> None:
 
 
 @pytest.mark.parametrize("positions", [8, 32, 48])
-def test_the_trial_is_no_longer_than_what_the_model_is_given(positions: int) -> None:
+def test_the_probe_is_no_longer_than_what_the_model_is_given(positions: int) -> None:
     config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=positions, num_labels=1)
     classifier = AutoModelForSequenceClassification.from_config(config)
     model = models.RewardModel(classifier, pad_id=0).eval()
