@@ -34,6 +34,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rmtool import compat
 from rmtool import model as models
+from rmtool.layers import keep_first_layers
 from rmtool.model import RewardModel, choose_layout, draw_head, turn_dropout_off
 
 FAMILIES = {
@@ -80,10 +81,16 @@ def random_config(rng: np.random.Generator) -> tuple[str, Any]:
     return family, FAMILIES[family](**settings)
 
 
-def build(seed: int) -> tuple[str, RewardModel]:
-    family, config = random_config(np.random.default_rng(seed))
+def build(seed: int, pretrained: str | None = None) -> tuple[str, RewardModel]:
+    """The random model of this seed; or the first layers of a pretrained one, 1 to all of them."""
     torch.manual_seed(seed)
-    classifier = AutoModelForSequenceClassification.from_config(config)
+    if pretrained:
+        family, classifier = "pretrained", models.build_classifier(Path(pretrained), dtype=torch.float32)[0]
+        backbone = getattr(classifier, classifier.base_model_prefix)
+        keep_first_layers(backbone, 1 + seed % backbone.config.num_hidden_layers)
+    else:
+        family, config = random_config(np.random.default_rng(seed))
+        classifier = AutoModelForSequenceClassification.from_config(config)
     draw_head(classifier, seed)
     turn_dropout_off(classifier)
     return family, RewardModel(classifier, 0).eval()
@@ -94,26 +101,26 @@ class Recorder:
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.seen: dict[str, float] = {}
-        real_sharing, real_kernel = compat.sharing_failure, compat.kernel_failure
+        real_error, real_kernel = compat.Probe.error, compat.kernel_failure
 
-        def sharing(probe: compat.Probe, shared: Any) -> str | None:
-            reason = real_sharing(probe, shared)
-            self.seen |= {"states": probe.error(shared()), "padding": probe.padding_error}
-            return reason
+        def error(probe: compat.Probe, states: torch.Tensor) -> float:
+            found = real_error(probe, states)
+            self.seen.setdefault("states", found)  # of the shared batch; padded ones come later
+            return found
 
         def kernel(worst: float) -> str | None:
             self.seen["kernel"] = worst
             return real_kernel(worst)
 
-        patch.setattr(compat, "sharing_failure", sharing)
+        patch.setattr(compat.Probe, "error", error)
         patch.setattr(compat, "kernel_failure", kernel)
 
 
-def try_model(job: tuple[int, bool, Sequence[str]]) -> dict[str, Any]:
+def try_model(job: tuple[int, str | None, bool, Sequence[str]]) -> dict[str, Any]:
     """All loads of one model: what was refused, and the numbers behind it."""
-    seed, rounded, mutants = job
+    seed, pretrained, rounded, mutants = job
     torch.set_num_threads(1)
-    family, model = build(seed)
+    family, model = build(seed, pretrained)
     config = model.backbone.config.get_text_config()
     record: dict[str, Any] = {"seed": seed, "family": family, "layers": config.num_hidden_layers,
                               "hidden": config.hidden_size, "sound": {}, "mutants": {}}  # fmt: skip
@@ -164,6 +171,7 @@ def main() -> int:
     parser.add_argument("--models", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--pretrained", help="a model's folder: its first layers instead of random models")
     parser.add_argument("--rounded", action="store_true", help="round every part of every half-precision product")
     parser.add_argument("--sound-only", action="store_true", help="leave out the mistakes")
     parser.add_argument("--windowed", action="store_true", help="only families with a window, and mistakes in it")
@@ -175,7 +183,7 @@ def main() -> int:
             seed for seed in seeds[: 20 * given.models] if random_config(np.random.default_rng(seed))[0] in WINDOWED
         ]
     mutants = [mutant.name for mutant in MUTANTS if not given.sound_only and (mutant.windowed or not given.windowed)]
-    jobs = [(seed, given.rounded, mutants) for seed in seeds[: given.models]]
+    jobs = [(seed, given.pretrained, given.rounded, mutants) for seed in seeds[: given.models]]
     started, records = time.monotonic(), []
     with (
         multiprocessing.get_context("spawn").Pool(given.processes) as pool,
