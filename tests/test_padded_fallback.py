@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import pair_rows, tiny_config, write_jsonl
+from conftest import ROOT, pair_rows, tiny_config, write_jsonl
 from transformers import Gemma2Config, Gemma2ForSequenceClassification
 
 from rmtool import commands, products
@@ -20,6 +22,10 @@ from rmtool.model import draw_head
 from rmtool.plan import make_plan
 from rmtool.recipe import load_recipe
 from rmtool.ui import TerminalUi
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import bench_score
+import benchlib
 
 OFF = "prefix sharing: off, using padded batches (its attention takes softcap)"
 
@@ -96,3 +102,17 @@ def test_which_cpus_have_fast_bf16(flags: dict[str, bool], fast: bool, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **flags})
     assert products.has_fast_bf16() == fast
+
+
+def test_a_benchmark_measures_it_and_says_so(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("rows", "sample"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "a b c", "responses": ["b", "c d"]}])
+    (tmp_path / "model").symlink_to(gemma2)
+    monkeypatch.setattr(benchlib, "_events", events := io.StringIO())
+    spec = {"device": "cpu", "folder": str(tmp_path), "scratch": str(tmp_path), "precision": "fp32", "max_length": 64}
+    bench_score.WORKERS["rmtool"]({**spec, "tokens_per_pack": 512, "size": None})
+    told = [json.loads(line) for line in events.getvalue().splitlines()]
+    assert [event["event"] for event in told] == ["padded", "scored"]
+    [note] = benchlib.layout_notes(benchlib.padded_reason(told))
+    assert note.startswith(OFF)
+    assert benchlib.layout_notes(benchlib.padded_reason(told[1:])) == []
