@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -184,10 +183,9 @@ def test_all_ranks_are_gone_soon_after_one(place: Path, tmp_path: Path, rank: in
     until(lambda: (output / "metrics.jsonl").exists() and len(steps(output)) > 3)
     found = ranks(output)
     assert set(found) == {0, 1}
-    started = time.monotonic()
     os.kill(found[rank], number)
+    # rmtool's own waits end within 21 s (HANG_S, PATIENCE_S, twice GRACE_S); gloo's would end after 30 minutes.
     told = running.communicate(timeout=60)[1].decode()
-    assert time.monotonic() - started < (30 if number == signal.SIGSTOP else 10)
     assert running.returncode == 8
     assert words in told
     assert f"rank-{rank}.log" in told
