@@ -285,6 +285,11 @@ def committed() -> list[Row]:
     return [Row(name, layout) for name, layout in cells]
 
 
+def another_transformers() -> bool:
+    """Whether the table is of another version, which may know other types."""
+    return f"transformers {hf.__version__}, " not in TABLE.read_text()
+
+
 @pytest.fixture(scope="module")
 def measured() -> Iterator[list[Row]]:
     rows: list[Row] = []
@@ -308,8 +313,8 @@ def test_a_model_type_has_the_layout_of_the_table_and_it_is_exact(
     measured += rows
     for row in rows:
         assert row.errors is None or within(row.errors, row.layout), f"{row.line()} is wrong"
-    listed = {row.name: row.layout for row in committed() if row.name.split()[0] == model_type} if not WRITE else None
-    assert listed in (None, {row.name: row.layout for row in rows}), (
+    listed = {row.name: row.layout for row in committed() if row.name.split()[0] == model_type}
+    assert WRITE or (not listed and another_transformers()) or listed == {row.name: row.layout for row in rows}, (
         "tests/FAMILIES.md says otherwise; if that is meant: RMTOOL_WRITE=1 pytest tests/test_families.py"
     )
 
@@ -326,8 +331,10 @@ def test_a_causal_model_without_a_classifier_is_refused(model_type: str, tmp_pat
 @pytest.mark.skipif(WRITE, reason="the table is being written")
 def test_the_table_has_every_type_and_enough_of_them_share() -> None:
     rows = committed()
-    assert {row.name.split()[0] for row in rows} == set(TYPES)
     assert len(types_with(rows, "shared")) >= LEAST_SHARED
+    if another_transformers():
+        return
+    assert {row.name.split()[0] for row in rows} == set(TYPES)
     listed = TABLE.read_text().split(OUTRO)[1]
     assert listed.replace("\n", " ").strip().split(", ") == WITHOUT_CLASS
 

@@ -225,7 +225,7 @@ def run_later(script: str, **variables: str) -> subprocess.Popen[str]:
 
 
 def test_what_a_launcher_started_is_found_whoever_its_parent_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "GRACE_S", 0.5)
+    monkeypatch.setattr(launch, "GRACE_S", 1.0)
     mark = {status.LAUNCHER: str(os.getpid())}
     forks = "import os, time\nif os.fork(): os._exit(0)\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
     orphan, other = run_later(forks, **mark), run_later("import time; time.sleep(60)", **{status.LAUNCHER: "1"})
