@@ -25,6 +25,15 @@ DEBUG_MODEL = ROOT / "recipes" / "debug" / "model"
 SHARED = ROOT.parent / "shared"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run the quick tests, unless -m chooses others or a test is named by its node id."""
+    if config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    left_out = [item for item in items if any(map(item.get_closest_marker, ("slow", "real", "gpu")))]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
 @pytest.fixture(autouse=True)
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RMTOOL_LOG", str(tmp_path / "rmtool.log"))

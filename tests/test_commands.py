@@ -271,18 +271,17 @@ def test_libraries_words_go_to_the_log(causal_lm: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", ["80", "200"])
-def test_the_tulu3_plan_is_printed_without_a_network(columns: str, tmp_path: Path) -> None:
-    program = Path(sys.executable).parent / "rmtool"
-    environment = {**os.environ, "COLUMNS": columns}
-    shown = subprocess.run(
-        [program, "train", "--recipe", "tulu3-8b", "--dry-run"],
-        capture_output=True, text=True, check=True, cwd=tmp_path, env=environment,
-    )  # fmt: skip
+def test_the_tulu3_plan_is_printed_without_a_network(
+    columns: str, rmtool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    shown = rmtool("train", "--recipe", "tulu3-8b", "--dry-run")
+    assert shown.code == 0, shown.err
     words = ("64 = 8 nodes x 8", "zero3", "256 over all processes (4 per process)", "2,048 tokens", "3e-06, linear")
-    assert all(word in shown.stdout for word in words)
-    assert "--num_machines 8 --num_processes 64" in shown.stdout
-    assert "--zero_stage 3" in shown.stdout
-    assert max(map(len, shown.stdout.split("\n# ")[0].splitlines())) <= int(columns)
+    assert all(word in shown.out for word in words)
+    assert "--num_machines 8 --num_processes 64" in shown.out
+    assert "--zero_stage 3" in shown.out
+    assert max(map(len, shown.out.split("\n# ")[0].splitlines())) <= int(columns)
     assert not (tmp_path / "runs").exists()
 
 

@@ -4,7 +4,7 @@ In: the model types of transformers' two text mappings, each with a tiny config 
 type a row of `tests/FAMILIES.md`; the test fails where a layout is wrong, or is another than the table says.
 `RMTOOL_WRITE=1 pytest tests/test_families.py` measures anew and writes the table.
 The truth is the slow twin: each response alone through the stock model, its own attention, in evaluation mode.
-Cost: about a minute on one core.
+Cost: about 20 seconds on one core; the families that are not in `QUICK` are slow tests.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from rmtool.errors import RmtoolError
 from rmtool.model import RewardModel, build_classifier, choose_layout, draw_head, turn_dropout_off
 from rmtool.tree import TokenTree
 
-pytestmark = pytest.mark.slow
-
 TABLE = ROOT / "tests" / "FAMILIES.md"
 WRITE = os.environ.get("RMTOOL_WRITE") == "1"
 TYPES = sorted(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
 WITHOUT_CLASS = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(TYPES))
+# What the quick tests go through: every layout, and the families that most reward models are built on.
+QUICK = {"bert", "bloom", "deepseek_v3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "jamba", "llama", "mamba",
+         "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_5", "t5"}  # fmt: skip
 TREES = random_trees(3, ((25, (7, 12)), (3, (1, 30, 5)), (0, (11,)), (40, (2, 2, 9, 1))))
 MAX_LENGTH = 256
 
@@ -284,6 +285,11 @@ def committed() -> list[Row]:
     return [Row(name, layout) for name, layout in cells]
 
 
+def another_transformers() -> bool:
+    """Whether the table is of another version, which may know other types, and more or fewer that can share."""
+    return f"transformers {hf.__version__}, " not in TABLE.read_text()
+
+
 @pytest.fixture(scope="module")
 def measured() -> Iterator[list[Row]]:
     rows: list[Row] = []
@@ -295,7 +301,11 @@ def measured() -> Iterator[list[Row]]:
 # ------------------------------------------------------------------------------------------------------ tests
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+def marked(names: list[str]) -> list[Any]:
+    return [pytest.param(name, marks=() if WRITE or name in QUICK else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("model_type", marked(TYPES))
 def test_a_model_type_has_the_layout_of_the_table_and_it_is_exact(
     model_type: str, measured: list[Row], tmp_path: Path
 ) -> None:
@@ -303,13 +313,13 @@ def test_a_model_type_has_the_layout_of_the_table_and_it_is_exact(
     measured += rows
     for row in rows:
         assert row.errors is None or within(row.errors, row.layout), f"{row.line()} is wrong"
-    listed = {row.name: row.layout for row in committed() if row.name.split()[0] == model_type} if not WRITE else None
-    assert listed in (None, {row.name: row.layout for row in rows}), (
+    listed = {row.name: row.layout for row in committed() if row.name.split()[0] == model_type}
+    assert WRITE or another_transformers() or listed == {row.name: row.layout for row in rows}, (
         "tests/FAMILIES.md says otherwise; if that is meant: RMTOOL_WRITE=1 pytest tests/test_families.py"
     )
 
 
-@pytest.mark.parametrize("model_type", WITHOUT_CLASS)
+@pytest.mark.parametrize("model_type", marked(WITHOUT_CLASS))
 def test_a_causal_model_without_a_classifier_is_refused(model_type: str, tmp_path: Path) -> None:
     config = hf.AutoConfig.for_model(model_type, **DEFAULT_FAILS.get(model_type, {}))
     config.save_pretrained(tmp_path)
@@ -321,13 +331,15 @@ def test_a_causal_model_without_a_classifier_is_refused(model_type: str, tmp_pat
 @pytest.mark.skipif(WRITE, reason="the table is being written")
 def test_the_table_has_every_type_and_enough_of_them_share() -> None:
     rows = committed()
-    assert {row.name.split()[0] for row in rows} == set(TYPES)
     assert len(types_with(rows, "shared")) >= LEAST_SHARED
+    if another_transformers():
+        return
+    assert {row.name.split()[0] for row in rows} == set(TYPES)
     listed = TABLE.read_text().split(OUTRO)[1]
     assert listed.replace("\n", " ").strip().split(", ") == WITHOUT_CLASS
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon", "jamba", "qwen2_moe (window)", "phimoe (window)"])
+@pytest.mark.parametrize("name", marked(["bloom", "falcon", "jamba", "qwen2_moe (window)", "phimoe (window)"]))
 def test_a_layout_accepted_wrongly_would_be_seen(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compat, "declared_reason", lambda *_: None)
     monkeypatch.setattr(compat, "sharing_failure", lambda *_: None)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from conftest import pair_rows, write_jsonl
-from test_launch import PROGRAM
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForSequenceClassification
 
@@ -174,17 +172,16 @@ def test_the_largest_pack_counts_what_its_rows_share_once(causal_lm: Path, tmp_p
     assert seen.largest == len(prefixes) < seen.tokens
 
 
-def test_a_dry_run_shows_the_forecast(llama: Path, tmp_path: Path) -> None:
+def test_a_dry_run_shows_the_forecast(rmtool: Any, llama: Path, tmp_path: Path) -> None:
     """Without the data: memory is known, time is not; and nothing is written."""
-    command = [PROGRAM, "train", "--recipe", "tulu3-8b", "--model", str(llama), "--dry-run", "--output", "run"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert shown.returncode == 0, shown.stderr
-    assert "7,504,961,536, of which 7,504,961,536 are trained" in shown.stdout
-    assert "memory per device" in shown.stdout
-    assert "known when the dataset is loaded" in shown.stdout
+    command = ("train", "--recipe", "tulu3-8b", "--model", llama, "--dry-run", "--output", "run")
+    shown = rmtool(*command)
+    assert shown.code == 0, shown.err
+    assert "7,504,961,536, of which 7,504,961,536 are trained" in shown.out
+    assert "memory per device" in shown.out
+    assert "known when the dataset is loaded" in shown.out
     assert not (tmp_path / "run").exists()
-    told = json.loads(subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True).stdout)
+    told = json.loads(rmtool(*command, "--json").out)
     parts = ("weights", "gradients", "optimizer", "activations", "buffers")
     memory = told["forecast"]["memory"]
     assert memory["total"] == sum(memory[part] for part in parts)

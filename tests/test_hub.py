@@ -9,7 +9,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -357,10 +356,9 @@ def test_each_failure_of_the_hub_is_one_sentence_with_its_code_and_makes_no_comm
 def test_a_silent_hub_is_given_up_after_the_timeout(stub, untouched, monkeypatch, route):
     monkeypatch.setattr(hub, "TIMEOUT_S", 0.3)
     stub.fail(route, "silence")
-    start = time.monotonic()
     error = refusal(untouched)
     assert (error.exit_code, error.id) == (7, "E0772")
-    assert time.monotonic() - start < 5
+    assert stub.routes_seen().count(route) <= 2  # each waits for the timeout
 
 
 def test_no_server_at_the_address(stub, untouched, monkeypatch):

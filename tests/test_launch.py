@@ -32,8 +32,9 @@ def debug_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproces
     return folder, shell("train", "--recipe", "debug", cwd=folder)
 
 
-@pytest.mark.slow
-def test_the_debug_recipe_learns_what_depends_on_the_prompt(debug_run: Any) -> None:
+def test_the_debug_recipe_learns_what_depends_on_the_prompt(
+    debug_run: Any, rmtool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, shown = debug_run
     assert shown.returncode == 0, shown.stderr
     assert "Traceback" not in shown.stderr
@@ -50,22 +51,19 @@ def test_the_debug_recipe_learns_what_depends_on_the_prompt(debug_run: Any) -> N
     ]
     # Rows are in the file's order, which is mixed; a shift by one gives every pair another pair's prompt.
     data = write_jsonl(folder / "shuffled.jsonl", shuffled)
-    assert (
-        json.loads(shell("eval", "runs/debug", "--data", data, "--json", cwd=folder).stdout)["eval/rm/accuracy"] <= 0.60
-    )
+    monkeypatch.chdir(folder)
+    assert json.loads(rmtool("eval", "runs/debug", "--data", data, "--json").out)["eval/rm/accuracy"] <= 0.60
 
 
-@pytest.mark.slow
-def test_a_finished_run_is_not_overwritten(debug_run: Any) -> None:
+def test_a_finished_run_is_not_overwritten(debug_run: Any, rmtool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = debug_run
     before = (folder / "runs/debug/model/model.safetensors").stat().st_mtime_ns
-    shown = shell("train", "--recipe", "debug", cwd=folder)
-    assert shown.returncode == 6
-    assert "error[E0601]" in shown.stderr
+    monkeypatch.chdir(folder)
+    shown = rmtool("train", "--recipe", "debug")
+    assert (shown.code, shown.error) == (6, "E0601")
     assert (folder / "runs/debug/model/model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
 def test_score_after_training_needs_no_model_named(debug_run: Any) -> None:
     folder, _ = debug_run
     source = shutil.copy(Path(__file__).parent.parent / "recipes/debug/responses.jsonl", folder / "responses.jsonl")
@@ -78,7 +76,14 @@ def test_score_after_training_needs_no_model_named(debug_run: Any) -> None:
     assert all(row["best"] == 0 for row in best)
 
 
-@pytest.mark.slow
+def test_what_was_trained_can_be_pushed(debug_run: Any) -> None:
+    folder, _ = debug_run
+    shown = shell("push", "runs/debug", "me/rm", "--dry-run", cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    sent = {line.split()[0] for line in (shown.stdout + shown.stderr).splitlines() if line.startswith("  ")}
+    assert sent == {path.name for path in (folder / "runs/debug/model").iterdir()}
+
+
 def test_a_worker_that_fails_or_dies_is_reported_by_the_launcher(causal_lm: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
     flags = ["--recipe", "smollm2-135m", "--model", causal_lm, "--data", data, "--set", "data.holdout=0"]
@@ -114,8 +119,14 @@ def group_members(session: int) -> list[int]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_leaves_no_process_and_can_be_run_again(number: int, code: int, tmp_path: Path) -> None:
     command = [PROGRAM, "train", "--recipe", "debug", "--set", "train.epochs=100"]
     # A shell that runs the tests in the background has them ignore Ctrl-C, and every program they start.
@@ -213,7 +224,8 @@ def run_later(script: str, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_what_a_launcher_started_is_found_whoever_its_parent_is() -> None:
+def test_what_a_launcher_started_is_found_whoever_its_parent_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "GRACE_S", 1.0)
     mark = {status.LAUNCHER: str(os.getpid())}
     forks = "import os, time\nif os.fork(): os._exit(0)\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
     orphan, other = run_later(forks, **mark), run_later("import time; time.sleep(60)", **{status.LAUNCHER: "1"})

@@ -27,8 +27,6 @@ from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.score import score_file
 from rmtool.ui import SilentUi
 
-pytestmark = pytest.mark.slow
-
 ROUNDING = 1e-6
 PAIRS = 24
 Messages = list[dict[str, str]]

@@ -95,7 +95,6 @@ def test_a_number_that_json_cannot_hold_is_never_written(tmp_path: Path) -> None
     tracker.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True], ids=["offline", "unreachable"])
 def test_wandb_never_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
     monkeypatch.setattr("rmtool.tracking.WANDB_TIMEOUT_S", 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -101,20 +100,26 @@ def test_imports_go_downwards() -> None:
     assert not wrong
 
 
-def test_help_is_quick_and_does_not_import_torch() -> None:
-    code = (
-        "import sys; sys.argv=['rmtool','--help']\nimport rmtool.cli\ntry: rmtool.cli.main()\nexcept SystemExit: pass\n"
-    )
-    code += "print([name for name in ('torch','transformers','numpy','yaml') if name in sys.modules])"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown.rstrip().endswith("[]")
+HELP = """if True:
+    import sys, typer
+    def loaded():
+        return {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names
+    base = loaded()
+    sys.argv = ["rmtool", "--help"]
+    import rmtool.cli
+    try:
+        rmtool.cli.main()
+    finally:
+        own = sorted(name for name in sys.modules if name.partition(".")[0] == "rmtool")
+        print("loaded:", *sorted(loaded() - base), *own)
+"""
+
+
+def test_help_imports_nothing_but_the_command_line_parser() -> None:
+    """What makes --help slow is imports, so they are listed: a time would be the machine's as much as rmtool's."""
+    shown = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert all(command in shown for command in ("train", "eval", "score", "push"))
-    times = []
-    for _ in range(8):  # the best of some: the machine is shared, the program is not slower than its fastest run
-        start = time.perf_counter()
-        subprocess.run([Path(sys.executable).parent / "rmtool", "--help"], capture_output=True, check=True)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.3
+    assert shown.splitlines()[-1].split() == ["loaded:", "rmtool", "rmtool", "rmtool.cli", "rmtool.errors"]
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "score", "push"])
