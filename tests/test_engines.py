@@ -19,6 +19,7 @@ from conftest import pair_rows, write_jsonl
 from safetensors.torch import load_file
 from test_launch import PROGRAM, group_members, until
 
+from rmtool import launch
 from rmtool.status import Status
 
 ROWS = 49  # 9 of them are held out: on two ranks one has five, on four one has three
@@ -193,7 +194,8 @@ def test_all_ranks_are_gone_soon_after_one(place: Path, tmp_path: Path, rank: in
     found = ranks(output)
     assert set(found) == {0, 1}
     os.kill(found[rank], number)
-    # rmtool's own waits end within 21 s (HANG_S, PATIENCE_S, twice GRACE_S); gloo's would end after 30 minutes.
+    # What rmtool itself waits keeps README's ten seconds; how long a loaded machine takes to end processes is its own.
+    assert launch.PATIENCE_S + launch.GRACE_S <= 10
     told = running.communicate(timeout=60)[1].decode()
     assert running.returncode == 8
     assert words in told
