@@ -211,9 +211,9 @@ def _show_result(output: Path, metrics: dict[str, float], padded_reason: str | N
 
     ui.table("Result", ("metric", "value"), [(name, f"{value:.4f}") for name, value in metrics.items()])
     ui.result(f"checkpoint: {output / 'model'}\ncurves:     {output / 'curves.png'}")
-    ui.result(f"prefix sharing: {describe_sharing(padded_reason)}")
     if (output / REJECTS_FILE).exists():
         ui.result(f"bad rows:   {output / REJECTS_FILE}")
+    ui.result(f"prefix sharing: {describe_sharing(padded_reason)}")
 
 
 def _load(folder: Path, reading: Reading, ui: TerminalUi) -> Loaded:

@@ -6,7 +6,8 @@ what the model declares (llama4 looks right otherwise), what its attention asks 
 made-up ids in fp32 (only that catches phimoe and qwen2_moe with a window, which is in their mask but not told to
 attention), and the attention kernel of half precision on the same ids (see `attention_check.py`). Rewards are compared
 in fp32 because half precision moves them by up to a fifth of their spread, more than many mistakes do.
-Cost: one short forward each way, of a few hundred tokens, or as many as the sliding window holds.
+Cost: forwards of about 200 tokens, one sequence at a time, packed in fp32, and packed in half precision; where there is
+a sliding window, four times its length one at a time, and once in each pack.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TOLERANCE, NOISE_FACTOR = 5e-5, 10.0
 PADDED_TOLERANCE = 1e-3
 # Largest error of half-precision attention allowed, in units of its rounding (`KernelCheck.worst`): sound kernels were
 # within 0.7, and mistakes in nothing but the kernel above 8 (scripts/measure_probe.py).
-KERNEL_TOLERANCE = 2.0
+KERNEL_TOLERANCE = 3.0
 
 
 def declared_reason(backbone: PreTrainedModel) -> str | None:
@@ -98,6 +99,8 @@ def require_fixed_positions(backbone: PreTrainedModel, max_length: int) -> None:
 def probe_trees(vocab_size: int, window: int | None, max_length: int) -> list[TokenTree]:
     """Made-up trees with a prompt longer than the sliding window (where sequences can reach it) and odd lengths, and
     with what a pack can share: a prompt, its beginning, the beginning of a response, a whole response, nothing.
+
+    What a model does otherwise beyond some length, and declares nowhere, is not seen.
     """
     rng = np.random.default_rng(0)
     length = 37 if window is None or window >= max_length else window + 5

@@ -80,7 +80,7 @@ class Forecast:
             sizes += [("host memory", f"{_size(memory.host)} per process: optimiser states and gradients")]
         return [
             ("parameters", f"{memory.parameters:,}, of which {memory.trainable:,} are trained"),
-            ("prefix sharing", describe_sharing(self.padded_reason)),
+            ("prefix sharing", self._sharing()),
             *self._work_rows(),
             *sizes,
             ("memory per device", f"{_size(memory.total)}, and what the libraries themselves take"),
@@ -102,6 +102,10 @@ class Forecast:
                 f"{work.slowest - 1:.1%} more work than the mean ({work.planned} steps planned)",
             ),
         ]
+
+    def _sharing(self) -> str:
+        known = describe_sharing(self.padded_reason)
+        return known if self.padded_reason else f"{known} (verified when the model is loaded)"
 
     def _remark(self, part: str) -> str:
         return f" (a pack of {self.memory.tokens:,} tokens)" if part == "activations" else ""

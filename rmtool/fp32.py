@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+STACKS = (nn.ModuleList, nn.ModuleDict)
+
 
 @contextlib.contextmanager
 def fp32_compute(backbone: PreTrainedModel) -> Iterator[None]:
@@ -34,11 +36,11 @@ def fp32_compute(backbone: PreTrainedModel) -> Iterator[None]:
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of each stack, and what stands beside the stacks."""
+    """The layers of each stack, and the modules next to the stacks."""
     for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
-        elif any(isinstance(inner, nn.ModuleList) for inner in child.modules()):
+        if isinstance(module, STACKS) and not isinstance(child, STACKS):
+            yield child  # a layer, with stacks of its own inside (experts) or without
+        elif any(isinstance(inner, STACKS) for inner in child.modules()):
             yield from _units(child)
         else:
             yield child

@@ -51,7 +51,7 @@ class RewardModel(nn.Module):
     Args:
         classifier: a `*ForSequenceClassification` with a bias-free one-row `score` head.
         pad_id: what fills the right side of padded batches.
-        precision: "fp32", or "bf16" for bfloat16 autocast around the backbone. The head always runs in the dtype of
+        precision: "fp32", or "bf16" or "fp16" for autocast around the backbone. The head always runs in the dtype of
             its weights without autocast: in bfloat16 rewards near 4 would be 0.03 apart.
     """
 
@@ -152,27 +152,31 @@ def choose_layout(model: RewardModel, run: nn.Module, max_length: int) -> str | 
     compat.require_fixed_positions(model.backbone, max_length)
     config = model.backbone.config.get_text_config()
     trees = compat.probe_trees(config.vocab_size, getattr(config, "sliding_window", None), max_length)
-    training = model.training
-    run.eval()
 
     def states(shares: bool, trees: Sequence[TokenTree]) -> torch.Tensor:
         model.share_prompts(shares)
         return _read_states(model, run, trees)
 
-    with _in_fp32(model):
-        probe = compat.Probe(trees, partial(states, False))
-        reason = compat.declared_reason(model.backbone) or compat.sharing_failure(probe, partial(states, True, trees))
-    if reason is None:
-        check = KernelCheck()
-        model.share_prompts(True)
-        model.classifier.set_attn_implementation(attention_check.NAME)
-        _read_states(model, run, trees)
-        reason = compat.kernel_failure(check.worst)
-    if reason is not None:
+    training, shares = model.training, False
+    run.eval()
+    try:
         with _in_fp32(model):
-            compat.require_padding(probe)
-    run.train(training)
-    model.share_prompts(reason is None)
+            probe = compat.Probe(trees, partial(states, False))
+            reason = compat.declared_reason(model.backbone)
+            reason = reason or compat.sharing_failure(probe, partial(states, True, trees))
+        if reason is None:
+            check = KernelCheck()
+            model.share_prompts(True)
+            model.classifier.set_attn_implementation(attention_check.NAME)
+            _read_states(model, run, trees)
+            reason = compat.kernel_failure(check.worst)
+        if reason is not None:
+            with _in_fp32(model):
+                compat.require_padding(probe)
+        shares = reason is None
+    finally:
+        run.train(training)
+        model.share_prompts(shares)
     return reason
 
 

@@ -98,11 +98,12 @@ class Plan:
 
     def _precision_rows(self) -> list[tuple[str, str]]:
         """A remark where this machine multiplies much faster in another precision."""
-        from rmtool.products import has_fast_bf16  # imports torch
+        from rmtool.products import fast_bf16_device  # imports torch
 
-        if self.recipe.train.precision != "fp32" or not has_fast_bf16():
+        device = fast_bf16_device() if self.recipe.train.precision == "fp32" else None
+        if device is None:
             return []
-        return [("precision", "fp32 (bf16 is several times faster on this machine: --set train.precision=bf16)")]
+        return [("precision", f"fp32 (bf16 is several times faster on {device}: --set train.precision=bf16)")]
 
     def as_dict(self) -> dict[str, Any]:
         return {

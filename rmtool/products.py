@@ -33,13 +33,13 @@ def lacks_bf16() -> bool:
     return has.get("architecture") == "x86_64" and not (has.get("amx_bf16") or has.get("avx512_bf16"))
 
 
-def has_fast_bf16() -> bool:
-    """Whether bfloat16 products are several times faster here than fp32: on GPUs with tensor cores for them, and on
-    CPUs with matrix instructions (AMX). AVX-512's bf16 instructions alone make about twice as many.
+def fast_bf16_device() -> str | None:
+    """What multiplies bfloat16 matrices several times faster here than fp32: a CPU with AMX (AVX-512's instructions
+    alone are about twice as fast), or a GPU. Asking a GPU which one it is would start CUDA, which a launcher must not.
     """
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    if torch.cuda.device_count():
+        return "GPUs since NVIDIA's Ampere"
+    return "this CPU" if torch.cpu.get_capabilities().get("amx_bf16") else None
 
 
 def wide_products(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

@@ -47,7 +47,7 @@ FAMILIES = {
     "olmo2": hf.Olmo2Config,
 }
 WINDOWED = ("mistral", "gemma3")
-MAX_LENGTH = 512
+MAX_LENGTH = 2048
 
 
 def random_config(rng: np.random.Generator) -> tuple[str, Any]:
@@ -74,7 +74,7 @@ def random_config(rng: np.random.Generator) -> tuple[str, Any]:
     if family in ("llama", "qwen3", *WINDOWED):
         settings["head_dim"] = head_size
     if family in WINDOWED:
-        settings["sliding_window"] = int(rng.choice([4, 8, 16, 33, 64]))
+        settings["sliding_window"] = int(rng.choice([4, 8, 16, 64, 256, 1024], p=[0.2, 0.2, 0.2, 0.2, 0.15, 0.05]))
     if family == "gemma3":
         kinds = ("sliding_attention", "full_attention")
         settings |= {"layer_types": [kinds[at % 2] for at in range(layers)], "query_pre_attn_scalar": head_size}

@@ -77,31 +77,40 @@ def test_a_dry_run_foresees_it(gemma2: Path, checkpoint: Path) -> None:
     recipe = load_recipe("smollm2-135m")
     for folder, reason in ((gemma2, "its attention takes softcap"), (checkpoint, None)):
         seen = forecast(recipe, folder, None, None)
-        assert dict(seen.rows())["prefix sharing"] == describe_sharing(reason)
+        row = dict(seen.rows())["prefix sharing"]
+        assert row == (describe_sharing(reason) if reason else "on (verified when the model is loaded)")
         assert (seen.as_dict()["prefix_sharing"], seen.as_dict()["padded_reason"]) == (reason is None, reason)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("device", [None, "this CPU"])
 def test_the_plan_says_where_bf16_is_faster(
-    precision: Any, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: Any, device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "has_fast_bf16", lambda: fast)
+    monkeypatch.setattr(products, "fast_bf16_device", lambda: device)
     data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
     recipe = load_recipe("debug", [("data.train", [str(data)]), ("data.holdout", 2)])
     recipe = replace(recipe, train=replace(recipe.train, precision=precision))
     row = dict(make_plan(recipe, tmp_path / "run").rows()).get("precision", "")
-    assert ("--set train.precision=bf16" in row) == (fast and precision == "fp32")
+    told = "fp32 (bf16 is several times faster on this CPU: --set train.precision=bf16)"
+    assert row == (told if device and precision == "fp32" else "")
 
 
 @pytest.mark.parametrize(
-    ("flags", "fast"),
-    [({"amx_bf16": True, "avx512_bf16": True}, True), ({"avx512_bf16": True}, False), ({}, False)],
+    ("gpus", "flags", "device"),
+    [
+        (0, {"amx_bf16": True, "avx512_bf16": True}, "this CPU"),
+        (0, {"avx512_bf16": True}, None),
+        (0, {}, None),
+        (1, {"amx_bf16": True}, "GPUs since NVIDIA's Ampere"),
+    ],
 )
-def test_which_cpus_have_fast_bf16(flags: dict[str, bool], fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_what_multiplies_bf16_fast(
+    gpus: int, flags: dict[str, bool], device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **flags})
-    assert products.has_fast_bf16() == fast
+    assert products.fast_bf16_device() == device
 
 
 def test_a_benchmark_measures_it_and_says_so(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

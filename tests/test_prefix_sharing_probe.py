@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from conftest import tiny_config
-from mutants import Patch
+from mutants import HALF_ONLY, Mutant, Patch
 from rounding import RoundedProducts, rounded_matmul, rounded_products
 from test_exactness import TREES
 from torch import nn
@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification
 
 from rmtool import attention_check, compat
 from rmtool import model as models
-from rmtool.attention_check import KernelCheck, sequence_rows
+from rmtool.attention_check import KernelCheck, node_paths
+from rmtool.errors import RmtoolError
 from rmtool.fp32 import fp32_compute
 from rmtool.model import RewardModel, choose_layout, draw_head, turn_dropout_off
 from rmtool.packing import pack
@@ -61,6 +62,11 @@ def test_a_deep_model_shares_prompts_in_half_precision(precision: str, dtype: to
         hf.LlamaConfig(**tiny_config(97), num_labels=1),
         hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=512, num_labels=1),
         hf.Gemma3TextConfig(**tiny_config(97), num_labels=1, sliding_window=8),
+        hf.Gemma3Config(
+            text_config=tiny_config(97) | {"sliding_window": 8},
+            vision_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+            num_labels=1,
+        ),
         hf.Qwen3MoeConfig(
             **tiny_config(97), num_labels=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
         ),
@@ -138,14 +144,121 @@ def test_a_model_that_padding_changes_is_refused_with_weights_of_16_bits(monkeyp
     assert choose_layout(model, model, 512) == "made to run padded"
 
 
+# ------------------------------------------------------------------------------------------------------- its bounds
+
+
+class Told(compat.Probe):
+    """A probe with these states of two sequences alone, and this difference between padded and alone."""
+
+    def __init__(self, alone: torch.Tensor, padding_error: float):
+        self.alone = alone
+        self.padding_error = padding_error  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("padding_error", "error", "shares"),
+    [
+        (0.0, compat.TOLERANCE * 0.9, True),
+        (0.0, compat.TOLERANCE * 1.1, False),
+        (4e-5, 3e-4, True),  # the model's own rounding is as large
+        (4e-5, 5e-4, False),
+        (0.5, 5e-3, False),  # padding changes the model: that is no rounding
+        (0.0, float("nan"), False),
+    ],
+)
+def test_the_bound_follows_the_rounding_of_the_model(padding_error: float, error: float, shares: bool) -> None:
+    alone = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    off = torch.tensor([[0.0, error], [0.0, 0.0]])
+    reason = compat.sharing_failure(Told(alone, padding_error), lambda: alone + off)
+    assert (reason is None) == shares
+
+
+def test_states_far_from_zero_are_compared_with_a_tenth_of_their_length() -> None:
+    probe = Told(torch.tensor([[100.0, 0.0], [100.0, 1e-3]]), 0.0)
+    assert probe.error(probe.alone + 1e-3) == pytest.approx(2**0.5 * 1e-3 / 10, rel=1e-3)
+
+
+def test_weights_that_give_no_numbers_are_not_a_matter_of_padding() -> None:
+    compat.require_padding(Told(torch.full((2, 2), torch.nan), float("nan")))
+    with pytest.raises(RmtoolError) as caught:
+        compat.require_padding(Told(torch.ones(2, 2), float("nan")))
+    assert caught.value.id == "E0412"
+
+
+@pytest.mark.parametrize("fails_at", [None, 3, 9])
+def test_the_probe_leaves_the_model_as_it_was(fails_at: int | None) -> None:
+    model = build(DEEP, "bf16", torch.bfloat16).train()
+    calls: list[int] = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise ZeroDivisionError
+
+    handle = model.backbone.register_forward_pre_hook(fail)
+    if fails_at is None:
+        assert choose_layout(model, model, 512) is None
+    else:
+        with pytest.raises(ZeroDivisionError):
+            choose_layout(model, model, 512)
+    handle.remove()
+    assert model.training
+    assert model.shares_prompts == (fails_at is None)
+    assert model.classifier.config._attn_implementation == ("rmtool_packed" if fails_at is None else "sdpa")
+    assert model.precision == "bf16"
+    hooks = [len(part._forward_pre_hooks) + len(part._forward_hooks) for part in model.modules()]
+    assert hooks == [len(part._forward_pre_hooks) + len(part._forward_hooks) for part in build(DEEP).modules()]
+
+
 # ------------------------------------------------------------------------------------------------ the kernel's check
 
 
-def test_rows_are_those_of_each_whole_sequence() -> None:
+def test_the_paths_of_leaves_are_the_whole_sequences() -> None:
     batch = pack(TREES)
-    ids = batch.input_ids[0]
-    got = sorted(ids[rows].tolist() for rows in sequence_rows(batch.layout))
+    ids, inner = batch.input_ids[0], set(batch.layout.parents)
+    paths = list(node_paths(batch.layout))
+    assert torch.cat([own for own, _ in paths]).tolist() == list(range(len(ids)))
+    assert all(path[-len(own) :].tolist() == own.tolist() for own, path in paths)
+    got = sorted(ids[path].tolist() for node, (_, path) in enumerate(paths) if node not in inner)
     assert got == sorted(sequence.tolist() for tree in TREES for sequence in tree.sequences())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_model_that_scales_its_scores_is_sound(precision: str) -> None:
+    """Attention that is divided by something else than the root of the head size, and far from even."""
+    config = hf.Gemma3TextConfig(
+        **(tiny_config(97) | {"initializer_range": 0.2}), num_labels=1, sliding_window=8, query_pre_attn_scalar=1
+    )
+    model = build(config, precision)
+    assert choose_layout(model, model, 512) is None
+
+
+def test_what_overflows_before_attention_is_not_its_mistake(monkeypatch: Patch) -> None:
+    model = build(DEEP, "fp16")
+    model.backbone.layers[2].self_attn.v_proj.weight.data *= 1e6
+    check = KernelCheck()
+    model.share_prompts(True)
+    model.classifier.set_attn_implementation(attention_check.NAME)
+    models._read_states(model, model, TREES)
+    assert 0 < check.worst < 1
+
+
+WIDE = hf.MistralConfig(**(tiny_config(97) | {"max_position_embeddings": 4096}), num_labels=1, sliding_window=512)
+
+
+@pytest.mark.parametrize("mutant", [None, *HALF_ONLY], ids=lambda mutant: mutant.name if mutant else "sound")
+def test_one_key_of_a_wide_window_counts(mutant: Mutant | None, monkeypatch: Patch) -> None:
+    """Of 512 keys that count alike, one is less than the rounding of bf16."""
+    model = build(WIDE, "bf16")
+    seen: list[float] = []
+    monkeypatch.setattr(compat, "kernel_failure", lambda worst: seen.append(worst))
+    if mutant:
+        mutant.install(monkeypatch)
+    choose_layout(model, model, 4096)
+    if mutant:
+        assert seen[0] > 1.5 * compat.KERNEL_TOLERANCE
+    else:
+        assert seen[0] < compat.KERNEL_TOLERANCE / 1.5
 
 
 def checked(precision: str, change: Callable[[torch.Tensor], torch.Tensor], monkeypatch: Patch) -> float:
