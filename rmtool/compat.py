@@ -109,6 +109,8 @@ def probe_trees(vocab_size: int, window: int | None, max_length: int) -> list[To
         (prompt, (first, rng.integers(0, vocab_size, 4), [*first[:6], *rng.integers(0, vocab_size, 11)])),
         (prompt[:11], (rng.integers(0, vocab_size, 6), prompt[11:12])),
         (brief, (rng.integers(0, vocab_size, 2), brief[:1])),
+        # The last one of a pack, whose order is that of ids: short, so that it shows what it sees of the text before.
+        ([vocab_size - 1], (rng.integers(0, vocab_size, 2),)),
     )
     limit = max(2, max_length)  # no longer than what the model will be given
     return [build_tree([[*start, *rest][:limit] for rest in rests]) for start, rests in responses]
