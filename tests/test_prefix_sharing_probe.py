@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from conftest import tiny_config
-from mutants import HALF_ONLY, Mutant, Patch
+from mutants import HALF_ONLY, PACKS, Mutant, Patch
 from rounding import RoundedProducts, rounded_matmul, rounded_products
 from test_exactness import TREES
 from torch import nn
@@ -224,13 +224,27 @@ def test_the_paths_of_leaves_are_the_whole_sequences() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_model_that_scales_its_scores_is_sound(precision: str) -> None:
+def test_a_model_that_scales_its_scores_is_judged_by_its_scale(precision: str, monkeypatch: Patch) -> None:
     """Attention that is divided by something else than the root of the head size, and far from even."""
     config = hf.Gemma3TextConfig(
         **(tiny_config(97) | {"initializer_range": 0.2}), num_labels=1, sliding_window=8, query_pre_attn_scalar=1
     )
     model = build(config, precision)
     assert choose_layout(model, model, 512) is None
+    # And its mistakes still count: against a reference with another scale everything would be rounding.
+    for mutant in HALF_ONLY:
+        with monkeypatch.context() as patch:
+            mutant.install(patch)
+            assert "packed attention in half precision is off" in (choose_layout(model, model, 512) or ""), mutant.name
+
+
+@pytest.mark.parametrize("mutant", [m for m in (*PACKS, *HALF_ONLY) if "neighbor" in m.name], ids=lambda m: m.name)
+def test_a_leak_shows_in_a_shallow_model_with_a_narrow_window(mutant: Mutant, monkeypatch: Patch) -> None:
+    """What a long text sees of the one before does not reach its end there."""
+    config = hf.MistralConfig(**tiny_config(97), num_labels=1, sliding_window=4)
+    model = build(config, "bf16")
+    mutant.install(monkeypatch)
+    assert choose_layout(model, model, 512)
 
 
 def test_what_overflows_before_attention_is_not_its_mistake(monkeypatch: Patch) -> None:
