@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as hf
 from conftest import tiny_config
 from mutants import HALF_ONLY, PACKS, Mutant, Patch
@@ -221,6 +223,20 @@ def test_the_paths_of_leaves_are_the_whole_sequences() -> None:
     assert all(path[-len(own) :].tolist() == own.tolist() for own, path in paths)
     got = sorted(ids[path].tolist() for node, (_, path) in enumerate(paths) if node not in inner)
     assert got == sorted(sequence.tolist() for tree in TREES for sequence in tree.sequences())
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_the_reference_is_attention_in_fp32(scaling: float | None) -> None:
+    """Grouped heads, fewer queries than keys, a window, values of another size; and the scale of its values."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 6)
+    visible = attention_check._visible(3, 7, 4, q.device)
+    assert visible.int().tolist() == [[0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1, 1]]
+    output, scale = attention_check._in_fp32(q, k, v, visible, scaling)
+    exact = partial(F.scaled_dot_product_attention, attn_mask=visible, scale=scaling, enable_gqa=True)
+    torch.testing.assert_close(output, exact(q.double(), k.double(), v.double())[0].float())
+    lengths = v.norm(dim=-1, keepdim=True).double()
+    torch.testing.assert_close(scale, exact(q.double(), k.double(), lengths)[0, ..., 0].float())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
