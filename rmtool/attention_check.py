@@ -28,7 +28,7 @@ ENDS = 4  # half the tokens at each end of a node, and the number between, whose
 
 
 class KernelCheck:
-    """An attention function that calls the packed one and compares it with each sequence alone, in fp32.
+    """An attention function that calls the packed one and compares it with each node on its path, in fp32.
 
     Attributes:
         worst: the largest error of an output vector (one layer, head and token) so far. 1 is what stock attention in
@@ -95,7 +95,10 @@ def _spikes(layout: PackLayout, device: torch.device) -> torch.Tensor:
 
 
 def node_paths(layout: PackLayout) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each node: the places in the pack of its own tokens, int64[L], and of those of its path, int64[P]."""
+    """For each node: the places in the pack of its own tokens, int64[L], and of those of its path, int64[P].
+
+    From the parents, on purpose: the kernel for GPUs reads `kv_index`, which must not be judged by itself.
+    """
     starts, paths = layout.cu_seqlens_q.tolist(), list[torch.Tensor]()
     for node, parent in enumerate(layout.parents):
         own = torch.arange(starts[node], starts[node + 1], device=layout.kv_index.device)

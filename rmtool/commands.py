@@ -100,7 +100,8 @@ def train_command(
         if node:
             ui.say(f"node {node} is done; node 0 writes the checkpoint")
             return
-        manifest, metrics = launch.final_manifest(output), launch.final_metrics(output)
+        manifest = launch.final_manifest(output)
+        metrics = launch.final_metrics(output, manifest)
         if recipe.hub.repo_id:
             from rmtool.hub import push_checkpoint
 

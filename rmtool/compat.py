@@ -4,8 +4,8 @@ In: a model as transformers built it, and a function that runs it both ways. Out
 batches instead; an error for a model that padding changes. Four gates, because each alone lets wrong rewards through:
 what the model declares (llama4 looks right otherwise), what its attention asks for (see `attention.py`), a probe of
 made-up ids in fp32 (only that catches phimoe and qwen2_moe with a window, which is in their mask but not told to
-attention), and the attention kernel of half precision on the same ids (see `attention_check.py`). Rewards are compared
-in fp32 because half precision moves them by up to a fifth of their spread, more than many mistakes do.
+attention), and the attention kernel of half precision on the same ids (see `attention_check.py`). The probe is in
+fp32 because half precision moves rewards by up to a fifth of their spread, more than many mistakes do.
 Cost: forwards of about 200 tokens, one sequence at a time, packed in fp32, and packed in half precision; where there is
 a sliding window, four times its length one at a time, and once in each pack.
 """
@@ -29,8 +29,8 @@ BATCH_DEPENDENT_ROPE = {"longrope", "dynamic"}
 # sequences, sound models of 2 to 80 layers were within 2.2e-5 and mistakes above 5e-4 (scripts/measure_probe.py). Where
 # a padded batch alone moves them by more than a tenth of that, the model's own rounding is larger, and so is the bound.
 TOLERANCE, NOISE_FACTOR = 5e-5, 10.0
-# Between padded and one-by-one rewards. Beyond it the model is refused, so it has room for what recurrent layers and
-# experts make of rounding: a token whose two best experts are nearly level may go to either.
+# The same between padded and one-by-one sequences. Beyond it the model is refused, so it has room for what recurrent
+# layers and experts make of rounding: a token whose two best experts are nearly level may go to either.
 PADDED_TOLERANCE = 1e-3
 # Largest error of half-precision attention allowed, in units of its rounding (`KernelCheck.worst`): sound kernels were
 # within 0.92, and mistakes in nothing but the kernel above 8 (scripts/measure_probe.py).
@@ -145,7 +145,7 @@ class Probe:
 
 
 def sharing_failure(probe: Probe, shared: Callable[[], torch.Tensor]) -> str | None:
-    """Why sharing changes the rewards, or None if it does not. `shared` returns those of one packed batch, in fp32."""
+    """Why sharing changes the rewards, or None if it does not. `shared` returns a packed batch's states, in fp32."""
     try:
         together = shared()
     except UnsupportedAttentionError as reason:

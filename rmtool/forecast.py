@@ -138,7 +138,7 @@ def forecast(recipe: Recipe, folder: Path, data: Encoded | None, steps: int | No
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = hollow_model(recipe, folder)
-        reason = padded_reason(model)
+        reason = None if model.shares_prompts else padded_reason(model)
     work = measure_work(recipe, model, data) if data else None
     tokens, per_pair = (work.largest, round(work.per_pair)) if work else (recipe.train.tokens_per_pack, 512)
     memory = plan_memory(recipe, folder, tokens, per_pair)

@@ -299,8 +299,7 @@ def final_manifest(output: Path) -> Manifest:
     return manifest
 
 
-def final_metrics(output: Path) -> dict[str, float]:
+def final_metrics(output: Path, manifest: Manifest) -> dict[str, float]:
     """The saved model's eval metrics, or the last step's training metrics where no pairs were held out."""
-    manifest = final_manifest(output)
     last = json.loads((output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return manifest.metrics or {name: value for name, value in last.items() if "/" in name}

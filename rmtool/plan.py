@@ -98,9 +98,11 @@ class Plan:
 
     def _precision_rows(self) -> list[tuple[str, str]]:
         """A remark where this machine multiplies much faster in another precision."""
+        if self.recipe.train.precision != "fp32":
+            return []
         from rmtool.products import fast_bf16_device  # imports torch
 
-        device = fast_bf16_device() if self.recipe.train.precision == "fp32" else None
+        device = fast_bf16_device()
         if device is None:
             return []
         return [("precision", f"fp32 (bf16 is several times faster on {device}: --set train.precision=bf16)")]

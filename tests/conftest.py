@@ -96,19 +96,36 @@ def causal_lm(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A folder with a tiny reward model that rmtool did not write (no manifest)."""
+    from transformers import LlamaConfig
+
+    return save_reward_model(tmp_path_factory.mktemp("checkpoint"), LlamaConfig, tokenizer, seed=1)
+
+
+def save_reward_model(folder: Path, config_class: Any, tokenizer: Any, seed: int) -> Path:
+    """A tiny model of this family with random weights, as transformers saves it."""
     import torch
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     from rmtool.model import draw_head
 
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model = LlamaForSequenceClassification(LlamaConfig(**tiny_config(len(tokenizer)), num_labels=1))
+    torch.manual_seed(seed)
+    config = config_class(**tiny_config(len(tokenizer)), num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config)
     draw_head(model, 0)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(params=[False, True], ids=["as the CPU rounds", "every part rounded"])
+def rounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Half precision as this CPU computes it, and with products that are rounded as coarsely on every CPU."""
+    if request.param:
+        from rounding import rounded_products
+
+        monkeypatch.setattr("rmtool.model.wide_products", rounded_products)
+    return bool(request.param)
 
 
 def tiny_config(vocabulary: int) -> dict[str, Any]:

@@ -329,11 +329,10 @@ def test_a_causal_model_without_a_classifier_is_refused(model_type: str, tmp_pat
 
 
 @pytest.mark.skipif(WRITE, reason="the table is being written")
+@pytest.mark.skipif(another_transformers(), reason="the table is of another version of transformers")
 def test_the_table_has_every_type_and_enough_of_them_share() -> None:
     rows = committed()
     assert len(types_with(rows, "shared")) >= LEAST_SHARED
-    if another_transformers():
-        return
     assert {row.name.split()[0] for row in rows} == set(TYPES)
     listed = TABLE.read_text().split(OUTRO)[1]
     assert listed.replace("\n", " ").strip().split(", ") == WITHOUT_CLASS

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rounding import rounded_products
 from test_exactness import FAMILIES, VOCABULARY, build
 from transformers import AutoModelForSequenceClassification
 
@@ -183,14 +182,6 @@ def test_rewards_do_not_depend_on_the_batch(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral_window"])
 def test_rewards_do_not_depend_on_the_batch_in_1000_batches(family: str, part: int) -> None:
     check_many(pool(family), [(part, index) for index in range(250)])
-
-
-@pytest.fixture(params=[False, True], ids=["as the CPU rounds", "every part rounded"])
-def rounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """bf16 as this CPU computes it, and with products that are rounded as coarsely on every CPU."""
-    if request.param:
-        monkeypatch.setattr(models, "wide_products", rounded_products)
-    return bool(request.param)
 
 
 @pytest.mark.parametrize("family", MODELS)

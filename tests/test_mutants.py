@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 from mutants import ATTENTION, HALF_ONLY, KERNEL, PACKS, Mutant, Patch, install_kernel, install_pack, with_parents
-from rounding import rounded_products
 from test_invariance import Pool, check_many, draw, pool
 
-from rmtool import model as models
 from rmtool.model import choose_layout
 
 FAMILIES = ("llama", "mistral_window")
@@ -73,14 +71,7 @@ def test_a_mistake_is_caught_where_one_kernel_reads_the_layout(monkeypatch: Patc
 # ---------------------------------------------------------------------------------------------------- half precision
 
 
-@pytest.fixture(params=["as the CPU rounds", "every part rounded"])
-def rounding(request: pytest.FixtureRequest, monkeypatch: Patch) -> None:
-    """What this CPU makes of half precision, and products that are rounded as coarsely on every CPU."""
-    if request.param == "every part rounded":
-        monkeypatch.setattr(models, "wide_products", rounded_products)
-
-
-@pytest.mark.usefixtures("rounding")
+@pytest.mark.usefixtures("rounded")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sound_model_shares_prompts_in_half_precision(family: str, precision: str, monkeypatch: Patch) -> None:

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, pair_rows, tiny_config, write_jsonl
-from transformers import Gemma2Config, Gemma2ForSequenceClassification
+from conftest import ROOT, pair_rows, save_reward_model, write_jsonl
+from transformers import Gemma2Config
 
 from rmtool import commands, products
 from rmtool.checkpoint import Manifest
 from rmtool.compat import describe_sharing
 from rmtool.forecast import forecast
-from rmtool.model import draw_head
 from rmtool.plan import make_plan
 from rmtool.recipe import load_recipe
 from rmtool.ui import TerminalUi
@@ -33,13 +32,7 @@ OFF = "prefix sharing: off, using padded batches (its attention takes softcap)"
 @pytest.fixture(scope="module")
 def gemma2(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A reward model whose attention has a soft cap."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("gemma2")
-    model = Gemma2ForSequenceClassification(Gemma2Config(**tiny_config(len(tokenizer)), num_labels=1))
-    draw_head(model, 0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_reward_model(tmp_path_factory.mktemp("gemma2"), Gemma2Config, tokenizer, seed=0)
 
 
 def test_eval_ends_with_it(rmtool: Any, gemma2: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,27 +14,26 @@ from conftest import tiny_config
 from mutants import HALF_ONLY, PACKS, Mutant, Patch
 from rounding import RoundedProducts, rounded_matmul, rounded_products
 from test_exactness import TREES
+from test_exactness import build as build_fp32
 from torch import nn
-from transformers import AutoModelForSequenceClassification
 
 from rmtool import attention_check, compat
 from rmtool import model as models
 from rmtool.attention_check import KernelCheck, node_paths
 from rmtool.errors import RmtoolError
 from rmtool.fp32 import fp32_compute
-from rmtool.model import RewardModel, choose_layout, draw_head, turn_dropout_off
+from rmtool.model import RewardModel, choose_layout
 from rmtool.packing import pack
 
 DEEP = hf.LlamaConfig(**(tiny_config(97) | {"num_hidden_layers": 40, "initializer_range": 0.1}), num_labels=1)
 
 
 def build(config: Any, precision: str = "fp32", dtype: torch.dtype = torch.float32) -> RewardModel:
-    torch.manual_seed(0)
-    classifier = AutoModelForSequenceClassification.from_config(copy.deepcopy(config)).to(dtype)
-    draw_head(classifier, 0)
-    turn_dropout_off(classifier)
-    classifier.score.float()
-    return RewardModel(classifier, 0, precision).eval()
+    """The model of `test_exactness.py`, its backbone's weights in `dtype`."""
+    model = build_fp32(config)
+    model.backbone.to(dtype)
+    model.precision = precision
+    return model
 
 
 def states(model: RewardModel, shares: bool) -> torch.Tensor:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, read_pairs
-from rounding import rounded_products
 from test_invariance import Draw, Pool, alone, check
 
 from rmtool.data.encode import Encoder, encode_all
@@ -69,13 +68,11 @@ def test_the_real_model_shares_prompts_exactly_on_real_pairs(smollm2: Path) -> N
     torch.testing.assert_close(torch.tensor(shared), torch.tensor(alone), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("products", ["as the CPU rounds", "every part rounded"])
-def test_the_real_model_shares_prompts_in_bf16(smollm2: Path, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("rounded")
+def test_the_real_model_shares_prompts_in_bf16(smollm2: Path) -> None:
     """And its rewards are as near to those of fp32 as the rewards of padded batches are."""
     from rmtool.model import RewardModel
 
-    if products == "every part rounded":
-        monkeypatch.setattr("rmtool.model.wide_products", rounded_products)
     classifier, _ = build_classifier(smollm2, dtype=torch.float32)
     draw_head(classifier, 0)
     model = RewardModel(classifier, pad_id=0, precision="bf16").eval()
