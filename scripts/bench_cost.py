@@ -3,7 +3,7 @@
     python scripts/bench_cost.py steps --plot cost.png     # seconds of a step from 1k to 64k unique tokens
     python scripts/bench_cost.py planning                  # a million records: seconds, and memory
 
-steps. In: hh-rlhf pairs and a model. Out: the seconds of a forward and backward (`rmtool.trainer.Trainer.step`) at each
+steps. In: hh-rlhf pairs and a model. Out: the seconds of a forward and backward (`Trainer.step`) at each
 size, the straight line through them, the largest distance from it, and a plot.
 planning. In: lengths drawn like hh-rlhf's. Out: seconds and growth of memory, of three ways through all records: every
 training step planned and packed; every response planned over the whole file and packed, as scoring does; one plan of
@@ -204,13 +204,13 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
 
     from rmtool.config import DataConfig, ModelConfig, Recipe, TrainConfig
     from rmtool.data.rejects import Rejects
-    from rmtool.engine import Engine
-    from rmtool.loading import training_encoder, training_model
-    from rmtool.model import choose_layout
-    from rmtool.optim import build_optimizer
-    from rmtool.split import load_split
-    from rmtool.steps import epoch_steps
-    from rmtool.trainer import Trainer
+    from rmtool.dataset.batches import epoch_steps
+    from rmtool.dataset.split import load_split
+    from rmtool.model.loading import training_encoder, training_model
+    from rmtool.model.reward_model import choose_layout
+    from rmtool.training.engine import Engine
+    from rmtool.training.optim import build_optimizer
+    from rmtool.training.trainer import Trainer
     from rmtool.ui import SilentUi
 
     folder = Path(spec["folder"]) / "model"
@@ -285,7 +285,7 @@ class SharedTokens(Sequence[Any]):
         return len(self.lengths)
 
     def __getitem__(self, index: Any) -> Any:
-        from rmtool.tree import TokenTree
+        from rmtool.tokenization.response_group import TokenTree
 
         if index >= len(self):
             raise IndexError(index)
@@ -297,9 +297,9 @@ class SharedTokens(Sequence[Any]):
 def train_order(trees: SharedTokens, spec: Event) -> int:
     """An epoch: its order, then each step planned and packed."""
     from rmtool.data.record import Record
+    from rmtool.dataset.batches import epoch_steps
     from rmtool.errors import Place
-    from rmtool.packing import pack, plan_packs
-    from rmtool.steps import epoch_steps
+    from rmtool.packing.pack_layout import pack, plan_packs
 
     labels = Record(Place("synthetic", 1), (), ((), ()), ((0, 1),), (None,)).labels()
     packs = 0
@@ -317,9 +317,9 @@ def score_order(trees: SharedTokens, spec: Event) -> int:
     """
     import torch
 
-    from rmtool.model import RewardModel, compute_rewards
-    from rmtool.packing import pack
-    from rmtool.spool import TreeSpool
+    from rmtool.model.reward_model import RewardModel, compute_rewards
+    from rmtool.packing.pack_layout import pack
+    from rmtool.tokenization.token_store import TreeSpool
     from rmtool.ui import SilentUi
 
     class Packs(RewardModel):
@@ -346,7 +346,7 @@ def score_order(trees: SharedTokens, spec: Event) -> int:
 
 def all_at_once(trees: SharedTokens, spec: Event) -> int:
     """One plan over all records: more than any training step asks for."""
-    from rmtool.packing import plan_packs
+    from rmtool.packing.pack_layout import plan_packs
 
     return len(plan_packs(trees, spec["tokens_per_pack"]))
 

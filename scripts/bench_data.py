@@ -3,7 +3,7 @@
     python scripts/bench_data.py --data hh                      # a file of pairs
     python scripts/bench_data.py --made 1000000                 # so many rows of 1 KB, cut from hh's text
 
-In: a file of preference pairs and a model's tokenizer. Out: seconds and growth of memory of `rmtool.split` (from the
+In: a file of preference pairs and a model's tokenizer. Out: seconds and growth of memory of `load_split` (from the
 file to ids in the cache), of a second run that finds the cache, and of the tokenizer on the rendered texts: called as
 its users do, and its Rust core. All on the same cores, in turns, each in a process of its own.
 Cost: as many times the tokenising of the file as there are rounds, thrice.
@@ -115,8 +115,8 @@ def _timed(what: str, work: Callable[[], int]) -> None:
 
 def _encoder(spec: Event) -> Any:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # all cores, for both
-    from rmtool.data.encode import CANNED, Encoder
-    from rmtool.tokenizer import load_tokenizer
+    from rmtool.tokenization.encoder import CANNED, Encoder
+    from rmtool.tokenization.tokenizer import load_tokenizer
 
     encoder = Encoder(load_tokenizer(Path(spec["model"])), 2**20, on_empty="keep")
     encoder.ids(CANNED[0])
@@ -130,7 +130,7 @@ def run_rmtool(spec: Event) -> None:
     from rmtool.config import Source
     from rmtool.data.record import PLAIN
     from rmtool.data.rejects import Rejects
-    from rmtool.split import encode_selection, read_sources
+    from rmtool.dataset.split import encode_selection, read_sources
     from rmtool.ui import SilentUi
 
     ui, rejects = SilentUi(), Rejects()

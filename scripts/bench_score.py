@@ -8,7 +8,7 @@ In: preference rows (a file, hh or rmb of ../shared), or RMB's folder; for more 
 prompt are put together, and filled up with answers to other prompts. Out: a table, and with --json every measurement.
 Each system is timed from the JSONL file to the last reward: reading, template, tokenising and batching included, the
 loading of the model and a short warm-up not (both are shown). They run in turn, a process each, --rounds times:
-  rmtool    `rmtool.score.score_file`, what `rmtool score` runs
+  rmtool    `rmtool.scoring.score.score_file`, what `rmtool score` runs
   pipeline  text-classification, at the batch size that was fastest on a sample
   sorted    all texts tokenised, sorted by length, right-padded batches of at most as many tokens as were fastest
 All rewards are compared: where they differ the script says so last and exits with 1.
@@ -335,11 +335,11 @@ def read_answers(source: Path) -> Iterator[tuple[Any, list[Any]]]:
 
 def write_rows(spec: Event) -> None:
     """Worker: rows.jsonl and its beginning, sample.jsonl, as `rmtool score` reads them."""
-    from rmtool.data.encode import Encoder
     from rmtool.data.formats import score_record
     from rmtool.data.rows import Row
     from rmtool.errors import Place
-    from rmtool.tokenizer import load_tokenizer
+    from rmtool.tokenization.encoder import Encoder
+    from rmtool.tokenization.tokenizer import load_tokenizer
 
     folder, rng = Path(spec["folder"]), random.Random(spec["seed"])
     encoder = Encoder(load_tokenizer(folder / "model"), spec["max_length"], "drop", "keep")
@@ -442,8 +442,8 @@ def try_sizes(spec: Event, load: Callable[[int], Score]) -> None:
 
 def load_rmtool(spec: Event) -> Score:
     from rmtool.data.rejects import Rejects
-    from rmtool.loading import load_for_use
-    from rmtool.score import score_file
+    from rmtool.model.loading import load_for_use
+    from rmtool.scoring.score import score_file
     from rmtool.ui import SilentUi
 
     checkpoint = Path(spec["folder"]) / "model"

@@ -4,7 +4,7 @@
     python scripts/bench_train.py --data rmb --precision bf16 --json train-rmb-bf16.json
 
 In: preference pairs (a file, or hh and rmb of ../shared) and a causal LM. Out: a table, and with --json every step.
-rmtool runs its own training loop (`rmtool.trainer.train_loop`), TRL its RewardTrainer: same checkpoint, same pairs in
+rmtool runs its own training loop (`train_loop`), TRL its RewardTrainer: same checkpoint, same pairs in
 the same order, same AdamW, no dropout, no gradient checkpointing. They run in turn, a process each, --rounds times,
 TRL first with every batch size of --peer-batch, then with the one that was fastest. The first step of a process is
 warm-up: it counts in "all steps" only. The loss of every step is compared: where they differ the script says so last
@@ -306,11 +306,11 @@ def write_pairs(spec: Event) -> None:
     """Worker: pairs.jsonl for rmtool, and visited.jsonl, the same pairs in the order of rmtool's first epoch."""
     import json
 
-    from rmtool.data.encode import Encoder
     from rmtool.data.formats import preference_record
     from rmtool.data.rows import read_rows
-    from rmtool.steps import epoch_order
-    from rmtool.tokenizer import load_tokenizer
+    from rmtool.dataset.batches import epoch_order
+    from rmtool.tokenization.encoder import Encoder
+    from rmtool.tokenization.tokenizer import load_tokenizer
 
     folder = Path(spec["folder"])
     records = [preference_record(row) for row in read_rows(spec["data"])]
@@ -374,15 +374,15 @@ def train_with_rmtool(spec: Event) -> None:
     clock = StepClock(spec)
     from accelerate import Accelerator
 
-    from rmtool import model as models
     from rmtool.config import DataConfig, ModelConfig, Recipe, TrainConfig
-    from rmtool.data.encode import Encoded
     from rmtool.data.rejects import Rejects
-    from rmtool.engine import Engine
-    from rmtool.loading import training_encoder, training_model
-    from rmtool.optim import build_optimizer
-    from rmtool.split import Split, load_split
-    from rmtool.trainer import Trainer, train_loop
+    from rmtool.dataset.split import Split, load_split
+    from rmtool.model import reward_model as models
+    from rmtool.model.loading import training_encoder, training_model
+    from rmtool.tokenization.encoder import Encoded
+    from rmtool.training.engine import Engine
+    from rmtool.training.optim import build_optimizer
+    from rmtool.training.trainer import Trainer, train_loop
     from rmtool.ui import SilentUi
 
     folder = Path(spec["folder"])

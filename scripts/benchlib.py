@@ -520,7 +520,7 @@ def save_checkpoint(spec: Event) -> None:
     import torch
 
     from rmtool.config import DataConfig, ModelConfig, Recipe, TrainConfig
-    from rmtool.loading import training_encoder, training_model
+    from rmtool.model.loading import training_encoder, training_model
 
     source, target = Path(spec["model"]), Path(spec["checkpoint"])
     if spec["random_llama"]:

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from benchlib import say
 
-from rmtool.data.encode import encode_all
 from rmtool.data.formats import preference_record
 from rmtool.data.rows import read_rows
-from rmtool.loading import load_for_use
-from rmtool.model import compute_rewards
+from rmtool.model.loading import load_for_use
+from rmtool.model.reward_model import compute_rewards
+from rmtool.tokenization.encoder import encode_all
 from rmtool.ui import SilentUi
 
 # Precision, prefix sharing, tokens of a pack.

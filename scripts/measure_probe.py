@@ -32,10 +32,10 @@ from mutants import MUTANTS
 from rounding import rounded_products
 from transformers import AutoModelForSequenceClassification
 
-from rmtool import compat
-from rmtool import model as models
-from rmtool.layers import keep_first_layers
-from rmtool.model import RewardModel, choose_layout, draw_head, turn_dropout_off
+from rmtool.model import reward_model as models
+from rmtool.model.reward_model import RewardModel, choose_layout, draw_head, turn_dropout_off
+from rmtool.packing import prefix_sharing as compat
+from rmtool.packing.layers import keep_first_layers
 
 FAMILIES = {
     "llama": hf.LlamaConfig,

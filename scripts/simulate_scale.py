@@ -165,7 +165,7 @@ def simulate(
     """One step of `pairs` records on `world` ranks. Under ZeRO-3 ranks gather every layer together: each round of
     packs takes as long as its slowest.
     """
-    from rmtool.packing import key_count, plan_packs
+    from rmtool.packing.pack_layout import key_count, plan_packs
 
     drawn = draw.integers(len(lengths), size=pairs)
     trees = [tree_of(*lengths[index], number) for number, index in enumerate(drawn)]
@@ -188,7 +188,7 @@ def simulate(
 
 def tree_of(prompt: int, responses: Sequence[int], number: int) -> Any:
     """A tree with these lengths whose tokens no other one begins with."""
-    from rmtool.tree import build_tree
+    from rmtool.tokenization.response_group import build_tree
 
     start = [number] * prompt
     return build_tree([start + [2**30 + number * 64 + place] * length for place, length in enumerate(responses)])
@@ -198,8 +198,8 @@ def read_lengths(data: Path, folder: Path, max_length: int) -> list[tuple[int, t
     """(tokens of the prompt, of each response) of every record."""
     from rmtool.config import DataConfig, ModelConfig, Recipe, TrainConfig
     from rmtool.data.rejects import Rejects
-    from rmtool.loading import training_encoder
-    from rmtool.split import load_split
+    from rmtool.dataset.split import load_split
+    from rmtool.model.loading import training_encoder
     from rmtool.ui import SilentUi
 
     config = DataConfig((str(data),), max_length=max_length, on_long="drop", on_empty="keep", on_identical="drop")
@@ -213,7 +213,7 @@ def describe_model(folder: Path | None) -> Model:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaConfig
 
-    from rmtool.model import RewardModel
+    from rmtool.model.reward_model import RewardModel
 
     llama = LlamaConfig(vocab_size=128_264, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
                         num_attention_heads=32, num_key_value_heads=8, pad_token_id=0)  # fmt: skip

@@ -106,7 +106,7 @@ def save_reward_model(folder: Path, config_class: Any, tokenizer: Any, seed: int
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from rmtool.model import draw_head
+    from rmtool.model.reward_model import draw_head
 
     torch.manual_seed(seed)
     config = config_class(**tiny_config(len(tokenizer)), num_labels=1)
@@ -124,7 +124,7 @@ def rounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param:
         from rounding import rounded_products
 
-        monkeypatch.setattr("rmtool.model.wide_products", rounded_products)
+        monkeypatch.setattr("rmtool.model.reward_model.wide_products", rounded_products)
     return bool(request.param)
 
 
@@ -162,7 +162,7 @@ def rmtool(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
 
-    from rmtool import cli
+    from rmtool.cli import main as cli
 
     def run(*arguments: str | Path) -> Shown:
         capfd.readouterr()

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from rmtool import attention
-from rmtool import model as models
-from rmtool.packing import NO_PARENT, PackedBatch, PackLayout
+from rmtool.model import reward_model as models
+from rmtool.packing import attention
+from rmtool.packing.pack_layout import NO_PARENT, PackedBatch, PackLayout
 
 Mutate = Callable[[PackedBatch], PackedBatch]
 Patch = pytest.MonkeyPatch

@@ -74,5 +74,5 @@ def _rounded_attention(
 
 
 def rounded_products(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """To put in the place of `rmtool.model.wide_products`."""
+    """To put in the place of `rmtool.model.reward_model.wide_products`."""
     return contextlib.nullcontext() if precision == "fp32" else RoundedProducts()

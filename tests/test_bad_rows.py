@@ -12,7 +12,7 @@ import pytest
 from conftest import pair_rows, scored, write_jsonl
 
 from rmtool.checkpoint import MANIFEST
-from rmtool.report import LENGTHS_FILE, REPORT_FILE
+from rmtool.dataset.report import LENGTHS_FILE, REPORT_FILE
 
 
 def with_bad_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from rmtool.cluster import Site, find_site, first_host
 from rmtool.errors import RmtoolError
+from rmtool.launch.launcher_env import Site, find_site, first_host
 
 STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1",
         "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_GPUS_ON_NODE": "8"}  # fmt: skip
@@ -138,4 +138,8 @@ def check_64(commands: list[Any], address: str) -> None:
     for command in commands:
         assert (command.num_machines, command.num_processes) == (8, 64)
         assert (command.main_process_ip, command.main_process_port) == (address, 29500)
-        assert (command.use_deepspeed, command.zero_stage, command.training_script) == (True, 3, "rmtool.train")
+        assert (command.use_deepspeed, command.zero_stage, command.training_script) == (
+            True,
+            3,
+            "rmtool.training.worker",
+        )

@@ -58,9 +58,9 @@ def test_a_file_that_changes_while_it_is_scored_is_refused(
         change(source)
         return compute_rewards(*arguments)
 
-    from rmtool.model import compute_rewards
+    from rmtool.model.reward_model import compute_rewards
 
-    monkeypatch.setattr("rmtool.score.compute_rewards", meanwhile)
+    monkeypatch.setattr("rmtool.scoring.score.compute_rewards", meanwhile)
     shown = rmtool("score", source, "--model", model)
     assert (shown.code, shown.error) == (3, "E0301")
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} <= {"r.jsonl", "rmtool.log"}
@@ -79,7 +79,7 @@ def test_score_takes_the_newest_finished_run(rmtool: Any, model: Path, tmp_path:
     run = tmp_path / "runs" / "mine" / "model"
     shutil.copytree(model, run)
     from rmtool.checkpoint import Manifest, write_manifest
-    from rmtool.loading import load_for_use
+    from rmtool.model.loading import load_for_use
 
     fingerprint = load_for_use(model).encoder.fingerprint()
     write_manifest(run, Manifest(fingerprint, 512, "fp32", "error", "error", "r", "b", []))
@@ -288,7 +288,7 @@ def test_the_tulu3_plan_is_printed_without_a_network(
 def test_every_bundled_recipes_launch_command_is_one_that_accelerate_reads() -> None:
     from accelerate.commands.launch import launch_command_parser
 
-    from rmtool.plan import launch_command
+    from rmtool.planning.plan import launch_command
     from rmtool.recipe import load_recipe
 
     for name, processes, machines in (("debug", 1, 1), ("smollm2-135m", 1, 1), ("tulu3-8b", 64, 8)):
@@ -298,7 +298,7 @@ def test_every_bundled_recipes_launch_command_is_one_that_accelerate_reads() -> 
         assert (parsed.num_processes, parsed.num_machines, parsed.machine_rank) == (processes, machines, machines - 1)
         assert (parsed.module, parsed.training_script, parsed.training_script_args) == (
             True,
-            "rmtool.train",
+            "rmtool.training.worker",
             ["runs/x/node-7" if machines > 1 else "runs/x"],
         )
         assert parsed.use_deepspeed == (name == "tulu3-8b")

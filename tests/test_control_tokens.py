@@ -10,10 +10,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rmtool.data.encode import Encoder
 from rmtool.data.messages import Message, Messages
-from rmtool.data.tokenise import Conversation, Tokeniser
-from rmtool.tokenizer import TULU_TEMPLATE, name_control_tokens
+from rmtool.tokenization.batch_tokenizer import Conversation, Tokeniser
+from rmtool.tokenization.encoder import Encoder
+from rmtool.tokenization.tokenizer import TULU_TEMPLATE, name_control_tokens
 
 LOOP, END = "{% for m in messages %}", "{% endfor %}"
 BY_ROLE = "{% if m.role == 'assistant' %}A{% else %}U{% endif %}"

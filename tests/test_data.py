@@ -18,13 +18,13 @@ from conftest import pair_rows, read_pairs, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmtool.data.encode import Encoder, encode_all
 from rmtool.data.formats import preference_record, preference_records, score_record
 from rmtool.data.messages import Message
 from rmtool.data.record import Reading
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row, read_rows
 from rmtool.errors import Place, RmtoolError
+from rmtool.tokenization.encoder import Encoder, encode_all
 
 PROMPT, GOOD, BAD = "What is 2 + 2?", "It is 4.", "It is 5."
 U, A = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})

@@ -19,8 +19,8 @@ from conftest import pair_rows, write_jsonl
 from safetensors.torch import load_file
 from test_launch import PROGRAM, group_members, until
 
-from rmtool import launch
-from rmtool.status import Status
+from rmtool.launch import supervise as launch
+from rmtool.training.worker_status import Status
 
 ROWS = 49  # 9 of them are held out: on two ranks one has five, on four one has three
 
@@ -230,7 +230,7 @@ def test_a_process_that_hangs_before_it_begins_is_ended_too(place: Path, tmp_pat
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys, time\n"
         "words = sys.orig_argv\n"
-        "worker = 'rmtool.train' in words and 'accelerate.commands.launch' not in words\n"
+        "worker = 'rmtool.training.worker' in words and 'accelerate.commands.launch' not in words\n"
         "if worker and os.environ.get('RANK', '1') == '1':\n"
         f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
         f"    {hangs}\n"
@@ -254,7 +254,7 @@ def test_a_rank_that_fails_alone_is_named_with_its_last_lines(place: Path, tmp_p
     """A module in front of the real one makes rank 1 fail in its own way; rank 0 only loses its partner."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
-        "if os.environ.get('RANK') == '1' and 'rmtool.train' in ' '.join(sys.orig_argv):\n"
+        "if os.environ.get('RANK') == '1' and 'rmtool.training.worker' in ' '.join(sys.orig_argv):\n"
         "    import accelerate.utils\n"
         "    def broken(*_): print('my own words'); raise ValueError('only on one rank')\n"
         "    accelerate.utils.gather_object = broken\n"

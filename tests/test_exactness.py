@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification
 
-from rmtool import compat
-from rmtool.attention import _one_node, packed_attention
 from rmtool.errors import RmtoolError
-from rmtool.forest import NO_PARENT
-from rmtool.layers import compile_layers
-from rmtool.model import RewardModel, choose_layout, draw_head, turn_dropout_off
-from rmtool.packing import pack
-from rmtool.readout import read_last_layer_sparsely
-from rmtool.tree import TokenTree, build_tree
+from rmtool.model.reward_model import RewardModel, choose_layout, draw_head, turn_dropout_off
+from rmtool.packing import prefix_sharing as compat
+from rmtool.packing.attention import _one_node, packed_attention
+from rmtool.packing.last_layer import read_last_layer_sparsely
+from rmtool.packing.layers import compile_layers
+from rmtool.packing.pack_layout import pack
+from rmtool.tokenization.prefix_forest import NO_PARENT
+from rmtool.tokenization.response_group import TokenTree, build_tree
 
 VOCABULARY = 97
 WINDOW = 8
@@ -265,7 +265,7 @@ def test_fewer_queries_than_keys_see_the_last_keys() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31), st.permutations(range(6)), st.integers(8, 400), st.booleans())
 def test_a_reward_does_not_depend_on_its_batch(seed: int, order: list[int], budget: int, shared: bool) -> None:
-    from rmtool.model import compute_rewards
+    from rmtool.model.reward_model import compute_rewards
     from rmtool.ui import SilentUi
 
     rng = np.random.default_rng(seed)

@@ -27,11 +27,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from rmtool import compat
-from rmtool.attention import UnsupportedAttentionError
 from rmtool.errors import RmtoolError
-from rmtool.model import RewardModel, build_classifier, choose_layout, draw_head, turn_dropout_off
-from rmtool.tree import TokenTree
+from rmtool.model.reward_model import RewardModel, build_classifier, choose_layout, draw_head, turn_dropout_off
+from rmtool.packing import prefix_sharing as compat
+from rmtool.packing.attention import UnsupportedAttentionError
+from rmtool.tokenization.response_group import TokenTree
 
 TABLE = ROOT / "tests" / "FAMILIES.md"
 WRITE = os.environ.get("RMTOOL_WRITE") == "1"

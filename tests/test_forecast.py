@@ -15,17 +15,17 @@ from conftest import pair_rows, write_jsonl
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForSequenceClassification
 
-from rmtool import memory as memories
 from rmtool.config import Recipe
 from rmtool.data.rejects import Rejects
-from rmtool.engine import LIVE_PARAMETERS, PERSISTENT_PARAMETERS, REDUCE_BUCKET
-from rmtool.forecast import forecast
-from rmtool.loading import training_encoder
-from rmtool.memory import Memory, plan_memory
-from rmtool.plan import make_plan
+from rmtool.dataset.batches import epoch_steps
+from rmtool.dataset.split import load_split
+from rmtool.model.loading import training_encoder
+from rmtool.planning import memory as memories
+from rmtool.planning.estimate import forecast
+from rmtool.planning.memory import Memory, plan_memory
+from rmtool.planning.plan import make_plan
 from rmtool.recipe import load_recipe
-from rmtool.split import load_split
-from rmtool.steps import epoch_steps
+from rmtool.training.engine import LIVE_PARAMETERS, PERSISTENT_PARAMETERS, REDUCE_BUCKET
 from rmtool.ui import SilentUi
 
 LLAMA_8B = {"vocab_size": 128_264, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
@@ -225,7 +225,7 @@ def test_a_model_that_runs_padded_is_foreseen_so(causal_lm: Path, tmp_path: Path
 def test_of_the_experts_those_count_that_a_token_meets() -> None:
     from transformers import MixtralConfig
 
-    from rmtool.model import RewardModel
+    from rmtool.model.reward_model import RewardModel
 
     sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
              "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_local_experts": 8,

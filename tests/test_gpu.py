@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_exactness import FAMILIES, TREES, alone, build, gradients, relative
 
-from rmtool.attention import _node_by_node, _varlen
-from rmtool.layers import compile_layers
-from rmtool.model import apply_liger, choose_layout
-from rmtool.packing import pack
+from rmtool.model.reward_model import apply_liger, choose_layout
+from rmtool.packing.attention import _node_by_node, _varlen
+from rmtool.packing.layers import compile_layers
+from rmtool.packing.pack_layout import pack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

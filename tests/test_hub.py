@@ -19,10 +19,10 @@ import yaml
 from hub_stub import GATEWAY_PAGE, Repo, StubHub
 from safetensors.numpy import save_file
 
-from rmtool import hub
-from rmtool.card import model_card
 from rmtool.checkpoint import Manifest, write_manifest
 from rmtool.errors import RmtoolError
+from rmtool.hub import push as hub
+from rmtool.hub.card import model_card
 from rmtool.ui import SilentUi
 
 TOKEN = "hf_stubtoken"
@@ -181,11 +181,11 @@ def test_a_dry_run_lists_files_and_sizes_without_token_or_network(stub, untouche
 
 def test_push_works_in_a_fresh_process_and_importing_it_is_cheap(stub, untouched, tmp_path):
     code = """if True:
-        import sys, pathlib, rmtool.hub, rmtool.ui
+        import sys, pathlib, rmtool.hub.push, rmtool.ui
         slow = {"huggingface_hub", "httpx2", "torch", "transformers", "safetensors"} & sys.modules.keys()
         assert not slow, slow
         folder = pathlib.Path(sys.argv[1])
-        print(rmtool.hub.push_checkpoint(folder, "me/rm", private=True, ui=rmtool.ui.TerminalUi()))
+        print(rmtool.hub.push.push_checkpoint(folder, "me/rm", private=True, ui=rmtool.ui.TerminalUi()))
         """
     keep = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
     switches = dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK"), "1")

@@ -20,9 +20,9 @@ import torch
 from test_exactness import FAMILIES, VOCABULARY, build
 from transformers import AutoModelForSequenceClassification
 
-from rmtool import model as models
-from rmtool.model import PRECISIONS, RewardModel, compute_rewards
-from rmtool.tree import Ids, TokenTree, build_tree
+from rmtool.model import reward_model as models
+from rmtool.model.reward_model import PRECISIONS, RewardModel, compute_rewards
+from rmtool.tokenization.response_group import Ids, TokenTree, build_tree
 from rmtool.ui import SilentUi
 
 # Largest difference allowed between a reward in a batch and the same response alone, where the largest reward of the

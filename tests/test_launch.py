@@ -16,8 +16,12 @@ from typing import Any
 import pytest
 from conftest import pair_rows, write_jsonl
 
-from rmtool import checkpoint, launch, recipe, report, status, tracking
+from rmtool import checkpoint, recipe
 from rmtool.data import rejects
+from rmtool.dataset import report
+from rmtool.launch import supervise as launch
+from rmtool.training import tracking
+from rmtool.training import worker_status as status
 
 PROGRAM = Path(sys.executable).parent / "rmtool"
 
@@ -261,7 +265,9 @@ def test_a_process_that_stands_still_before_it_has_begun_is_seen(
 
 
 def test_a_process_begins_only_while_its_launcher_lives(tmp_path: Path) -> None:
-    script = f"from pathlib import Path; from rmtool.status import begin; begin(Path({str(tmp_path)!r}), 0)"
+    script = (
+        f"from pathlib import Path; from rmtool.training.worker_status import begin; begin(Path({str(tmp_path)!r}), 0)"
+    )
     gone = run_later("")
     gone.wait()
     late = run_later(script, **{status.LAUNCHER: str(gone.pid)})

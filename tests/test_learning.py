@@ -16,12 +16,12 @@ from rmtool.config import TrainConfig
 from rmtool.data.formats import Record, preference_record
 from rmtool.data.messages import Message
 from rmtool.data.rows import Row
+from rmtool.dataset.batches import count_pairs, epoch_order, epoch_steps, hold_out, plan_steps
 from rmtool.errors import Place, RmtoolError
-from rmtool.loss import bradley_terry
-from rmtool.metrics import PairSums
-from rmtool.optim import build_optimizer, schedule_factor
-from rmtool.steps import count_pairs, epoch_order, epoch_steps, hold_out, plan_steps
-from rmtool.tree import build_tree
+from rmtool.evaluation.metrics import PairSums
+from rmtool.model.loss import bradley_terry
+from rmtool.tokenization.response_group import build_tree
+from rmtool.training.optim import build_optimizer, schedule_factor
 
 TRAIN = TrainConfig(batch_size=4, learning_rate=1e-3)
 REWARDS = st.lists(st.tuples(st.floats(-20, 20), st.floats(-20, 20)), min_size=1, max_size=30)

@@ -20,18 +20,18 @@ import torch
 from conftest import tiny_config, write_jsonl
 from transformers import AutoModelForSequenceClassification, Gemma2Config, GPT2Config
 
-from rmtool import compat
-from rmtool import model as models
 from rmtool.checkpoint import default_model, read_manifest, resolve_checkpoint, write_folder
 from rmtool.config import LoraConfig, Recipe
 from rmtool.data.messages import Message
 from rmtool.errors import RmtoolError
-from rmtool.loading import add_adapters, load_for_use, slow_precision, training_encoder, training_model
+from rmtool.model import reward_model as models
+from rmtool.model.loading import add_adapters, load_for_use, slow_precision, training_encoder, training_model
+from rmtool.model.weights import empty_twin, whole_weights
+from rmtool.packing import prefix_sharing as compat
 from rmtool.recipe import load_recipe
-from rmtool.tokenizer import ensure_pad_token, load_tokenizer
-from rmtool.tree import build_tree
+from rmtool.tokenization.response_group import build_tree
+from rmtool.tokenization.tokenizer import ensure_pad_token, load_tokenizer
 from rmtool.ui import SilentUi
-from rmtool.weights import empty_twin, whole_weights
 
 
 def recipe(folder: Path, tmp_path: Path, *settings: tuple[str, Any]) -> Recipe:
@@ -236,7 +236,7 @@ def test_learned_positions_bound_the_length(tmp_path: Path, checkpoint: Path) ->
 
 
 def test_a_template_that_writes_the_date_reads_the_same_every_day(checkpoint: Path, tmp_path: Path) -> None:
-    from rmtool.data.encode import Encoder
+    from rmtool.tokenization.encoder import Encoder
 
     folder = shutil.copytree(checkpoint, tmp_path / "m")
     template = (folder / "chat_template.jinja").read_text()
@@ -378,7 +378,7 @@ def test_a_model_that_is_nowhere(name: str, id: str, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("said", [True, False])
 def test_bf16_without_instructions_for_it_is_said(monkeypatch: pytest.MonkeyPatch, said: bool) -> None:
-    monkeypatch.setattr("rmtool.loading.lacks_bf16", lambda: said)
+    monkeypatch.setattr("rmtool.model.loading.lacks_bf16", lambda: said)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bool(slow_precision("bf16")) == said
     assert slow_precision("fp32") == []
@@ -391,7 +391,7 @@ def test_large_blocks_are_reused() -> None:
     Without huge pages, which some systems use by default: 64 MB of them are only 32 faults."""
     code = """if True:
         import ctypes, os, resource, torch
-        from rmtool.loading import keep_freed_memory
+        from rmtool.model.loading import keep_freed_memory
         ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
         def faults():
             for _ in range(20):

@@ -16,10 +16,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmtool.forest import NO_PARENT, Window, prefix_order
-from rmtool.packing import KEYS_PER_TOKEN, pack, pad, plan_packs, plan_reads
-from rmtool.spool import TreeSpool
-from rmtool.tree import Ids, TokenTree, build_tree
+from rmtool.packing.pack_layout import KEYS_PER_TOKEN, pack, pad, plan_packs, plan_reads
+from rmtool.tokenization.prefix_forest import NO_PARENT, Window, prefix_order
+from rmtool.tokenization.response_group import Ids, TokenTree, build_tree
+from rmtool.tokenization.token_store import TreeSpool
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=5)
 
@@ -80,7 +80,10 @@ def test_the_prefix_order_is_that_of_sorted_with_what_neighbours_share(
     order = sorted(range(len(arrays)), key=lambda item: (arrays[item].tolist(), item))
     lists = [arrays[item].tolist() for item in order]
     shared = [prefix_length(*two) for two in itertools.pairwise([[], *lists])]
-    with patch("rmtool.forest.SHORTEST_WINDOW", 1), patch("rmtool.forest.LONGEST_WINDOW", window):
+    with (
+        patch("rmtool.tokenization.prefix_forest.SHORTEST_WINDOW", 1),
+        patch("rmtool.tokenization.prefix_forest.LONGEST_WINDOW", window),
+    ):
         found = list(prefix_order(windows(arrays), len(arrays)))
     assert found == list(zip(order, shared, strict=True))
 

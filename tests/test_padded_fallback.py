@@ -14,11 +14,12 @@ import torch
 from conftest import ROOT, pair_rows, save_reward_model, write_jsonl
 from transformers import Gemma2Config
 
-from rmtool import commands, products
 from rmtool.checkpoint import Manifest
-from rmtool.compat import describe_sharing
-from rmtool.forecast import forecast
-from rmtool.plan import make_plan
+from rmtool.cli import commands
+from rmtool.model import bf16_emulation as products
+from rmtool.packing.prefix_sharing import describe_sharing
+from rmtool.planning.estimate import forecast
+from rmtool.planning.plan import make_plan
 from rmtool.recipe import load_recipe
 from rmtool.ui import TerminalUi
 

@@ -17,14 +17,14 @@ from accelerate import Accelerator
 from conftest import DEBUG_MODEL, ROOT, read_pairs, tiny_config, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rmtool import train
-from rmtool.data.encode import encode_all
 from rmtool.data.rejects import Rejects
-from rmtool.evaluate import evaluate
-from rmtool.loading import load_for_use
-from rmtool.model import draw_head
+from rmtool.evaluation.evaluate import evaluate
+from rmtool.model.loading import load_for_use
+from rmtool.model.reward_model import draw_head
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
-from rmtool.score import score_file
+from rmtool.scoring.score import score_file
+from rmtool.tokenization.encoder import encode_all
+from rmtool.training import worker as train
 from rmtool.ui import SilentUi
 
 ROUNDING = 1e-6

@@ -17,13 +17,14 @@ from test_exactness import TREES
 from test_exactness import build as build_fp32
 from torch import nn
 
-from rmtool import attention_check, compat
-from rmtool import model as models
-from rmtool.attention_check import KernelCheck, node_paths
 from rmtool.errors import RmtoolError
-from rmtool.fp32 import fp32_compute
-from rmtool.model import RewardModel, choose_layout
-from rmtool.packing import pack
+from rmtool.model import reward_model as models
+from rmtool.model.fp32 import fp32_compute
+from rmtool.model.reward_model import RewardModel, choose_layout
+from rmtool.packing import attention_check
+from rmtool.packing import prefix_sharing as compat
+from rmtool.packing.attention_check import KernelCheck, node_paths
+from rmtool.packing.pack_layout import pack
 
 DEEP = hf.LlamaConfig(**(tiny_config(97) | {"num_hidden_layers": 40, "initializer_range": 0.1}), num_labels=1)
 
@@ -294,7 +295,7 @@ def checked(precision: str, change: Callable[[torch.Tensor], torch.Tensor], monk
     """`KernelCheck.worst` where the packed attention's result is changed."""
     from mutants import install_attention
 
-    from rmtool.attention import packed_attention
+    from rmtool.packing.attention import packed_attention
 
     def changed(*args: Any, **kwargs: Any) -> Any:
         output, _ = packed_attention(*args, **kwargs)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rmtool import products
+from rmtool.model import bf16_emulation as products
 
 CPU = torch.device("cpu")
 

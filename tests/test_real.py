@@ -13,11 +13,11 @@ import torch
 from conftest import SHARED, read_pairs
 from test_invariance import Draw, Pool, alone, check
 
-from rmtool.data.encode import Encoder, encode_all
 from rmtool.data.messages import Message
-from rmtool.loading import load_for_use
-from rmtool.model import build_classifier, choose_layout, compute_rewards, draw_head
-from rmtool.tokenizer import load_tokenizer
+from rmtool.model.loading import load_for_use
+from rmtool.model.reward_model import build_classifier, choose_layout, compute_rewards, draw_head
+from rmtool.tokenization.encoder import Encoder, encode_all
+from rmtool.tokenization.tokenizer import load_tokenizer
 from rmtool.ui import SilentUi
 
 HH = SHARED / "data" / "hh-rlhf-harmless-base.test.jsonl.gz"
@@ -53,7 +53,7 @@ def test_every_real_row_is_read_and_tokenised(smollm2: Path) -> None:
 
 
 def test_the_real_model_shares_prompts_exactly_on_real_pairs(smollm2: Path) -> None:
-    from rmtool.model import RewardModel
+    from rmtool.model.reward_model import RewardModel
 
     classifier, has_head = build_classifier(smollm2, dtype=torch.float32)
     assert not has_head
@@ -71,7 +71,7 @@ def test_the_real_model_shares_prompts_exactly_on_real_pairs(smollm2: Path) -> N
 @pytest.mark.usefixtures("rounded")
 def test_the_real_model_shares_prompts_in_bf16(smollm2: Path) -> None:
     """And its rewards are as near to those of fp32 as the rewards of padded batches are."""
-    from rmtool.model import RewardModel
+    from rmtool.model.reward_model import RewardModel
 
     classifier, _ = build_classifier(smollm2, dtype=torch.float32)
     draw_head(classifier, 0)
@@ -94,7 +94,7 @@ def test_the_real_model_gives_one_reward_in_any_batch(smollm2: Path) -> None:
 
     That is ten times what the tiny models are held to: 30 layers instead of 2 add up their rounding.
     """
-    from rmtool.model import RewardModel
+    from rmtool.model.reward_model import RewardModel
 
     classifier, _ = build_classifier(smollm2, dtype=torch.float32)
     draw_head(classifier.eval(), 0)
@@ -135,7 +135,7 @@ def test_the_smollm2_recipe_trains_saves_and_scores(smollm2: Path, tmp_path: Pat
     chats = [[Message("user", "Hi"), Message("assistant", text)] for text in ("Hello!", "Go away, I am busy now.")]
     ids = [loaded.encoder.ids(chat) for chat in chats]
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-    from rmtool.tree import build_tree
+    from rmtool.tokenization.response_group import build_tree
 
     mine = compute_rewards(loaded.model, [build_tree(ids)], 2048, SilentUi())[0]
     assert plain(**batch).logits[:, 0].tolist() == pytest.approx(mine, abs=1e-4)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from conftest import pair_rows
 
-from rmtool.data.encode import Encoder, encode_all
 from rmtool.data.formats import preference_record
 from rmtool.data.rows import Row
 from rmtool.data.sources import SourceCount
+from rmtool.dataset.report import build_report, draw_lengths, example
+from rmtool.dataset.split import Split
 from rmtool.errors import Place
-from rmtool.report import build_report, draw_lengths, example
-from rmtool.split import Split
+from rmtool.tokenization.encoder import Encoder, encode_all
 
 
 def encoded(tokenizer: Any, rows: list[dict[str, Any]]) -> Any:

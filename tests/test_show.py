@@ -11,7 +11,7 @@ import pytest
 
 from rmtool.config import TrackConfig
 from rmtool.errors import ExitCode, Place, RmtoolError, format_error
-from rmtool.tracking import Tracker, draw_curves, read_metrics
+from rmtool.training.tracking import Tracker, draw_curves, read_metrics
 from rmtool.ui import PipeUi, Replay, SilentUi, TerminalUi
 
 
@@ -97,7 +97,7 @@ def test_a_number_that_json_cannot_hold_is_never_written(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("broken", [False, True], ids=["offline", "unreachable"])
 def test_wandb_never_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
-    monkeypatch.setattr("rmtool.tracking.WANDB_TIMEOUT_S", 2)
+    monkeypatch.setattr("rmtool.training.tracking.WANDB_TIMEOUT_S", 2)
     if broken:
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
         monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")

@@ -1,103 +1,117 @@
-"""The shape of the package: imports go downwards, the command line answers at once, the bundled recipes are sound."""
+"""The house: imports go downwards, siblings stay apart, files and functions are short, --help imports little."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-# DESIGN: a module imports only from rows below it; within a row only what is named here.
-ROWS = (
-    {"errors", "data", "tree", "config", "recipe"},
-    {
-        "attention",
-        "attention_check",
-        "cache",
-        "cluster",
-        "compat",
-        "forest",
-        "fp32",
-        "layers",
-        "packing",
-        "products",
-        "ranks",
-        "readout",
-        "spool",
-        "status",
-        "steps",
-        "tokenizer",
-    },
-    {
-        "model",
-        "loss",
-        "metrics",
-        "checkpoint",
-        "engine",
-        "ui",
-        "loading",
-        "optim",
-        "tracking",
-        "split",
-        "report",
-        "weights",
-    },
-    {
-        "card",
-        "evaluate",
-        "forecast",
-        "hub",
-        "hub_errors",
-        "launch",
-        "memory",
-        "plan",
-        "score",
-        "train",
-        "trainer",
-    },
-    {"commands", "cli"},
+PACKAGE = ROOT / "rmtool"
+# README's drawing, from the roof down. A folder imports only from those below it; folders on one line stay apart.
+HOUSE = (
+    ("cli",),
+    ("launch",),
+    ("planning",),
+    ("training",),
+    ("evaluation", "scoring", "hub"),
+    ("dataset",),
+    ("model",),
+    ("packing",),
+    ("tokenization",),
+    ("data",),
+    ("recipe", "config", "ui", "errors", "checkpoint", "dist"),
 )
-WITHIN = {
-    ("tree", "errors"), ("data", "config"), ("data", "errors"), ("data", "tree"), ("data", "data"),
-    ("recipe", "errors"), ("recipe", "config"),
-    ("packing", "forest"), ("attention", "forest"), ("attention", "packing"), ("compat", "attention"),
-    ("attention_check", "attention"), ("attention_check", "forest"), ("attention_check", "packing"),
-    ("readout", "layers"), ("cache", "spool"),
-    ("model", "ui"), ("checkpoint", "ui"), ("tracking", "ui"), ("split", "ui"), ("report", "split"),
-    ("weights", "model"), ("engine", "model"), ("engine", "weights"), ("loading", "model"), ("optim", "model"),
-    ("train", "trainer"), ("trainer", "evaluate"), ("loading", "checkpoint"),
-    ("train", "evaluate"), ("hub", "card"), ("hub", "hub_errors"), ("launch", "plan"), ("forecast", "memory"),
-    ("cli", "commands"),
-}  # fmt: skip
-LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}
+GROUND = set(HOUSE[-1])
+FLOOR = {name: floor for floor, names in enumerate(HOUSE) for name in names}
+TORCH_FREE = ("tokenization", "data", "dataset")
+
+MAX_FILE, MAX_FUNCTION = 300, 40
+LONG_FILES = {
+    "cli/commands.py": "too long as it was moved",
+    "data/rows.py": "too long as it was moved",
+    "launch/supervise.py": "too long as it was moved",
+    "model/reward_model.py": "too long as it was moved",
+    "packing/pack_layout.py": "too long as it was moved",
+    "recipe.py": "too long as it was moved",
+    "tokenization/encoder.py": "too long as it was moved",
+    "ui.py": "too long as it was moved",
+}
+LONG_FUNCTIONS = {
+    "cli/commands.py:eval_command": "too long as it was moved",
+    "cli/main.py:train": "too long as it was moved",
+    "model/loading.py:load_for_use": "too long as it was moved",
+    "model/reward_model.py:compute_rewards": "too long as it was moved",
+    "recipe.py:_check": "too long as it was moved",
+    "tokenization/encoder.py:encode_all": "too long as it was moved",
+    "training/worker.py:run": "too long as it was moved",
+}
 
 
-def imports(path: Path) -> set[str]:
-    """Modules of this package that a file imports, by the name of the module or sub-package."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "rmtool":
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rmtool."):
-            names.add(node.module.split(".")[1])
+def modules() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+def room(path: Path) -> str:
+    """The folder of a module, or its own name on the ground."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names below rmtool that a file imports, inside functions and for types, too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rmtool":
+            inner = (node.module or "").removeprefix("rmtool").removeprefix(".")
+            yield from (inner,) if inner else (alias.name for alias in node.names)
         elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("rmtool.")}
-    return names - {"__version__"}
+            yield from (alias.name.removeprefix("rmtool.") for alias in node.names if alias.name.startswith("rmtool."))
 
 
-def test_imports_go_downwards() -> None:
+def test_imports_go_downwards_and_siblings_stay_apart() -> None:
     wrong = []
-    for path in sorted((ROOT / "rmtool").rglob("*.py")):
-        own = path.relative_to(ROOT / "rmtool").parts[0].removesuffix(".py")
-        if own == "__init__":
-            continue
+    for path in modules():
+        own = room(path)
         for name in imports(path):
-            if LEVEL[name] > LEVEL[own] or (LEVEL[name] == LEVEL[own] and (own, name) not in WITHIN):
-                wrong.append(f"{path.name} imports {name}")
+            other = name.split(".")[0]
+            if other in (own, "__version__") or (other in GROUND and own in GROUND):
+                continue
+            if FLOOR[other] <= FLOOR[own]:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
     assert not wrong
+
+
+def test_every_folder_stands_in_the_house() -> None:
+    assert {room(path) for path in modules()} == set(FLOOR)
+
+
+def test_no_two_modules_import_each_other() -> None:
+    below = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): {
+            name for name in imports(path) if (PACKAGE / (name.replace(".", "/") + ".py")).exists()
+        }
+        for path in modules()
+    }
+    while leaves := [name for name, names in below.items() if not names & set(below)]:
+        for name in leaves:
+            del below[name]
+    assert not below, "these modules import each other"
+
+
+def test_files_and_functions_are_short() -> None:
+    files, functions = {}, {}
+    for path in modules():
+        name, text = str(path.relative_to(PACKAGE)), path.read_text(encoding="utf-8")
+        if len(text.splitlines()) > MAX_FILE:
+            files[name] = len(text.splitlines())
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION:
+                functions[f"{name}:{node.name}"] = (node.end_lineno or 0) - node.lineno + 1
+    assert files.keys() == LONG_FILES.keys(), files
+    assert functions.keys() == LONG_FUNCTIONS.keys(), functions
 
 
 HELP = """if True:
@@ -106,9 +120,9 @@ HELP = """if True:
         return {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names
     base = loaded()
     sys.argv = ["rmtool", "--help"]
-    import rmtool.cli
+    import rmtool.cli.main
     try:
-        rmtool.cli.main()
+        rmtool.cli.main.main()
     finally:
         own = sorted(name for name in sys.modules if name.partition(".")[0] == "rmtool")
         print("loaded:", *sorted(loaded() - base), *own)
@@ -119,7 +133,9 @@ def test_help_imports_nothing_but_the_command_line_parser() -> None:
     """What makes --help slow is imports, so they are listed: a time would be the machine's as much as rmtool's."""
     shown = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert all(command in shown for command in ("train", "eval", "score", "push"))
-    assert shown.splitlines()[-1].split() == ["loaded:", "rmtool", "rmtool", "rmtool.cli", "rmtool.errors"]
+    assert shown.splitlines()[-1].split() == [
+        *("loaded:", "rmtool", "rmtool", "rmtool.cli", "rmtool.cli.main", "rmtool.errors")
+    ]
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "score", "push"])

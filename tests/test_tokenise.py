@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 from test_control_tokens import KINDS, TEMPLATES, with_template
 from tokenizers import AddedToken
 
-from rmtool import cache
 from rmtool.config import Source
-from rmtool.data import encode
-from rmtool.data.encode import Encoded, Encoder
 from rmtool.data.messages import Message
 from rmtool.data.record import PLAIN
 from rmtool.data.rejects import Rejects
 from rmtool.data.sources import select
-from rmtool.data.tokenise import Conversation, Tokeniser
+from rmtool.dataset import cache
+from rmtool.dataset.split import encode_selection
 from rmtool.errors import RmtoolError
-from rmtool.split import encode_selection
+from rmtool.tokenization import encoder as encode
+from rmtool.tokenization.batch_tokenizer import Conversation, Tokeniser
+from rmtool.tokenization.encoder import Encoded, Encoder
 from rmtool.ui import SilentUi
 
 TEXT = st.text(alphabet=st.sampled_from("ab \n\tü你👋'<|im_startend>.,1"), max_size=25)
@@ -274,7 +274,7 @@ def test_a_cache_that_may_only_be_read_is_not_damaged(tokenizer: Any, tmp_path: 
     def refuse(path: Path) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr("rmtool.cache.os.utime", refuse)
+    monkeypatch.setattr("rmtool.dataset.cache.os.utime", refuse)
     found = cache.get(entries()[0].name, pytest.fail)
     assert found is not None
     assert found.kept == first.kept

@@ -16,23 +16,23 @@ from conftest import pair_rows, tiny_config, write_jsonl
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rmtool import train
 from rmtool.checkpoint import read_manifest
 from rmtool.config import Recipe
-from rmtool.data.encode import encode_all
 from rmtool.data.formats import preference_record
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import read_rows
-from rmtool.engine import Engine
+from rmtool.dataset.batches import epoch_steps
+from rmtool.dataset.split import load_split
 from rmtool.errors import RmtoolError
-from rmtool.evaluate import evaluate
-from rmtool.loading import load_for_use, training_encoder, training_model
-from rmtool.loss import bradley_terry
-from rmtool.optim import build_optimizer
+from rmtool.evaluation.evaluate import evaluate
+from rmtool.model.loading import load_for_use, training_encoder, training_model
+from rmtool.model.loss import bradley_terry
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
-from rmtool.split import load_split
-from rmtool.steps import epoch_steps
-from rmtool.trainer import Trainer
+from rmtool.tokenization.encoder import encode_all
+from rmtool.training import worker as train
+from rmtool.training.engine import Engine
+from rmtool.training.optim import build_optimizer
+from rmtool.training.trainer import Trainer
 from rmtool.ui import SilentUi
 
 TRAIN_NAMES = {
@@ -172,7 +172,7 @@ def test_without_bf16_instructions_a_whole_step_multiplies_in_fp32(
 ) -> None:
     results = []
     for lacks in (False, True):
-        monkeypatch.setattr("rmtool.products.lacks_bf16", lambda lacks=lacks: lacks)
+        monkeypatch.setattr("rmtool.model.bf16_emulation.lacks_bf16", lambda lacks=lacks: lacks)
         mine, split = trainer(set_(recipe, precision="bf16", gradient_checkpointing=checkpointing), causal_lm)
         units = next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8))
         with HalfProducts() as products:
@@ -199,7 +199,7 @@ def test_a_pair_of_weight_two_counts_like_two_pairs(recipe: Recipe, causal_lm: P
 def test_what_is_not_compiled_is_said(
     lacks: bool, recipe: Recipe, causal_lm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rmtool.products.lacks_bf16", lambda: lacks)
+    monkeypatch.setattr("rmtool.model.bf16_emulation.lacks_bf16", lambda: lacks)
     mine, _ = trainer(set_(recipe, precision="bf16"), causal_lm)
     assert train._compile(mine.model).startswith("none, because" if lacks else "1")
 
@@ -287,7 +287,7 @@ def fake_evals(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None
     def run_eval(mine: Trainer, held_out: Any, ui: Any) -> dict[str, float]:
         return {name: (value := next(told)) if name.endswith("accuracy") else 1 - value for name in sorted(EVAL_NAMES)}
 
-    monkeypatch.setattr("rmtool.trainer.run_eval", run_eval)
+    monkeypatch.setattr("rmtool.training.trainer.run_eval", run_eval)
 
 
 @pytest.mark.parametrize("best_by", ["accuracy", "loss"])
@@ -331,7 +331,7 @@ def test_four_bit_weights_are_saved_as_they_were_trained(
     with AVX-512 bf16 instructions, in blocks that a tiny model cannot fill.
     """
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-    monkeypatch.setattr("rmtool.loading.require_4bit", lambda: None)
+    monkeypatch.setattr("rmtool.model.loading.require_4bit", lambda: None)
     four = replace(recipe, lora=replace(recipe.lora, rank=4, quantize="4bit"))
     folder = run(set_(four, max_steps=3), tmp_path / "run")
     config = json.loads((folder / "model" / "config.json").read_text())

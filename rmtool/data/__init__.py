@@ -1,1 +1,1 @@
-"""Preference data: rows from files and the Hub (`rows`), their shapes (`formats`), their token ids (`encode`)."""
+"""Files and Hub datasets to preference records. No torch."""

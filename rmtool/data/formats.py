@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rmtool.data import shapes
+from rmtool.data import parsers as shapes
 from rmtool.data.messages import Messages, conversation, is_unasked, wrong
 from rmtool.data.record import PLAIN, Reading, Record
 from rmtool.data.rejects import Rejects

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from rmtool.data.faults import MAX_DEPTH, find_fault
+from rmtool.data.json_errors import MAX_DEPTH, find_fault
 from rmtool.data.rejects import Rejects
 from rmtool.errors import Place, RmtoolError
 

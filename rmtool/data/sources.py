@@ -16,8 +16,8 @@ import numpy as np
 
 from rmtool.config import Source
 from rmtool.data.formats import Format, preference_records
-from rmtool.data.kept import KeptRecords
 from rmtool.data.record import Labels, Reading, Record
+from rmtool.data.record_store import KeptRecords
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import read_rows
 from rmtool.errors import RmtoolError

@@ -1,0 +1,108 @@
+"""Which pairs make up which optimiser step: a pure function of the records, the seed, the epoch and the batch size.
+
+In: records with preferences. Out: per step, the units (a record's tree and its preferences in this step).
+No number of processes and no memory budget enters here, so none can change what a step learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rmtool.data.record import Labels
+from rmtool.errors import RmtoolError
+from rmtool.tokenization.response_group import TokenTree
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one record gives to one step: the responses used, and (winner, loser, margin) by index among them."""
+
+    labels: Labels
+    tree: TokenTree
+    preferences: tuple[tuple[int, int, float], ...]
+
+    @property
+    def weight(self) -> float:
+        """What each of the preferences counts in the loss."""
+        return self.labels.weight
+
+
+def count_pairs(labels: Iterable[Labels]) -> int:
+    return sum(len(each.preferences) for each in labels)
+
+
+def plan_steps(epochs: int, max_steps: int | None, pairs: int, batch_size: int) -> int:
+    """Optimiser steps of a run. The last step of an epoch may have fewer pairs; its loss is divided by what it has."""
+    total = epochs * -(-pairs // batch_size)
+    return total if max_steps is None else min(total, max_steps)
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of `count` records in this epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def epoch_steps(
+    labels: Sequence[Labels], trees: Sequence[TokenTree], seed: int, epoch: int, batch_size: int
+) -> Iterator[list[Unit]]:
+    """The steps of one epoch. A record with several preferences stays together unless a step boundary cuts it."""
+    order = epoch_order(seed, epoch, len(labels))
+    sizes = np.fromiter((len(labels[index].preferences) for index in order), dtype=np.int64, count=len(order))
+    records = np.repeat(order, sizes)
+    preferences = np.arange(len(records)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    for start in range(0, len(records), batch_size):
+        step, chosen = slice(start, start + batch_size), dict[int, list[int]]()
+        for index, preference in zip(records[step].tolist(), preferences[step].tolist(), strict=True):
+            chosen.setdefault(index, []).append(preference)
+        yield [unit_of(labels[index], trees[index], which) for index, which in chosen.items()]
+
+
+def unit_of(labels: Labels, tree: TokenTree, which: Sequence[int]) -> Unit:
+    """The unit of some of a record's preferences; only the responses they name are computed."""
+    used = sorted({response for index in which for response in labels.preferences[index]})
+    place = {response: position for position, response in enumerate(used)}
+    return Unit(
+        labels,
+        tree if len(used) == len(tree.responses) else tree.keep(used),
+        tuple(
+            (place[labels.preferences[i][0]], place[labels.preferences[i][1]], labels.margins[i] or 0.0) for i in which
+        ),
+    )
+
+
+def hold_out(labels: Sequence[Labels], pairs: int | float, seed: int) -> tuple[list[int], list[int]]:
+    """(places of the training records, places of the held-out ones): held out by prompt, so that no prompt stands on
+    both sides.
+
+    Prompts are taken in a random order; one with more pairs than are still wanted is passed over. A record without a
+    prompt stands for itself.
+
+    Args:
+        pairs: how many are held out; or, below 1, at most which share of them.
+
+    Raises:
+        RmtoolError: E0308 whole prompts do not add up to `pairs`.
+    """
+    share = isinstance(pairs, float)
+    pairs = int(pairs * count_pairs(labels)) if share else int(pairs)
+    groups: dict[int, list[int]] = {}
+    for index, each in enumerate(labels):
+        groups.setdefault(each.prompt or -index - 1, []).append(index)
+    members = list(groups.values())
+    held: set[int] = set()
+    wanted = pairs
+    for group in np.random.default_rng([seed, 2**31]).permutation(len(members)):
+        size = count_pairs(labels[index] for index in members[group])
+        if size <= wanted:
+            held.update(members[group])
+            wanted -= size
+    if wanted and not share:
+        raise RmtoolError(
+            "E0308",
+            f"{pairs} pairs cannot be held out by whole prompts, {pairs - wanted} can",
+            f"set data.holdout={pairs - wanted}, or name held-out files in data.eval",
+        )
+    return [index for index in range(len(labels)) if index not in held], sorted(held)

@@ -1,0 +1,1 @@
+"""The eval/rm metrics of held-out pairs."""

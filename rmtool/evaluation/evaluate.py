@@ -1,0 +1,97 @@
+"""Held-out accuracy, loss and rewards of a reward model.
+
+In: a model, labels and their trees. Out: an `EvalResult`: the five eval metrics, overall and per subset, and the
+rewards of a few sampled records.
+Cost: one forward over the unique tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rmtool.data.record import Labels
+from rmtool.dist import ALONE, Ranks
+from rmtool.errors import RmtoolError
+from rmtool.evaluation.metrics import PairSums
+from rmtool.model.loss import bradley_terry
+from rmtool.model.reward_model import RewardModel, compute_rewards
+from rmtool.tokenization.response_group import TokenTree
+from rmtool.ui import Bar
+
+PREFIX = "eval/rm"
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """`subsets` is empty where no row names one."""
+
+    total: PairSums
+    subsets: dict[str, PairSums]
+    samples: tuple[tuple[int, list[float]], ...]  # a record's place, and the rewards of its responses
+
+    def as_dict(self) -> dict[str, Any]:
+        """The `--json` form; metric names as the field reads them."""
+        return {
+            **self.total.report(PREFIX),
+            "pairs": int(self.total.pairs),
+            "ties": int(self.total.ties),
+            "subsets": {
+                name: {**sums.report(PREFIX), "pairs": int(sums.pairs), "ties": int(sums.ties)}
+                for name, sums in self.subsets.items()
+            },
+        }
+
+
+def evaluate(
+    model: RewardModel,
+    labels: Sequence[Labels],
+    trees: Sequence[TokenTree],
+    budget: int,
+    bar: Bar,
+    samples: int = 0,
+    seed: int = 0,
+    run: nn.Module | None = None,
+    ranks: Ranks = ALONE,
+) -> EvalResult:
+    """Score all pairs; `run` and `ranks` as in `compute_rewards`.
+
+    Args:
+        samples: so many records are drawn, and their rewards shown.
+
+    Raises:
+        RmtoolError: E0409 a reward is not a finite number.
+    """
+    rewards = compute_rewards(model, trees, budget, bar, run, ranks)
+    for each, values in zip(labels, rewards, strict=True):
+        require_finite(each, values)
+    total, subsets = PairSums(), dict[str, PairSums]()
+    for each, values in zip(labels, rewards, strict=True):
+        sums = _record_sums(each, values)
+        total += sums
+        if each.subset is not None:
+            subsets[each.subset] = subsets.get(each.subset, PairSums()) + sums
+    chosen = sorted(np.random.default_rng(seed).permutation(len(labels))[:samples].tolist())
+    return EvalResult(total, dict(sorted(subsets.items())), tuple((index, rewards[index]) for index in chosen))
+
+
+def require_finite(labels: Labels, rewards: Sequence[float]) -> None:
+    if not all(math.isfinite(value) for value in rewards):
+        raise RmtoolError(
+            "E0409",
+            f"the model's reward for this row is not a finite number ({rewards})",
+            "check the checkpoint; in 16 bits, try --precision fp32",
+            labels.place,
+        )
+
+
+def _record_sums(labels: Labels, rewards: Sequence[float]) -> PairSums:
+    chosen = torch.tensor([rewards[winner] for winner, _ in labels.preferences], dtype=torch.float64)
+    rejected = torch.tensor([rewards[loser] for _, loser in labels.preferences], dtype=torch.float64)
+    return PairSums.of(chosen, rejected, bradley_terry(chosen, rejected))

@@ -1,0 +1,1 @@
+"""Publishing: upload, model card, errors of the Hub."""

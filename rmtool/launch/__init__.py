@@ -1,0 +1,1 @@
+"""Training processes: started, watched, ended; which node this is."""

@@ -1,0 +1,1 @@
+"""The reward model: from response groups to rewards and losses."""

@@ -1,0 +1,1 @@
+"""From a recipe to steps, memory and time, before anything is trained."""

@@ -1,0 +1,227 @@
+"""The memory that training takes on one device, by part, worked out before anything is loaded.
+
+In: a recipe, a folder with a config.json, and the tokens of a pack. Out: a `Memory`.
+Weights, gradients and optimiser states are counted. What a forward and backward add is seen: the model runs once on
+tensors that have shapes and no memory, while everything that is alive is added up.
+Cost: some seconds for 32 layers; no weights are read.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rmtool.config import Recipe
+from rmtool.model import reward_model as models
+from rmtool.model.loading import make_trainable
+from rmtool.model.reward_model import RewardModel
+from rmtool.packing import prefix_sharing as compat
+from rmtool.packing.attention import UnsupportedAttentionError
+from rmtool.packing.layers import decoder_layers, keep_first_layers
+from rmtool.recipe import engine_of, world_size
+from rmtool.tokenization.response_group import TokenTree, build_tree
+from rmtool.training.engine import LIVE_PARAMETERS, PERSISTENT_PARAMETERS, REDUCE_BUCKET
+
+MOST_PAIRS = 8  # in the pack that is tried: each takes time, and many need hardly more than few
+TRIED_LAYERS = (3, 5)  # the first has nothing before it, the last does less
+FP32, BF16 = 4, 2  # bytes
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a byte for 64 and 4 for 64 x 256 (arXiv 2305.14314, 3)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, and in the node's own memory (`host`) per process, where optimiser states wait there.
+
+    optimizer:   both moments, and the copy of the weights that ZeRO steps
+    activations: what a pack's forward and backward hold at most, beside the parts named here
+    buffers:     weights gathered from other ranks, and gradients on their way to them
+    """
+
+    parameters: int
+    trainable: int
+    tokens: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+def plan_memory(recipe: Recipe, folder: Path, tokens: int, per_pair: int = 512) -> Memory:
+    """Of training as `recipe` says the model whose config.json is in `folder`, with packs of `tokens` tokens, some
+    `per_pair` of them of one pair.
+
+    Counted with torch's own kernels: Liger's hold less.
+    """
+    engine, world = engine_of(recipe.launch), world_size(recipe.launch)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = hollow_model(recipe, folder)
+        sizes = [p.numel() for p in model.parameters()]
+        trained = [p.numel() for p in model.parameters() if p.requires_grad]
+        frozen = _frozen_bytes(recipe, model)
+        activations = _activations(recipe, folder, model, tokens, per_pair)
+    whole, some = sum(sizes), sum(trained)
+    part = world if engine.startswith("zero") else 1
+    weights, buffers = frozen + FP32 * some, _buckets(recipe, some)
+    if engine == "zero3":
+        kept = FP32 * sum(size for size in sizes if size <= PERSISTENT_PARAMETERS)
+        weights = kept + weights // world
+        sent = BF16 if recipe.train.precision == "bf16" else FP32
+        buffers += max(sent * min(whole, LIVE_PARAMETERS), FP32 * max(sizes))
+    gradients, optimizer = FP32 * some // part, 2 * FP32 * some // part
+    if engine.startswith("zero"):
+        optimizer += FP32 * some // part
+    away = gradients + optimizer if recipe.launch.offload_optimizer else 0
+    if away:
+        gradients = optimizer = 0
+    return Memory(whole, some, tokens, weights, gradients, optimizer, activations, buffers, away)
+
+
+def _buckets(recipe: Recipe, trainable: int) -> int:
+    """Gradients on their way. DDP sends them from where they are; DeepSpeed has buffers, one of each kind that is sent,
+    and two under ZeRO-2, which fills one while the other is sent.
+    """
+    engine = engine_of(recipe.launch)
+    if engine in ("single", "ddp"):
+        return 0
+    sizes = FP32 + BF16 if recipe.train.precision == "bf16" else FP32
+    return (2 if engine == "zero2" else 1) * sizes * min(REDUCE_BUCKET, trainable)
+
+
+def hollow_model(recipe: Recipe, folder: Path, depth: int | None = None) -> RewardModel:
+    """The model that training builds, or its first `depth` layers; to be called in a FakeTensorMode, and run in it."""
+    with unset_fake_temporarily(), torch.device("meta"):  # peft moves what it adds, which fake tensors forbid
+        classifier, _ = models.build_classifier(folder, dtype=torch.float32, random_weights=True)
+        if depth:
+            keep_first_layers(getattr(classifier, classifier.base_model_prefix), depth)
+        make_trainable(classifier, recipe)
+        model = RewardModel(classifier, 0, recipe.train.precision)
+    # Where weights arrive in bf16, autocast has nothing to copy.
+    arrive = engine_of(recipe.launch) == "zero3" or recipe.lora.quantize != "none"
+    half = torch.bfloat16 if recipe.train.precision == "bf16" and arrive else torch.float32
+    for module in model.modules():
+        for name, value in module.named_parameters(recurse=False):
+            dtype = half if type(module) is nn.Linear else value.dtype
+            module._parameters[name] = nn.Parameter(torch.empty(value.shape, dtype=dtype), value.requires_grad)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    model.share_prompts(padded_reason(model) is None)
+    return model.train()
+
+
+def padded_reason(model: RewardModel) -> str | None:
+    """Why a hollow model will not share prompts, as far as shapes tell: some attention says only when called that it
+    cannot. None if it might.
+    """
+    if reason := compat.declared_reason(model.backbone):
+        return reason
+    shares = model.shares_prompts
+    model.share_prompts(True)
+    try:
+        with torch.no_grad():
+            model(model.collate([_pair(8, 0, padded=False)]))
+    except UnsupportedAttentionError as error:
+        return str(error)
+    finally:
+        model.share_prompts(shares)
+    return None
+
+
+def _frozen_bytes(recipe: Recipe, model: RewardModel) -> int:
+    """Of the weights that are not trained."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    if recipe.lora.quantize == "none":
+        return FP32 * sum(p.numel() for p in frozen)
+    small = [p for p in frozen if p.ndim < 2 or p is _embedding(model)]
+    whole = sum(p.numel() for p in small)
+    return FP32 * whole + math.ceil(NF4 * (sum(p.numel() for p in frozen) - whole))
+
+
+def _activations(recipe: Recipe, folder: Path, model: RewardModel, tokens: int, per_pair: int) -> int:
+    """The most bytes that are alive beside weights and gradients, in a forward and backward over `tokens` tokens.
+
+    They grow evenly with the layers, but for the gradient of the embedding, which is there when they are gone.
+    """
+    pairs = min(max(1, tokens // per_pair), MOST_PAIRS)
+    trees = [_pair(tokens // pairs, first, not model.shares_prompts) for first in range(pairs)]
+    depth, (few, more) = len(decoder_layers(model.backbone)), TRIED_LAYERS
+    embedding = _embedding(model)
+    gradient = FP32 * embedding.numel() if embedding.requires_grad else 0
+    if depth <= more:
+        return max(_most_alive(recipe, model, trees), gradient)
+    less, most = (_most_alive(recipe, hollow_model(recipe, folder, layers), trees) for layers in TRIED_LAYERS)
+    return max(less + (most - less) * (depth - few) // (more - few), gradient)
+
+
+def _most_alive(recipe: Recipe, model: RewardModel, trees: Sequence[TokenTree]) -> int:
+    _embedding(model).requires_grad_(False)
+    frees = engine_of(recipe.launch).startswith("zero")
+    for parameter in model.parameters():
+        if parameter.requires_grad and not frees:
+            parameter.grad = torch.zeros_like(parameter)  # of the step's packs before
+        if parameter.requires_grad and frees:
+            parameter.register_post_accumulate_grad_hook(_forget_gradient)
+    known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    with _Alive(known) as alive:
+        model(model.collate(trees)).sum().backward()
+    return alive.most
+
+
+def _embedding(model: RewardModel) -> torch.Tensor:
+    embedding = model.classifier.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    return embedding.weight
+
+
+def _pair(tokens: int, first: int, padded: bool) -> TokenTree:
+    """A pair of so many tokens: half of them its prompt, or a quarter and a quarter where it is computed twice."""
+    response = max(1, tokens // 4)
+    prompt = [first] * (response if padded else 2 * response)
+    return build_tree([prompt + [1] * response, prompt + [2] * response])
+
+
+def _forget_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None  # it has gone into the bucket
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of the tensors made inside of the block that are still alive, and how many they were at `most`."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for value in tree_leaves(results):
+            if isinstance(value, torch.Tensor):
+                self._take(value.untyped_storage())
+        return results
+
+    def _take(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.seen:
+            return
+        self.seen.add(storage)
+        size = storage.nbytes()
+        weakref.finalize(storage, self._drop, size)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size

@@ -1,0 +1,1 @@
+"""Records to token ids, grouped by prompt and planned into packs. No torch."""

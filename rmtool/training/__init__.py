@@ -1,0 +1,1 @@
+"""One process's steps: the trainer, the engine around the model, metrics, status."""
