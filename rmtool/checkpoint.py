@@ -99,6 +99,20 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_writable(path: Path) -> None:
+    """Write a file next to `path`, and remove it: better before hours of work than after.
+
+    Raises:
+        RmtoolError: E0501 it cannot be written.
+    """
+    probe = path.with_name(f".probe-{os.getpid()}-{path.name}")
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise RmtoolError("E0501", f"cannot write {path}: {error.strerror}", "pass a different --output") from error
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

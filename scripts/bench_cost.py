@@ -206,8 +206,8 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
     from rmtool.data.rejects import Rejects
     from rmtool.dataset.batches import epoch_steps
     from rmtool.dataset.split import load_split
+    from rmtool.model.layout_choice import choose_layout
     from rmtool.model.loading import training_encoder, training_model
-    from rmtool.model.reward_model import choose_layout
     from rmtool.training.engine import Engine
     from rmtool.training.optim import build_optimizer
     from rmtool.training.trainer import Trainer
@@ -299,7 +299,8 @@ def train_order(trees: SharedTokens, spec: Event) -> int:
     from rmtool.data.record import Record
     from rmtool.dataset.batches import epoch_steps
     from rmtool.errors import Place
-    from rmtool.packing.pack_layout import pack, plan_packs
+    from rmtool.packing.pack_layout import pack
+    from rmtool.tokenization.pack_plan import plan_packs
 
     labels = Record(Place("synthetic", 1), (), ((), ()), ((0, 1),), (None,)).labels()
     packs = 0
@@ -317,7 +318,8 @@ def score_order(trees: SharedTokens, spec: Event) -> int:
     """
     import torch
 
-    from rmtool.model.reward_model import RewardModel, compute_rewards
+    from rmtool.model.reward_model import RewardModel
+    from rmtool.model.rewards import compute_rewards
     from rmtool.packing.pack_layout import pack
     from rmtool.tokenization.token_store import TreeSpool
     from rmtool.ui import SilentUi
@@ -346,7 +348,7 @@ def score_order(trees: SharedTokens, spec: Event) -> int:
 
 def all_at_once(trees: SharedTokens, spec: Event) -> int:
     """One plan over all records: more than any training step asks for."""
-    from rmtool.packing.pack_layout import plan_packs
+    from rmtool.tokenization.pack_plan import plan_packs
 
     return len(plan_packs(trees, spec["tokens_per_pack"]))
 

@@ -27,6 +27,8 @@ from typing import Any
 import benchlib
 from benchlib import BenchError, Event, Session, emit, say, show
 
+from rmtool.model.layout_choice import choose_layout
+
 # Largest difference of the two systems' loss. Rounding grows from step to step, since Adam divides by what it rounds.
 FIRST_LOSS = {"fp32": 1e-3, "bf16": 3e-2}
 LATER_LOSS = {"fp32": 2e-2, "bf16": 1e-1}
@@ -377,7 +379,6 @@ def train_with_rmtool(spec: Event) -> None:
     from rmtool.config import DataConfig, ModelConfig, Recipe, TrainConfig
     from rmtool.data.rejects import Rejects
     from rmtool.dataset.split import Split, load_split
-    from rmtool.model import reward_model as models
     from rmtool.model.loading import training_encoder, training_model
     from rmtool.tokenization.encoder import Encoded
     from rmtool.training.engine import Engine
@@ -406,7 +407,7 @@ def train_with_rmtool(spec: Event) -> None:
     split = load_split(recipe, encoder, Rejects(), SilentUi())
     model, _ = training_model(recipe, folder / "model", encoder)
     engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
-    if reason := models.choose_layout(model, engine.wrapped, encoder.max_length):
+    if reason := choose_layout(model, engine.wrapped, encoder.max_length):
         emit("padded", reason=reason)
     trainer = Trainer(recipe, engine)
     tracker: Any = Tracker(clock, model)

@@ -166,7 +166,7 @@ def plant(seed: int) -> tuple[bytes, int, str]:
 
 def first_error(path: Path) -> RmtoolError | None:
     """What `rmtool` would say of the file; None if it reads it."""
-    from rmtool.data.formats import Reading
+    from rmtool.data.record import Reading
     from rmtool.data.rejects import Rejects
     from rmtool.data.sources import SourceCount, read_records
     from rmtool.errors import RmtoolError

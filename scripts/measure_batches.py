@@ -20,7 +20,7 @@ from benchlib import say
 from rmtool.data.formats import preference_record
 from rmtool.data.rows import read_rows
 from rmtool.model.loading import load_for_use
-from rmtool.model.reward_model import compute_rewards
+from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.encoder import encode_all
 from rmtool.ui import SilentUi
 

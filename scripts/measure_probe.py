@@ -33,7 +33,9 @@ from rounding import rounded_products
 from transformers import AutoModelForSequenceClassification
 
 from rmtool.model import reward_model as models
-from rmtool.model.reward_model import RewardModel, choose_layout, draw_head, turn_dropout_off
+from rmtool.model.classifier import build_classifier, draw_head, turn_dropout_off
+from rmtool.model.layout_choice import choose_layout
+from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing as compat
 from rmtool.packing.layers import keep_first_layers
 
@@ -85,7 +87,7 @@ def build(seed: int, pretrained: str | None = None) -> tuple[str, RewardModel]:
     """The random model of this seed; or the first layers of a pretrained one, 1 to all of them."""
     torch.manual_seed(seed)
     if pretrained:
-        family, classifier = "pretrained", models.build_classifier(Path(pretrained), dtype=torch.float32)[0]
+        family, classifier = "pretrained", build_classifier(Path(pretrained), dtype=torch.float32)[0]
         backbone = getattr(classifier, classifier.base_model_prefix)
         keep_first_layers(backbone, 1 + seed % backbone.config.num_hidden_layers)
     else:

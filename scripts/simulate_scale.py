@@ -165,7 +165,7 @@ def simulate(
     """One step of `pairs` records on `world` ranks. Under ZeRO-3 ranks gather every layer together: each round of
     packs takes as long as its slowest.
     """
-    from rmtool.packing.pack_layout import key_count, plan_packs
+    from rmtool.tokenization.pack_plan import key_count, plan_packs
 
     drawn = draw.integers(len(lengths), size=pairs)
     trees = [tree_of(*lengths[index], number) for number, index in enumerate(drawn)]

@@ -106,7 +106,7 @@ def save_reward_model(folder: Path, config_class: Any, tokenizer: Any, seed: int
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from rmtool.model.reward_model import draw_head
+    from rmtool.model.classifier import draw_head
 
     torch.manual_seed(seed)
     config = config_class(**tiny_config(len(tokenizer)), num_labels=1)

@@ -18,7 +18,8 @@ from transformers import AttentionInterface
 
 from rmtool.model import reward_model as models
 from rmtool.packing import attention
-from rmtool.packing.pack_layout import NO_PARENT, PackedBatch, PackLayout
+from rmtool.packing.pack_layout import PackedBatch, PackLayout, pack
+from rmtool.tokenization.prefix_forest import NO_PARENT
 
 Mutate = Callable[[PackedBatch], PackedBatch]
 Patch = pytest.MonkeyPatch
@@ -35,7 +36,7 @@ class Mutant:
 
 def install_pack(mutate: Mutate, monkeypatch: Patch) -> None:
     """`pack` returns a changed batch."""
-    real = models.pack
+    real = pack
     monkeypatch.setattr(models, "pack", lambda trees: mutate(real(trees)))
 
 

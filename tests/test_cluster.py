@@ -89,7 +89,7 @@ def test_a_node_beyond_the_recipes_is_told_who_counted(rmtool: Any, monkeypatch:
         monkeypatch.setenv(name, value)
     shown = rmtool("train", "--nodes", "1", "--dry-run")
     assert shown.code == 2
-    assert "Slurm says that this is node 1, and the recipe is for 1" in shown.err
+    assert "node rank 1 (from Slurm) is out of range for 1 nodes" in shown.err
 
 
 def commands_of(script: str, tmp_path: Path, *, environment: dict[str, str]) -> list[list[str]]:

@@ -58,7 +58,7 @@ def test_a_file_that_changes_while_it_is_scored_is_refused(
         change(source)
         return compute_rewards(*arguments)
 
-    from rmtool.model.reward_model import compute_rewards
+    from rmtool.model.rewards import compute_rewards
 
     monkeypatch.setattr("rmtool.scoring.score.compute_rewards", meanwhile)
     shown = rmtool("score", source, "--model", model)
@@ -130,7 +130,7 @@ def test_eval_reports_metrics_subsets_and_samples(rmtool: Any, model: Path, tmp_
     assert result["eval/rm/accuracy"] == sum(chosen > rejected for chosen, rejected in pairs) / 10
     assert result["eval/rm/chosen_rewards"] == pytest.approx(sum(chosen for chosen, _ in pairs) / 10)
     table = rmtool("eval", model, "--data", data).out
-    assert all(word in table for word in ("accuracy", "reward margin", "even", "odd", "all", "Sampled pairs"))
+    assert all(word in table for word in ("accuracy", "reward margin", "even", "odd", "all", "Example pairs"))
 
 
 def test_values_that_json_cannot_hold_are_refused_before_the_first_forward(

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification
 
 from rmtool.errors import RmtoolError
-from rmtool.model.reward_model import RewardModel, choose_layout, draw_head, turn_dropout_off
+from rmtool.model.classifier import draw_head, turn_dropout_off
+from rmtool.model.layout_choice import choose_layout
+from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing as compat
 from rmtool.packing.attention import _one_node, packed_attention
 from rmtool.packing.last_layer import read_last_layer_sparsely
@@ -265,7 +267,7 @@ def test_fewer_queries_than_keys_see_the_last_keys() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31), st.permutations(range(6)), st.integers(8, 400), st.booleans())
 def test_a_reward_does_not_depend_on_its_batch(seed: int, order: list[int], budget: int, shared: bool) -> None:
-    from rmtool.model.reward_model import compute_rewards
+    from rmtool.model.rewards import compute_rewards
     from rmtool.ui import SilentUi
 
     rng = np.random.default_rng(seed)

@@ -28,7 +28,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rmtool.errors import RmtoolError
-from rmtool.model.reward_model import RewardModel, build_classifier, choose_layout, draw_head, turn_dropout_off
+from rmtool.model.classifier import build_classifier, draw_head, turn_dropout_off
+from rmtool.model.layout_choice import choose_layout
+from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing as compat
 from rmtool.packing.attention import UnsupportedAttentionError
 from rmtool.tokenization.response_group import TokenTree

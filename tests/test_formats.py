@@ -10,8 +10,9 @@ import pytest
 from conftest import SHARED, pair_rows, write_jsonl
 
 from rmtool.config import Source
-from rmtool.data.formats import FORMATS, Reading, Record, preference_record, preference_records, recognise
+from rmtool.data.formats import FORMATS, preference_record, preference_records, recognise
 from rmtool.data.messages import Message
+from rmtool.data.record import Reading, Record
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row, read_rows
 from rmtool.data.sources import draw_share, select

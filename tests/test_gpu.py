@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_exactness import FAMILIES, TREES, alone, build, gradients, relative
 
-from rmtool.model.reward_model import apply_liger, choose_layout
+from rmtool.model.classifier import apply_liger
+from rmtool.model.layout_choice import choose_layout
 from rmtool.packing.attention import _node_by_node, _varlen
 from rmtool.packing.layers import compile_layers
 from rmtool.packing.pack_layout import pack

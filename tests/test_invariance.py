@@ -20,8 +20,9 @@ import torch
 from test_exactness import FAMILIES, VOCABULARY, build
 from transformers import AutoModelForSequenceClassification
 
-from rmtool.model import reward_model as models
-from rmtool.model.reward_model import PRECISIONS, RewardModel, compute_rewards
+from rmtool.model.bf16_emulation import wide_products
+from rmtool.model.reward_model import PRECISIONS, RewardModel
+from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.response_group import Ids, TokenTree, build_tree
 from rmtool.ui import SilentUi
 
@@ -72,7 +73,7 @@ def alone(classifier: Any, ids: Ids, precision: str = "fp32") -> float:
     """The slow twin: one response through a classifier as transformers built it; the backbone in `precision`."""
     tokens = torch.tensor(ids[None].astype(np.int64))
     half = torch.autocast("cpu", dtype=PRECISIONS[precision], enabled=precision != "fp32")
-    with half, models.wide_products(torch.device("cpu"), precision):
+    with half, wide_products(torch.device("cpu"), precision):
         state = classifier.base_model(input_ids=tokens).last_hidden_state[0, -1]
     return float(classifier.score(state.float()))
 

@@ -20,6 +20,8 @@ from rmtool import checkpoint, recipe
 from rmtool.data import rejects
 from rmtool.dataset import report
 from rmtool.launch import supervise as launch
+from rmtool.launch.run_folder import LOG_FILE, _set_aside
+from rmtool.launch.watch import Watch, clear, started
 from rmtool.training import tracking
 from rmtool.training import worker_status as status
 
@@ -199,18 +201,18 @@ def test_overwriting_sets_the_old_run_aside_and_other_programs_settings_do_not_m
 def test_all_of_a_finished_run_is_set_aside(tmp_path: Path) -> None:
     """Every file that a run writes; an older rejects.jsonl must not look like this run's."""
     files = [tracking.METRICS_FILE, tracking.CURVES_FILE, report.REPORT_FILE, report.LENGTHS_FILE]
-    files += [checkpoint.HELD_OUT_FILE, rejects.REJECTS_FILE, recipe.CONFIG_FILE, launch.LOG_FILE]
+    files += [checkpoint.HELD_OUT_FILE, rejects.REJECTS_FILE, recipe.CONFIG_FILE, LOG_FILE]
     for name in ("model/model.safetensors", *files, "mine.txt", "previous/old"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    launch._set_aside(tmp_path)
+    _set_aside(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "previous"]
     moved = tmp_path / "previous"
     assert sorted(path.name for path in moved.iterdir()) == sorted(["model", *files])
     assert all((moved / name).read_text() == name for name in files)
     (tmp_path / rejects.REJECTS_FILE).write_text("of a run that failed")
     (tmp_path / "best-step-7").mkdir()
-    launch._set_aside(tmp_path)
+    _set_aside(tmp_path)
     assert (moved / "best-step-7").is_dir()  # of a run that was interrupted: days may have gone into it
     assert not (tmp_path / rejects.REJECTS_FILE).exists()
     assert (moved / rejects.REJECTS_FILE).read_text() == rejects.REJECTS_FILE
@@ -236,10 +238,10 @@ def test_what_a_launcher_started_is_found_whoever_its_parent_is(monkeypatch: pyt
     assert orphan.stdout
     pid = int(orphan.stdout.readline())
     orphan.wait()
-    assert [process.pid for process in status.started()] == [pid]
+    assert [process.pid for process in started()] == [pid]
     os.kill(pid, signal.SIGSTOP)  # it takes no SIGTERM now
     launch._stop(orphan)
-    assert status.started() == []
+    assert started() == []
     other.kill()
     other.wait()
 
@@ -247,9 +249,9 @@ def test_what_a_launcher_started_is_found_whoever_its_parent_is(monkeypatch: pyt
 def test_a_process_that_stands_still_before_it_has_begun_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "HANG_S", 0.5)
+    monkeypatch.setattr("rmtool.launch.watch.HANG_S", 0.5)
     sleeper = run_later("import time; time.sleep(60)", **{status.LAUNCHER: str(os.getpid())})
-    watch = launch.Watch(tmp_path, 1)
+    watch = Watch(tmp_path, 1)
     try:
         started = time.monotonic()
         until(lambda: watch.look() is not None or time.monotonic() - started > 3)
@@ -281,7 +283,7 @@ def test_an_earlier_runs_traces_are_removed(tmp_path: Path) -> None:
     """The mark that the data has been read, too: else a node's other processes would read while the first writes."""
     for name in ("rank-0.json", "rank-3.log", status.DATA_READ_FILE, "mine.txt"):
         (tmp_path / name).write_text("{}")
-    status.clear(tmp_path)
+    clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmtool.config import TrainConfig
-from rmtool.data.formats import Record, preference_record
+from rmtool.data.formats import preference_record
 from rmtool.data.messages import Message
+from rmtool.data.record import Record
 from rmtool.data.rows import Row
-from rmtool.dataset.batches import count_pairs, epoch_order, epoch_steps, hold_out, plan_steps
+from rmtool.dataset.batches import count_pairs, epoch_order, epoch_steps, plan_steps
+from rmtool.dataset.split import hold_out
 from rmtool.errors import Place, RmtoolError
 from rmtool.evaluation.metrics import PairSums
 from rmtool.model.loss import bradley_terry

@@ -25,7 +25,10 @@ from rmtool.config import LoraConfig, Recipe
 from rmtool.data.messages import Message
 from rmtool.errors import RmtoolError
 from rmtool.model import reward_model as models
+from rmtool.model.classifier import build_classifier, draw_head, turn_dropout_off
+from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import add_adapters, load_for_use, slow_precision, training_encoder, training_model
+from rmtool.model.rewards import compute_rewards
 from rmtool.model.weights import empty_twin, whole_weights
 from rmtool.packing import prefix_sharing as compat
 from rmtool.recipe import load_recipe
@@ -79,10 +82,10 @@ def test_the_head_is_drawn_with_the_papers_deviation(hidden: int) -> None:
     model = LlamaForSequenceClassification(config)
     draws = []
     for seed in range(40):
-        models.draw_head(model, seed)
+        draw_head(model, seed)
         draws.append(model.score.weight.detach().clone())
     assert torch.stack(draws).std().item() == pytest.approx(1 / math.sqrt(hidden + 1), rel=0.06)
-    models.draw_head(model, 3)
+    draw_head(model, 3)
     assert torch.equal(model.score.weight, draws[3])
 
 
@@ -98,7 +101,7 @@ def test_dropout_is_off_in_the_whole_model_while_training(tokenizer: Any) -> Non
     ids = torch.arange(3, 20)[None]
     for model in (llama, gpt2):
         assert not torch.equal(*(model.train()(ids).logits for _ in range(2)))  # it was on
-        models.turn_dropout_off(model)
+        turn_dropout_off(model)
         assert torch.equal(*(model.train()(ids).logits for _ in range(2)))
 
 
@@ -181,7 +184,7 @@ def test_rewards_are_those_of_plain_transformers(checkpoint: Path, tokenizer: An
     ids = loaded.encoder.ids(conversation)
     plain = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32)
     expected = plain(torch.tensor([ids])).logits[0, 0].item()
-    [[reward]] = models.compute_rewards(loaded.model, [build_tree([ids])], 100, SilentUi())
+    [[reward]] = compute_rewards(loaded.model, [build_tree([ids])], 100, SilentUi())
     assert reward == pytest.approx(expected, abs=1e-6)
 
 
@@ -207,7 +210,7 @@ def test_a_pad_that_ends_responses_is_read_as_transformers_reads_it(
     assert full[-1] == 2
     plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     ids = loaded.encoder.ids([Message(**message) for message in chat])
-    [[reward]] = models.compute_rewards(loaded.model, [build_tree([ids])], 100, SilentUi())
+    [[reward]] = compute_rewards(loaded.model, [build_tree([ids])], 100, SilentUi())
     assert reward == pytest.approx(plain(torch.tensor([full])).logits[0, 0].item(), abs=1e-6)
 
 
@@ -281,7 +284,7 @@ def test_a_template_with_another_clock_is_refused(
 
 
 def test_adapters_train_the_head_and_merge_into_an_ordinary_model(checkpoint: Path, tmp_path: Path) -> None:
-    classifier, _ = models.build_classifier(checkpoint, dtype=torch.float32)
+    classifier, _ = build_classifier(checkpoint, dtype=torch.float32)
     names = set(classifier.state_dict())
     add_adapters(classifier, LoraConfig(rank=4, alpha=8))
     trainable = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
@@ -297,7 +300,7 @@ def test_adapters_train_the_head_and_merge_into_an_ordinary_model(checkpoint: Pa
     saved = tmp_path / "saved"
     weights = dict(whole_weights(classifier, torch.float32))
     empty_twin(classifier, torch.float32).save_pretrained(saved, state_dict=weights)
-    again, has_head = models.build_classifier(saved, dtype=torch.float32)
+    again, has_head = build_classifier(saved, dtype=torch.float32)
     assert has_head
     assert set(again.state_dict()) == names
     torch.testing.assert_close(again(ids).logits.detach(), before, atol=1e-5, rtol=1e-5)
@@ -306,7 +309,7 @@ def test_adapters_train_the_head_and_merge_into_an_ordinary_model(checkpoint: Pa
 
 
 def test_unknown_adapter_targets_are_refused(checkpoint: Path) -> None:
-    classifier, _ = models.build_classifier(checkpoint, dtype=torch.float32)
+    classifier, _ = build_classifier(checkpoint, dtype=torch.float32)
     with pytest.raises(RmtoolError) as caught:
         add_adapters(classifier, LoraConfig(rank=4, targets=("nothing",)))
     assert caught.value.exit_code == 2
@@ -315,7 +318,7 @@ def test_unknown_adapter_targets_are_refused(checkpoint: Path) -> None:
 def test_a_trained_head_is_kept_or_drawn_anew(checkpoint: Path, tmp_path: Path) -> None:
     settings = recipe(checkpoint, tmp_path)
     encoder, _ = training_encoder(settings, checkpoint)
-    trained, _ = models.build_classifier(checkpoint, dtype=torch.float32)
+    trained, _ = build_classifier(checkpoint, dtype=torch.float32)
     kept, notices = training_model(settings, checkpoint, encoder)
     assert torch.equal(kept.classifier.score.weight, trained.score.weight)
     assert any("kept" in notice for notice in notices)
@@ -421,7 +424,7 @@ def test_the_probe_is_no_longer_than_what_the_model_is_given(positions: int) -> 
     config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=positions, num_labels=1)
     classifier = AutoModelForSequenceClassification.from_config(config)
     model = models.RewardModel(classifier, pad_id=0).eval()
-    assert models.choose_layout(model, model, positions) is None
+    assert choose_layout(model, model, positions) is None
 
 
 def test_padding_is_probed_without_the_rounding_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,7 +435,7 @@ def test_padding_is_probed_without_the_rounding_of_bf16(monkeypatch: pytest.Monk
     ).eval()
     probed: list[Any] = []
     monkeypatch.setattr(compat, "require_padding", lambda probe: probed.append((probe.padding_error, model.precision)))
-    assert models.choose_layout(model, model, 512)
+    assert choose_layout(model, model, 512)
     [(error, precision)] = probed
     assert error < 1e-5
     assert (precision, model.precision) == ("fp32", "bf16")

@@ -9,7 +9,7 @@ import pytest
 from mutants import ATTENTION, HALF_ONLY, KERNEL, PACKS, Mutant, Patch, install_kernel, install_pack, with_parents
 from test_invariance import Pool, check_many, draw, pool
 
-from rmtool.model.reward_model import choose_layout
+from rmtool.model.layout_choice import choose_layout
 
 FAMILIES = ("llama", "mistral_window")
 

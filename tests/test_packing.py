@@ -16,7 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmtool.packing.pack_layout import KEYS_PER_TOKEN, pack, pad, plan_packs, plan_reads
+from rmtool.packing.pack_layout import pack, pad
+from rmtool.tokenization.pack_plan import KEYS_PER_TOKEN, plan_packs, plan_reads
 from rmtool.tokenization.prefix_forest import NO_PARENT, Window, prefix_order
 from rmtool.tokenization.response_group import Ids, TokenTree, build_tree
 from rmtool.tokenization.token_store import TreeSpool

@@ -15,7 +15,7 @@ from conftest import ROOT, pair_rows, save_reward_model, write_jsonl
 from transformers import Gemma2Config
 
 from rmtool.checkpoint import Manifest
-from rmtool.cli import commands
+from rmtool.cli.train import print_result
 from rmtool.model import bf16_emulation as products
 from rmtool.packing.prefix_sharing import describe_sharing
 from rmtool.planning.estimate import forecast
@@ -63,7 +63,7 @@ def test_the_result_of_training_ends_with_it(
     layout: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = Manifest("", 1, "fp32", "error", "error", "r", "m", [], layout=layout)
-    commands._show_result(tmp_path, {"eval/rm/accuracy": 0.5}, manifest.padded_reason, TerminalUi())
+    print_result(tmp_path, {"eval/rm/accuracy": 0.5}, manifest.padded_reason, TerminalUi())
     assert capsys.readouterr().out.splitlines()[-1] == line
 
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rmtool.data.rejects import Rejects
 from rmtool.evaluation.evaluate import evaluate
+from rmtool.model.classifier import draw_head
 from rmtool.model.loading import load_for_use
-from rmtool.model.reward_model import draw_head
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.scoring.score import score_file
 from rmtool.tokenization.encoder import encode_all

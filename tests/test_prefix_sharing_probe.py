@@ -20,7 +20,8 @@ from torch import nn
 from rmtool.errors import RmtoolError
 from rmtool.model import reward_model as models
 from rmtool.model.fp32 import fp32_compute
-from rmtool.model.reward_model import RewardModel, choose_layout
+from rmtool.model.layout_choice import _read_states, choose_layout
+from rmtool.model.reward_model import RewardModel
 from rmtool.packing import attention_check
 from rmtool.packing import prefix_sharing as compat
 from rmtool.packing.attention_check import KernelCheck, node_paths
@@ -39,7 +40,7 @@ def build(config: Any, precision: str = "fp32", dtype: torch.dtype = torch.float
 
 def states(model: RewardModel, shares: bool) -> torch.Tensor:
     model.share_prompts(shares)
-    return models._read_states(model, model, TREES)
+    return _read_states(model, model, TREES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -48,9 +49,9 @@ def test_a_deep_model_shares_prompts_in_half_precision(precision: str, dtype: to
     """Rounding alone moves its states by more than many a mistake would."""
     monkeypatch.setattr(models, "wide_products", rounded_products)
     model = build(DEEP, precision, dtype)
-    probe = compat.Probe(TREES, lambda trees: models._read_states(model, model, trees))
+    probe = compat.Probe(TREES, lambda trees: _read_states(model, model, trees))
     model.share_prompts(True)
-    assert probe.error(models._read_states(model, model, TREES)) > 20 * compat.TOLERANCE
+    assert probe.error(_read_states(model, model, TREES)) > 20 * compat.TOLERANCE
     assert choose_layout(model, model, 512) is None
     assert model.shares_prompts
     assert model.precision == precision
@@ -140,7 +141,7 @@ def test_a_model_that_padding_changes_is_refused_with_weights_of_16_bits(monkeyp
     monkeypatch.setattr(models, "wide_products", rounded_products)
     monkeypatch.setattr(compat, "declared_reason", lambda _: "made to run padded")
     model = build(DEEP, "bf16", torch.bfloat16)
-    probe = compat.Probe(TREES, lambda trees: models._read_states(model, model, trees))
+    probe = compat.Probe(TREES, lambda trees: _read_states(model, model, trees))
     assert probe.padding_error > compat.PADDED_TOLERANCE
     assert choose_layout(model, model, 512) == "made to run padded"
 
@@ -268,7 +269,7 @@ def test_what_overflows_before_attention_is_not_its_mistake(monkeypatch: Patch) 
     check = KernelCheck()
     model.share_prompts(True)
     model.classifier.set_attn_implementation(attention_check.NAME)
-    models._read_states(model, model, TREES)
+    _read_states(model, model, TREES)
     assert 0 < check.worst < 1
 
 
@@ -306,7 +307,7 @@ def checked(precision: str, change: Callable[[torch.Tensor], torch.Tensor], monk
     check = KernelCheck()
     model.share_prompts(True)
     model.classifier.set_attn_implementation(attention_check.NAME)
-    models._read_states(model, model, TREES)
+    _read_states(model, model, TREES)
     return check.worst
 
 

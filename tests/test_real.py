@@ -14,8 +14,10 @@ from conftest import SHARED, read_pairs
 from test_invariance import Draw, Pool, alone, check
 
 from rmtool.data.messages import Message
+from rmtool.model.classifier import build_classifier, draw_head
+from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import load_for_use
-from rmtool.model.reward_model import build_classifier, choose_layout, compute_rewards, draw_head
+from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.encoder import Encoder, encode_all
 from rmtool.tokenization.tokenizer import load_tokenizer
 from rmtool.ui import SilentUi

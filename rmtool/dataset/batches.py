@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from rmtool.data.record import Labels
-from rmtool.errors import RmtoolError
 from rmtool.tokenization.response_group import TokenTree
 
 
@@ -71,38 +70,3 @@ def unit_of(labels: Labels, tree: TokenTree, which: Sequence[int]) -> Unit:
             (place[labels.preferences[i][0]], place[labels.preferences[i][1]], labels.margins[i] or 0.0) for i in which
         ),
     )
-
-
-def hold_out(labels: Sequence[Labels], pairs: int | float, seed: int) -> tuple[list[int], list[int]]:
-    """(places of the training records, places of the held-out ones): held out by prompt, so that no prompt stands on
-    both sides.
-
-    Prompts are taken in a random order; one with more pairs than are still wanted is passed over. A record without a
-    prompt stands for itself.
-
-    Args:
-        pairs: how many are held out; or, below 1, at most which share of them.
-
-    Raises:
-        RmtoolError: E0308 whole prompts do not add up to `pairs`.
-    """
-    share = isinstance(pairs, float)
-    pairs = int(pairs * count_pairs(labels)) if share else int(pairs)
-    groups: dict[int, list[int]] = {}
-    for index, each in enumerate(labels):
-        groups.setdefault(each.prompt or -index - 1, []).append(index)
-    members = list(groups.values())
-    held: set[int] = set()
-    wanted = pairs
-    for group in np.random.default_rng([seed, 2**31]).permutation(len(members)):
-        size = count_pairs(labels[index] for index in members[group])
-        if size <= wanted:
-            held.update(members[group])
-            wanted -= size
-    if wanted and not share:
-        raise RmtoolError(
-            "E0308",
-            f"{pairs} pairs cannot be held out by whole prompts, {pairs - wanted} can",
-            f"set data.holdout={pairs - wanted}, or name held-out files in data.eval",
-        )
-    return [index for index in range(len(labels)) if index not in held], sorted(held)

@@ -16,13 +16,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rmtool.config import DataConfig, Recipe, Source
 from rmtool.data.messages import Message
 from rmtool.data.record import Labels, Reading
 from rmtool.data.rejects import Rejects
 from rmtool.data.sources import Selection, SourceCount, select
 from rmtool.dataset import cache
-from rmtool.dataset.batches import hold_out
+from rmtool.dataset.batches import count_pairs
 from rmtool.errors import RmtoolError
 from rmtool.recipe import as_source, resolve
 from rmtool.tokenization.encoder import Encoded, Encoder, encode_all, without_identical
@@ -172,3 +174,38 @@ def write_held_out(path: Path, split: Split) -> None:
                 extra["weight"] = None if record.weight == 1 else record.weight
                 row |= {name: value for name, value in extra.items() if value is not None}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def hold_out(labels: Sequence[Labels], pairs: int | float, seed: int) -> tuple[list[int], list[int]]:
+    """(places of the training records, places of the held-out ones): held out by prompt, so that no prompt stands on
+    both sides.
+
+    Prompts are taken in a random order; one with more pairs than are still wanted is passed over. A record without a
+    prompt stands for itself.
+
+    Args:
+        pairs: how many are held out; or, below 1, at most which share of them.
+
+    Raises:
+        RmtoolError: E0308 whole prompts do not add up to `pairs`.
+    """
+    share = isinstance(pairs, float)
+    pairs = int(pairs * count_pairs(labels)) if share else int(pairs)
+    groups: dict[int, list[int]] = {}
+    for index, each in enumerate(labels):
+        groups.setdefault(each.prompt or -index - 1, []).append(index)
+    members = list(groups.values())
+    held: set[int] = set()
+    wanted = pairs
+    for group in np.random.default_rng([seed, 2**31]).permutation(len(members)):
+        size = count_pairs(labels[index] for index in members[group])
+        if size <= wanted:
+            held.update(members[group])
+            wanted -= size
+    if wanted and not share:
+        raise RmtoolError(
+            "E0308",
+            f"{pairs} pairs cannot be held out by whole prompts, {pairs - wanted} can",
+            f"set data.holdout={pairs - wanted}, or name held-out files in data.eval",
+        )
+    return [index for index in range(len(labels)) if index not in held], sorted(held)

@@ -21,7 +21,8 @@ from rmtool.dist import ALONE, Ranks
 from rmtool.errors import RmtoolError
 from rmtool.evaluation.metrics import PairSums
 from rmtool.model.loss import bradley_terry
-from rmtool.model.reward_model import RewardModel, compute_rewards
+from rmtool.model.reward_model import RewardModel
+from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.response_group import TokenTree
 from rmtool.ui import Bar
 

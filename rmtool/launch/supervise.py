@@ -8,81 +8,32 @@ Cost: `accelerate launch` takes a few seconds to import its own libraries before
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import json
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from rmtool.checkpoint import HELD_OUT_FILE, MANIFEST, Manifest, read_manifest
-from rmtool.data.rejects import REJECTS_FILE
 from rmtool.errors import ExitCode, RmtoolError
+from rmtool.launch.run_folder import LOG_FILE, _locked, _refuse_finished, _set_aside
+from rmtool.launch.watch import Failure, Watch, clear, read_statuses, started
 from rmtool.planning.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, Plan, launch_command
 from rmtool.recipe import CONFIG_FILE, dump_recipe, engine_of
-from rmtool.training.worker_status import (
-    LAUNCHER,
-    STOPPED,
-    Status,
-    clear,
-    die_with_parent,
-    log_file,
-    read_statuses,
-    started,
-)
+from rmtool.training.worker_status import LAUNCHER, die_with_parent, log_file
 from rmtool.ui import Replay, TerminalUi
 
-LOG_FILE = "train.log"  # of the launcher; each process has a log of its own
 EVENTS_FILE = ".events"
 GRACE_S = 4.0  # between asking the processes to stop and killing them
 PATIENCE_S = 3.0  # for the others to end by themselves when one has failed
-HANG_S = 10.0  # a process that somebody stopped, before all are ended
 LINES = 20  # of a failing process's log
 # What a user has set for other programs of theirs must not reach into this run; nor what started this command.
 FOREIGN = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PET_", "PMI_", "OMPI_", "MPI_", "MV2_")
 RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# What a finished run leaves; written out, because the modules that write some of it import torch.
-_RUN_FILES = (
-    *("model", HELD_OUT_FILE, REJECTS_FILE, CONFIG_FILE, LOG_FILE),
-    *("metrics.jsonl", "curves.png", "report.json", "lengths.png"),
-)
-
-
-def prepare_folder(output: Path, overwrite: bool) -> None:
-    """Make the run folder and see that it can be written.
-
-    Raises:
-        RmtoolError: E0601 a finished run is there, E0501 it cannot be written.
-    """
-    _refuse_finished(output, overwrite)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise RmtoolError(
-            "E0501", f"{output} cannot be written: {error.strerror}", "choose another --output"
-        ) from error
-
-
-def is_finished(output: Path) -> bool:
-    """Whether the run folder holds a finished run."""
-    return (output / "model" / MANIFEST).is_file()
-
-
-def _refuse_finished(output: Path, overwrite: bool) -> None:
-    if is_finished(output) and not overwrite:
-        hint = "choose another --output, or pass --overwrite to move it to previous/"
-        raise RmtoolError("E0601", f"{output} holds a finished run", hint)
 
 
 def run(plan: Plan, ui: TerminalUi, overwrite: bool = False) -> None:
@@ -114,37 +65,6 @@ def _require_devices(plan: Plan) -> None:
     if launch.nodes > 1 and not launch.main_address:
         hint = "pass --main-address, or set MASTER_ADDR, to the name of node 0"
         raise RmtoolError("E0207", f"{launch.nodes} nodes, and the first one's address is not known", hint)
-
-
-def _set_aside(output: Path) -> None:
-    """Move what an earlier run left to `previous/`: its model must not stand beside this run's held-out pairs."""
-    previous = output / "previous"
-    if (output / "model").exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        previous.mkdir()
-        for name in _RUN_FILES:
-            if (output / name).exists():
-                (output / name).rename(previous / name)
-    (output / REJECTS_FILE).unlink(missing_ok=True)
-    for best in output.glob("best-step-*"):  # of a run that was interrupted
-        previous.mkdir(exist_ok=True)
-        shutil.rmtree(previous / best.name, ignore_errors=True)
-        best.rename(previous / best.name)
-    for leftover in output.glob(".tmp-*"):
-        shutil.rmtree(leftover)
-
-
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Hold the run folder: a second run in it would mix its files with this one's. The lock goes with the process."""
-    with open(output / ".lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RmtoolError(
-                "E0602", f"another rmtool trains in {output}", "wait for it, or choose another --output"
-            ) from error
-        yield
 
 
 def _run_processes(plan: Plan, ui: TerminalUi) -> None:
@@ -192,60 +112,6 @@ def _events_pipe(output: Path) -> Iterator[int]:
     finally:
         os.close(descriptor)
         path.unlink(missing_ok=True)
-
-
-class Watch:
-    """Which of so many processes failed first: died, ended with an error, or stands still."""
-
-    def __init__(self, folder: Path, processes: int):
-        self.folder = folder
-        self.processes = processes
-        self.first: Failure | None = None
-        self.standing: dict[int, float] = {}  # by process id: since when it is stopped
-        self.listed = time.monotonic()  # all of the machine's processes, last
-
-    def look(self) -> Failure | None:
-        """The first failure up to now."""
-        if self.first is None:
-            statuses = read_statuses(self.folder)
-            begun = {status.pid for status in statuses}
-            self.first = next(filter(None, map(self._failure, statuses)), None) or self._early(begun)
-        return self.first
-
-    def _early(self, begun: set[int]) -> Failure | None:
-        """A process that stands still and has not begun; it is known by what was started alone."""
-        now = time.monotonic()
-        if len(begun) == self.processes or now - self.listed < 1:
-            return None
-        self.listed = now
-        early = [process for process in started() if process.pid not in begun and process.info["status"] in STOPPED]
-        since = min([self._since(process.pid) for process in early], default=now)
-        return Failure(None, "stands still", now) if since < now - HANG_S else None
-
-    def _since(self, pid: int) -> float:
-        return self.standing.setdefault(pid, time.monotonic())
-
-    def _failure(self, status: Status) -> Failure | None:
-        now = time.monotonic()
-        if status.exit is not None:
-            return Failure(status, "failed", now) if status.exit else None
-        if not status.alive():
-            # Between the last look and this one it may have written how it ended.
-            again = next(found for found in read_statuses(self.folder) if found.rank == status.rank)
-            return Failure(status, "died", now) if again.exit is None else self._failure(again)
-        if not status.stopped():
-            self.standing.pop(status.pid, None)
-            return None
-        return Failure(status, "stands still", now) if self._since(status.pid) < now - HANG_S else None
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The process (None: one that has not begun), what happened to it, and when that was seen (time.monotonic)."""
-
-    status: Status | None
-    what: str
-    seen: float
 
 
 def _follow(child: subprocess.Popen[bytes], pipe: int, replay: Replay, watch: Watch) -> None:
@@ -299,16 +165,3 @@ def _raise_failure(plan: Plan, failure: Failure | None, code: int) -> None:
     what = failure.what if failure else f"died (exit code {code})"
     hint = f"read the end of {log}; out of memory is the usual reason: lower train.tokens_per_pack"
     raise RmtoolError("E0801", f"{which} {what}", hint, found=tail)
-
-
-def final_manifest(output: Path) -> Manifest:
-    """What the finished run in `output` wrote beside its model."""
-    manifest = read_manifest(output / "model")
-    assert manifest, "a finished run has one"
-    return manifest
-
-
-def final_metrics(output: Path, manifest: Manifest) -> dict[str, float]:
-    """The saved model's eval metrics, or the last step's training metrics where no pairs were held out."""
-    last = json.loads((output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    return manifest.metrics or {name: value for name, value in last.items() if "/" in name}

@@ -19,9 +19,20 @@ from transformers import PreTrainedModel
 from rmtool.checkpoint import Manifest, read_manifest
 from rmtool.config import LoraConfig, Recipe
 from rmtool.errors import Place, RmtoolError
-from rmtool.model import reward_model as models
 from rmtool.model.bf16_emulation import lacks_bf16
-from rmtool.model.reward_model import HEAD, PRECISIONS, RewardModel
+from rmtool.model.classifier import (
+    HEAD,
+    apply_liger,
+    backbone_parameters,
+    build_classifier,
+    draw_head,
+    first_line,
+    read_config,
+    set_pad_token,
+    turn_dropout_off,
+)
+from rmtool.model.layout_choice import choose_layout
+from rmtool.model.reward_model import PRECISIONS, RewardModel
 from rmtool.packing.prefix_sharing import describe_sharing
 from rmtool.tokenization.encoder import CANNED, Encoder
 from rmtool.tokenization.tokenizer import ensure_pad_token, load_tokenizer
@@ -62,7 +73,7 @@ def load_for_use(
     manifest = read_manifest(folder)
     notices = []
     tokenizer = load_tokenizer(folder, chat_template)
-    config = models.read_config(folder).get_text_config()
+    config = read_config(folder).get_text_config()
     encoder = Encoder(
         tokenizer,
         max_length or (manifest.max_length if manifest else int(getattr(config, "max_position_embeddings", 0) or 2048)),
@@ -78,18 +89,18 @@ def load_for_use(
     if manifest and not chat_template:
         _check_fingerprint(encoder, manifest, folder)
     precision = precision or (manifest.precision if manifest else "fp32")
-    classifier, has_head = models.build_classifier(folder, dtype=_dtype_for_use(precision))
+    classifier, has_head = build_classifier(folder, dtype=_dtype_for_use(precision))
     if not has_head:
         raise RmtoolError(
             "E0401",
             f"{folder} has no score head: it is a language model, not a reward model",
             f"train one from it: rmtool train --recipe smollm2-135m --model {folder}",
         )
-    models.turn_dropout_off(classifier)
+    turn_dropout_off(classifier)
     getattr(classifier, HEAD).float()
     model = RewardModel(classifier, config.pad_token_id or 0, precision).to(default_device()).eval()
     notices += slow_precision(precision)
-    reason = models.choose_layout(model, model, encoder.max_length)
+    reason = choose_layout(model, model, encoder.max_length)
     if reason:
         notices.append(f"prefix sharing: {describe_sharing(reason)}")
     return Loaded(model, encoder, manifest, tuple(notices), reason)
@@ -160,16 +171,16 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
     quantized = recipe.lora.quantize != "none"
     if quantized:
         require_4bit()
-    classifier, has_head = models.build_classifier(
+    classifier, has_head = build_classifier(
         folder, dtype=torch.float32, random_weights=random_weights, quantized=quantized
     )
-    models.set_pad_token(classifier, encoder.tokenizer.pad_token_id, len(encoder.tokenizer))
+    set_pad_token(classifier, encoder.tokenizer.pad_token_id, len(encoder.tokenizer))
     if has_head and recipe.model.head == "auto":
         notices.append("score head: kept from the checkpoint (model.head=new draws a new one)")
     else:
-        models.draw_head(classifier, train.seed)
+        draw_head(classifier, train.seed)
     if train.liger == "auto" and torch.cuda.is_available():
-        models.apply_liger(classifier)
+        apply_liger(classifier)
         notices.append("Liger kernels: on")
     if train.freeze == "backbone":
         notices.append("trained: the score head alone")
@@ -179,12 +190,12 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
 
 def make_trainable(classifier: PreTrainedModel, recipe: Recipe) -> None:
     """No dropout; and checkpointing, frozen weights and adapters as the recipe says. Changes `classifier` in place."""
-    models.turn_dropout_off(classifier)
+    turn_dropout_off(classifier)
     # transformers lets checkpointed layers ask for gradients, which a frozen backbone would then compute for nobody.
     if recipe.train.gradient_checkpointing and recipe.train.freeze == "none":
         classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.freeze == "backbone":
-        for parameter in models.backbone_parameters(classifier):
+        for parameter in backbone_parameters(classifier):
             parameter.requires_grad_(False)
     if recipe.lora.rank:
         add_adapters(classifier, recipe.lora)
@@ -222,9 +233,7 @@ def add_adapters(classifier: Any, lora: LoraConfig) -> None:
     try:
         inject_adapter_in_model(config, classifier)
     except ValueError as error:
-        raise RmtoolError(
-            "E0205", f"lora.targets: {models.first_line(error)}", "name linear layers of the model"
-        ) from error
+        raise RmtoolError("E0205", f"lora.targets: {first_line(error)}", "name linear layers of the model") from error
     # Not a `modules_to_save` copy: the head is one parameter, trained and saved under its own name.
     for parameter in getattr(classifier, HEAD).parameters():
         parameter.requires_grad_(True)

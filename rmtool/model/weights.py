@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rmtool.model.reward_model import gathered, uncut
+from rmtool.model.classifier import gathered, uncut
 
 BASE = ".base_layer."  # where peft puts the weights beside which adapters stand
 

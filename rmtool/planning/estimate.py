@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rmtool.config import Recipe
 from rmtool.dataset.batches import Unit, epoch_steps
 from rmtool.model.reward_model import RewardModel
-from rmtool.packing.pack_layout import key_count, pack_tokens
 from rmtool.packing.prefix_sharing import describe_sharing
 from rmtool.planning.memory import Memory, hollow_model, padded_reason, plan_memory
 from rmtool.recipe import world_size
 from rmtool.tokenization.encoder import Encoded
+from rmtool.tokenization.pack_plan import key_count, pack_tokens
 from rmtool.tokenization.response_group import TokenTree
 
 PARTS = {name: name for name in ("weights", "gradients")} | {

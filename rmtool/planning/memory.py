@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rmtool.config import Recipe
-from rmtool.model import reward_model as models
+from rmtool.model.classifier import build_classifier
 from rmtool.model.loading import make_trainable
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing as compat
@@ -106,7 +106,7 @@ def _buckets(recipe: Recipe, trainable: int) -> int:
 def hollow_model(recipe: Recipe, folder: Path, depth: int | None = None) -> RewardModel:
     """The model that training builds, or its first `depth` layers; to be called in a FakeTensorMode, and run in it."""
     with unset_fake_temporarily(), torch.device("meta"):  # peft moves what it adds, which fake tensors forbid
-        classifier, _ = models.build_classifier(folder, dtype=torch.float32, random_weights=True)
+        classifier, _ = build_classifier(folder, dtype=torch.float32, random_weights=True)
         if depth:
             keep_first_layers(getattr(classifier, classifier.base_model_prefix), depth)
         make_trainable(classifier, recipe)

@@ -24,7 +24,7 @@ from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row, read_rows
 from rmtool.errors import Place, RmtoolError
 from rmtool.model.loading import Loaded
-from rmtool.model.reward_model import compute_rewards
+from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.token_store import TreeSpool
 from rmtool.ui import Ui

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rmtool.config import TrainConfig
-from rmtool.model.reward_model import is_matrix
+from rmtool.model.classifier import is_matrix
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:

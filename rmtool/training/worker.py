@@ -36,9 +36,11 @@ from rmtool.data.rejects import REJECTS_FILE, Rejects
 from rmtool.dataset.report import build_report, example, write_report
 from rmtool.dataset.split import Split, load_split, write_held_out
 from rmtool.errors import ExitCode, RmtoolError
-from rmtool.model import reward_model as models
+from rmtool.model.classifier import first_line
+from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import training_encoder, training_model
 from rmtool.model.reward_model import PRECISIONS, RewardModel
+from rmtool.model.rewards import out_of_memory
 from rmtool.model.weights import empty_twin
 from rmtool.packing.layers import compile_layers
 from rmtool.packing.prefix_sharing import describe_sharing
@@ -109,7 +111,7 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     require_agreement(_common(recipe, source, fingerprint, split))
     model, more = training_model(recipe, source, encoder)
     engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
-    reason = models.choose_layout(model, engine.wrapped, encoder.max_length)
+    reason = choose_layout(model, engine.wrapped, encoder.max_length)
     if recipe.train.compile:  # after the probe of both layouts, of which one is used
         more += [f"compiled layers: {_compile(model)}"]
     for notice in (*notices, *more):
@@ -194,7 +196,7 @@ def _common(recipe: Recipe, source: Path, fingerprint: str, split: Split) -> dic
 
 def _lost_others(error: Exception) -> RmtoolError | None:
     """What to say where this process failed only because another one is gone; None if that is not why."""
-    told = models.first_line(error)
+    told = first_line(error)
     by_type = isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError)
     if not by_type and not any(words in told for words in GONE):
         return None
@@ -215,12 +217,12 @@ def main() -> None:
         status = {"exit": int(error.exit_code), "error": error.as_dict()}
     except torch.OutOfMemoryError:
         traceback.print_exc()
-        full = models.out_of_memory("train.tokens_per_pack, or set train.gradient_checkpointing=true")
+        full = out_of_memory("train.tokens_per_pack, or set train.gradient_checkpointing=true")
         status = {"exit": int(full.exit_code), "error": full.as_dict()}
     except torch._dynamo.exc.TorchDynamoException as error:
         traceback.print_exc()
         hint = "set train.compile=false; where a C++ compiler or Triton is missing, install it"
-        failed = RmtoolError("E0504", f"torch cannot compile the layers here: {models.first_line(error)}", hint)
+        failed = RmtoolError("E0504", f"torch cannot compile the layers here: {first_line(error)}", hint)
         status = {"exit": int(failed.exit_code), "error": failed.as_dict()}
     except Exception as error:  # noqa: BLE001 - the last line of defence: said, written down, and passed on
         traceback.print_exc()

@@ -70,26 +70,6 @@ def end(folder: Path, rank: int, exit_code: int, error: dict[str, Any] | None) -
     _write(folder, Status(rank, os.getpid(), exit_code, error))
 
 
-def read_statuses(folder: Path) -> list[Status]:
-    """Of every process that has begun; what was written first comes first."""
-    written = sorted((path.stat().st_mtime_ns, path) for path in folder.glob("rank-*.json"))
-    return [Status(**json.loads(path.read_text(encoding="utf-8"))) for _, path in written]
-
-
-def clear(folder: Path) -> None:
-    """Remove what an earlier run left."""
-    for path in (*folder.glob("rank-*.json"), *folder.glob("rank-*.log"), folder / DATA_READ_FILE):
-        path.unlink(missing_ok=True)
-
-
-def started() -> list[psutil.Process]:
-    """The living processes that this launcher started, directly or not, whether or not they have begun: its mark is in
-    their environment.
-    """
-    mark, found = str(os.getpid()), psutil.process_iter(["environ", "status"])
-    return [process for process in found if (process.info["environ"] or {}).get(LAUNCHER) == mark]
-
-
 def log_file(folder: Path, rank: int) -> Path:
     """What `rank` prints."""
     return folder / f"rank-{rank}.log"

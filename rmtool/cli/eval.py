@@ -1,0 +1,209 @@
+"""`rmtool eval`: the eval/rm metrics of preference pairs.
+
+In: a model and preference pairs. Out: accuracy, loss and rewards, overall and per subset, and example pairs.
+Cost: one forward pass over the unique tokens of the pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rmtool.cli.inference import InferenceOptions, load, print_sharing, print_skipped, sharing_fields
+from rmtool.cli.options import (
+    AllowEmptyOption,
+    BadRowOption,
+    JsonOption,
+    MaxLengthOption,
+    PrecisionOption,
+    TemplateOption,
+    TokensOption,
+)
+from rmtool.errors import ExitCode, Place, RmtoolError
+
+if TYPE_CHECKING:
+    from rmtool.data.sources import Selection
+    from rmtool.evaluation.evaluate import EvalResult
+    from rmtool.model.loading import Loaded
+    from rmtool.tokenization.encoder import Encoded
+    from rmtool.ui import TerminalUi
+
+DEFAULT_EVAL_DATA = "allenai/reward-bench:filtered"
+
+
+def eval_(
+    model: Annotated[str, typer.Argument(help="A run folder, a checkpoint folder or a Hub id.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Eval data: a file or Hub dataset (owner/name[:split]). Can be repeated. "
+            "[default: the run's held-out pairs, else allenai/reward-bench]"
+        ),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=COLUMN", help="Read a field from a column, e.g. prompt=question. Can be repeated."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Number of example pairs to print.")] = 5,
+    precision: PrecisionOption = None,
+    max_length: MaxLengthOption = None,
+    on_long: Annotated[
+        str | None,
+        typer.Option(
+            help="What to do with pairs longer than max length: error, drop or truncate_prompt. "
+            "[default: from the checkpoint]"
+        ),
+    ] = None,
+    allow_empty: AllowEmptyOption = False,
+    on_bad_row: BadRowOption = "fail",
+    tokens_per_pack: TokensOption = 8192,
+    chat_template: TemplateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate a reward model on preference pairs: accuracy, loss and rewards, overall and per subset."""
+    from rmtool.recipe import parse_column
+
+    columns = tuple(parse_column(text) for text in column or [])
+    options = InferenceOptions(
+        precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row, columns
+    )
+    options.check(("error", "drop", "truncate_prompt"))
+    from rmtool.ui import captured
+
+    with captured() as ui:
+        from rmtool.checkpoint import resolve_checkpoint
+
+        folder = resolve_checkpoint(model, None, ui)
+        evaluated = _evaluate(folder, data or _default_eval_data(folder), samples, options, ui)
+        _print_result(evaluated, as_json, ui)
+    if evaluated.pairs.counts["long"] or evaluated.skipped_rows:
+        raise SystemExit(ExitCode.SET_ASIDE)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pair and its two rewards."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_reward: float
+    rejected_reward: float
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """What an evaluation found, before it is printed."""
+
+    folder: Path
+    sources: list[str]
+    loaded: Loaded
+    pairs: Encoded
+    result: EvalResult
+    samples: list[Sample]
+    skipped_rows: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "model": str(self.folder),
+            "data": self.sources,
+            **self.result.as_dict(),
+            "samples": [vars(sample) for sample in self.samples],
+            "set_aside": dict(self.pairs.counts),
+            "rejected": self.skipped_rows,
+            **sharing_fields(self.loaded.padded_reason),
+        }
+
+
+def _evaluate(folder: Path, sources: list[str], samples: int, options: InferenceOptions, ui: TerminalUi) -> _Evaluated:
+    from rmtool.config import Source
+    from rmtool.data import record
+    from rmtool.dataset.split import encode_selection, read_sources
+    from rmtool.evaluation.evaluate import evaluate
+
+    ui.say(f"model: {folder}\ndata:  {', '.join(sources)}")
+    with options.rejects(Path(Path(sources[0]).name), sources) as rejects:
+        places = [Source(source) for source in sources]
+        selection = read_sources(places, record.Reading(options.columns), 0, rejects, ui)
+        loaded = load(folder, options, ui)
+        pairs = encode_selection(
+            loaded.encoder, selection, on_identical="keep", kept=True, label="eval", rejects=rejects, ui=ui
+        )
+        rejects.settle()
+    if not pairs.labels:
+        raise RmtoolError("E0302", "no pairs left to evaluate", "raise --max-length", Place(", ".join(sources)))
+    with ui.progress("Evaluating", len(pairs.labels), "pairs") as bar:
+        result = evaluate(loaded.model, pairs.labels, pairs.trees, options.tokens_per_pack, bar, samples)
+    shown = _samples(selection, pairs, result)
+    print_skipped(rejects, ui)
+    return _Evaluated(folder, sources, loaded, pairs, result, shown, rejects.count)
+
+
+def _samples(selection: Selection, encoded: Encoded, result: EvalResult) -> list[Sample]:
+    """The text and the rewards of each sampled record's first pair."""
+    places = [encoded.kept[at] for at, _ in result.samples]
+    records, samples = selection.take(places).records(), list[Sample]()
+    for record, (at, rewards) in zip(records, result.samples, strict=True):
+        winner, loser = encoded.labels[at].preferences[0]
+        prompt = record.prompt[-1].content if record.prompt else ""
+        chosen, rejected = (record.responses[side][-1].content for side in (winner, loser))
+        samples.append(Sample(prompt, chosen, rejected, rewards[winner], rewards[loser]))
+    return samples
+
+
+def _default_eval_data(folder: Path) -> list[str]:
+    """The pairs that the run which made `folder` held out, if it lies in a run folder."""
+    from rmtool.checkpoint import HELD_OUT_FILE
+
+    held_out = folder.parent / HELD_OUT_FILE
+    return [str(held_out)] if held_out.is_file() and held_out.stat().st_size else [DEFAULT_EVAL_DATA]
+
+
+def _print_result(evaluated: _Evaluated, as_json: bool, ui: TerminalUi) -> None:
+    from rmtool.ui import print_json
+
+    if as_json:
+        print_json(evaluated.as_dict(), ui)
+    else:
+        _print_metrics(evaluated.result, ui)
+        _print_samples(evaluated.samples, ui)
+    print_sharing(evaluated.loaded, ui)
+
+
+def _print_metrics(result: EvalResult, ui: TerminalUi) -> None:
+    from rmtool.evaluation.evaluate import PREFIX
+    from rmtool.evaluation.metrics import METRICS, PairSums
+
+    def row(name: str, sums: PairSums) -> list[str]:
+        return [name, f"{sums.pairs:.0f}", *(f"{value:.4f}" for value in sums.report(PREFIX).values())]
+
+    rows = [row(name, sums) for name, sums in result.subsets.items()]
+    names = [name.replace("_", " ") for name in METRICS]  # breaks at the blank on a narrow terminal
+    ui.table("eval/rm", ("subset", "pairs", *names), [*rows, row("all", result.total)])
+    if result.total.ties:
+        ui.say(f"note: {result.total.ties:.0f} pairs have equal rewards and count as wrong")
+
+
+def _print_samples(samples: list[Sample], ui: TerminalUi) -> None:
+    if samples:
+        ui.table(
+            "Example pairs",
+            ("prompt", "chosen", "rejected", "chosen reward", "rejected reward"),
+            [
+                (
+                    *(_shorten(text) for text in (sample.prompt, sample.chosen, sample.rejected)),
+                    f"{sample.chosen_reward:.3f}",
+                    f"{sample.rejected_reward:.3f}",
+                )
+                for sample in samples
+            ],
+            numeric_from=3,
+        )
+
+
+def _shorten(text: str, limit: int = 120) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

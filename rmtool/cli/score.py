@@ -1,0 +1,122 @@
+"""`rmtool score`: a reward for every response in a file.
+
+In: a file of responses and a model. Out: the same rows with `reward` fields, in a new file. Cost: one forward pass
+over the unique tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rmtool.cli.inference import InferenceOptions, load, print_sharing, print_skipped, sharing_fields, with_ending
+from rmtool.cli.options import (
+    RUNS,
+    AllowEmptyOption,
+    BadRowOption,
+    JsonOption,
+    MaxLengthOption,
+    PrecisionOption,
+    TemplateOption,
+    TokensOption,
+)
+from rmtool.errors import ExitCode, RmtoolError
+
+if TYPE_CHECKING:
+    from rmtool.model.loading import Loaded
+    from rmtool.scoring.score import Outcome
+    from rmtool.ui import TerminalUi
+
+
+def score(
+    responses: Annotated[
+        Path, typer.Argument(help="JSONL, JSON or parquet file: rows with prompt and response(s), or messages.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Run folder, checkpoint folder or Hub id. "
+            "[default: $RMTOOL_MODEL, else the newest run, else allenai/Llama-3.1-Tulu-3-8B-RM]"
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Output file. [default: INPUT.scored.jsonl next to the input]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    precision: PrecisionOption = None,
+    max_length: MaxLengthOption = None,
+    on_long: Annotated[
+        str, typer.Option(help="What to do with conversations longer than max length: error or truncate_prompt.")
+    ] = "error",
+    allow_empty: AllowEmptyOption = False,
+    on_bad_row: BadRowOption = "fail",
+    tokens_per_pack: TokensOption = 8192,
+    chat_template: TemplateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score the responses in a file with a reward model."""
+    options = InferenceOptions(precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row)
+    options.check(("error", "truncate_prompt"))
+    from rmtool.ui import captured
+
+    with captured() as ui:
+        outcome = _score(responses, model, output, options, overwrite, as_json, ui)
+    if outcome.nonfinite or outcome.rejected:
+        raise SystemExit(ExitCode.SET_ASIDE)
+
+
+def _score(
+    source: Path,
+    model: str | None,
+    output: Path | None,
+    options: InferenceOptions,
+    overwrite: bool,
+    as_json: bool,
+    ui: TerminalUi,
+) -> Outcome:
+    from rmtool.checkpoint import default_model, resolve_checkpoint
+
+    model = model or default_model(RUNS)
+    ui.say(f"model: {model}")
+    output = output or with_ending(source, ".scored.jsonl")
+    _check_output(source, output, overwrite)
+    store = options.rejects(output, [str(source)])
+    from rmtool.scoring.score import score_file
+
+    loaded = load(resolve_checkpoint(model, None, ui), options, ui)
+    with store as rejects:
+        outcome = score_file(source, output, loaded, options.tokens_per_pack, rejects, ui)
+    print_skipped(rejects, ui)
+    _print_outcome(model, output, loaded, outcome, as_json, ui)
+    print_sharing(loaded, ui)
+    return outcome
+
+
+def _print_outcome(model: str, output: Path, loaded: Loaded, outcome: Outcome, as_json: bool, ui: TerminalUi) -> None:
+    from rmtool.ui import print_json
+
+    if outcome.truncated:
+        ui.say(f"note: truncated {outcome.truncated:,} prompts to max length")
+    if outcome.nonfinite:
+        ui.say(f"note: {outcome.nonfinite:,} rewards are NaN or inf, written as null")
+    if as_json:
+        sharing = sharing_fields(loaded.padded_reason)
+        print_json({"model": model, "output": str(output), **vars(outcome), **sharing}, ui)
+    else:
+        ui.result(f"scored {outcome.responses:,} responses in {outcome.rows:,} rows: {output}")
+
+
+def _check_output(source: Path, output: Path, overwrite: bool) -> None:
+    from rmtool.checkpoint import check_writable
+
+    if not source.is_file():
+        raise RmtoolError("E0201", f"file not found: {source}", "check the path")
+    if output.is_dir():
+        raise RmtoolError("E0601", f"{output} is a folder", "pass a file name with --output")
+    if output.exists() and output.resolve() == source.resolve():
+        raise RmtoolError("E0601", f"the output is the input: {output}", "pass a different --output")
+    if output.exists() and not overwrite:
+        raise RmtoolError("E0601", f"output exists: {output}", "pass a different --output, or --overwrite")
+    check_writable(output)

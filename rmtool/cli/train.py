@@ -1,0 +1,194 @@
+"""`rmtool train`: options to a recipe, then plan, launch and result.
+
+In: a recipe and what the command line overrides. Out: a run folder with a checkpoint, or with --dry-run the plan.
+Cost: the training itself; planning reads and tokenizes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rmtool.cli.inference import sharing_fields
+from rmtool.cli.options import RUNS, JsonOption, SetOption
+from rmtool.errors import ExitCode, RmtoolError
+
+if TYPE_CHECKING:
+    from rmtool.config import Recipe
+    from rmtool.launch.launcher_env import Site
+    from rmtool.planning.plan import Plan
+    from rmtool.ui import TerminalUi
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Option(help="A bundled recipe (debug, smollm2-135m, tulu3-8b) or a .yaml file.")
+    ] = "debug",
+    model: Annotated[str | None, typer.Option(help="Base model: a Hub id or folder. Overrides model.path.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Training data: a file or Hub dataset (owner/name[:split]). Can be repeated. Overrides data.train."
+        ),
+    ] = None,
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option(help="Eval data: a file or Hub dataset. Can be repeated. Overrides data.eval and data.holdout."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/RECIPE]")] = None,
+    set_: SetOption = None,
+    on_bad_row: Annotated[
+        str | None,
+        typer.Option(help="What to do with invalid rows: fail, or skip (writes them to rejects.jsonl; exit code 1)."),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Reuse a run folder with a finished run, which is moved to previous/."),
+    ] = False,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes. Run the command once on each.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Number of GPUs (processes) per node.")] = None,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="Rank of this node, starting at 0.")] = None,
+    main_address: Annotated[
+        str | None, typer.Option(help="Hostname or IP address of node 0 (torchrun: --master-addr).")
+    ] = None,
+    main_port: Annotated[int | None, typer.Option(min=1, max=65535, help="A free port on node 0.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the plan, launch commands, data report and resource estimates, without training.",
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a reward model on preference pairs, as configured by a recipe.
+
+    On several nodes, run it once on each; node count, rank and address are options, or come from Slurm or torchrun
+    environment variables.
+    """
+    from rmtool.launch.launcher_env import find_site, require_told
+    from rmtool.recipe import load_recipe, parse_set
+
+    site = find_site(os.environ)
+    if nodes is None:
+        require_told(site, os.environ)
+    overrides = _launch_overrides(site, nodes, gpus_per_node, main_address, main_port)
+    overrides += _data_overrides(model, data, eval_data, on_bad_row)
+    overrides += [parse_set(text) for text in set_ or []]  # last: what is written out wins
+    resolved = load_recipe(recipe, overrides)
+    node = _node_rank(site, node_rank, resolved, dry_run)
+    told_by = site.told_by if (nodes, gpus_per_node) == (None, None) else ""
+    _train(resolved, output or RUNS / resolved.name, node, told_by, overwrite, dry_run, as_json)
+
+
+def _launch_overrides(
+    site: Site, nodes: int | None, gpus_per_node: int | None, main_address: str | None, main_port: int | None
+) -> list[tuple[str, Any]]:
+    """Recipe values from the launcher's environment, options first."""
+    given = (
+        ("nodes", nodes, site.nodes),
+        ("processes_per_node", gpus_per_node, site.processes_per_node),
+        ("main_address", main_address, site.main_address),
+        ("main_port", main_port, site.main_port),
+    )
+    values = ((f"launch.{name}", told if option is None else option) for name, option, told in given)
+    return [(key, value) for key, value in values if value is not None]
+
+
+def _data_overrides(
+    model: str | None, data: list[str] | None, eval_data: list[str] | None, on_bad_row: str | None
+) -> list[tuple[str, Any]]:
+    overrides: list[tuple[str, Any]] = []
+    if model:
+        overrides += [("model.path", model), ("model.weights", "pretrained")]
+    if data:
+        overrides.append(("data.train", data))
+    if eval_data:
+        overrides += [("data.eval", eval_data), ("data.holdout", 0)]
+    if on_bad_row:
+        overrides.append(("data.on_bad_row", on_bad_row))
+    return overrides
+
+
+def _node_rank(site: Site, node_rank: int | None, recipe: Recipe, dry_run: bool) -> int:
+    """The rank of this node.
+
+    Raises:
+        RmtoolError: E0207 it is not set, or out of range.
+    """
+    nodes = recipe.launch.nodes
+    node = site.node_rank if node_rank is None else node_rank
+    if node is None and nodes > 1 and not dry_run:
+        what = f"the recipe uses {nodes} nodes, but the rank of this node is not set"
+        raise RmtoolError("E0207", what, "pass --node-rank, or --nodes 1 to train on this node only")
+    if node and node_rank is None and node >= nodes:
+        what = f"node rank {node} (from {site.told_by}) is out of range for {nodes} nodes"
+        raise RmtoolError("E0207", what, "leave out --nodes, or start it on fewer nodes; --node-rank 0 to run it here")
+    return node or 0
+
+
+def _train(
+    recipe: Recipe, output: Path, node: int, told_by: str, overwrite: bool, dry_run: bool, as_json: bool
+) -> None:
+    from rmtool.data.rejects import REJECTS_FILE, require_free
+    from rmtool.ui import captured
+
+    with captured() as ui:
+        from rmtool.cli.dry_run import print_dry_run
+        from rmtool.dataset.split import sources_of
+        from rmtool.launch import supervise
+        from rmtool.launch.run_folder import prepare_folder
+        from rmtool.planning.plan import make_plan
+
+        if recipe.hub.repo_id and not dry_run:
+            from rmtool.hub.push import check_ready
+
+            check_ready(recipe.hub.repo_id)
+        inputs = sources_of((*recipe.data.train, *recipe.data.eval))
+        require_free(output / REJECTS_FILE, [source.path for source in inputs])
+        plan = make_plan(recipe, output, node, told_by)
+        if dry_run:
+            print_dry_run(plan, output, as_json, ui)
+            return
+        prepare_folder(output, overwrite)
+        ui.facts(f"Plan: {recipe.name}", plan.rows())
+        supervise.run(plan, ui, overwrite)
+        if node:
+            ui.say(f"node {node} is done; node 0 writes the checkpoint")
+            return
+        _finish(plan, output, as_json, ui)
+    if (output / REJECTS_FILE).exists():
+        raise SystemExit(ExitCode.SET_ASIDE)
+
+
+def _finish(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:
+    """Publish the checkpoint if the recipe says so, and print the result."""
+    from rmtool.launch.run_folder import final_manifest, final_metrics
+    from rmtool.ui import print_json
+
+    manifest = final_manifest(output)
+    metrics = final_metrics(output, manifest)
+    hub = plan.recipe.hub
+    if hub.repo_id:
+        from rmtool.hub.push import push_checkpoint
+
+        ui.say(push_checkpoint(output / "model", hub.repo_id, private=not hub.public, ui=ui))
+    if as_json:
+        print_json({"output": str(output), "metrics": metrics, **sharing_fields(manifest.padded_reason)}, ui)
+    else:
+        print_result(output, metrics, manifest.padded_reason, ui)
+
+
+def print_result(output: Path, metrics: dict[str, float], padded_reason: str | None, ui: TerminalUi) -> None:
+    """Print the final metrics, and where everything is."""
+    from rmtool.data.rejects import REJECTS_FILE
+    from rmtool.packing.prefix_sharing import describe_sharing
+
+    ui.table("Result", ("metric", "value"), [(name, f"{value:.4f}") for name, value in metrics.items()])
+    ui.result(f"checkpoint: {output / 'model'}\ncurves:     {output / 'curves.png'}")
+    if (output / REJECTS_FILE).exists():
+        ui.result(f"skipped rows: {output / REJECTS_FILE}")
+    ui.result(f"prefix sharing: {describe_sharing(padded_reason)}")
