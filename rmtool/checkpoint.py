@@ -23,8 +23,8 @@ from rmtool.ui import Ui
 MANIFEST = "rmtool.json"
 PADDED = "padded: "  # `Manifest.layout` of a run that did not share prompts, before the reason
 HELD_OUT_FILE = "held_out.jsonl"  # beside the checkpoint, in the folder of the run that made it
-SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
-DOWNLOAD = ("*.safetensors", *SMALL)
+NON_WEIGHT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
+DOWNLOAD = ("*.safetensors", *NON_WEIGHT_FILES)
 DEFAULT_MODEL = "allenai/Llama-3.1-Tulu-3-8B-RM"
 
 
@@ -175,7 +175,7 @@ def _download(repo_id: str, revision: str | None, ui: Ui, weights: bool) -> Path
 
     try:
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=30)
-        wanted = DOWNLOAD if weights else SMALL
+        wanted = DOWNLOAD if weights else NON_WEIGHT_FILES
         files = [s for s in info.siblings or [] if any(fnmatch.fnmatch(s.rfilename, p) for p in wanted)]
         total = sum(item.size or 0 for item in files) >> 20
         with ui.progress(f"Downloading {repo_id}", total, "MiB") as bar:

@@ -51,14 +51,14 @@ class DataConfig:
 class TrainConfig:
     """How it is trained. Numbers of pairs are global: they mean the same on any number of processes."""
 
-    batch_size: int  # pairs per optimiser step, over all processes
+    batch_size: int  # pairs per optimizer step, over all processes
     learning_rate: float
     epochs: int = 1
-    max_steps: int | None = None  # stop earlier, after this many optimiser steps
+    max_steps: int | None = None  # stop earlier, after this many optimizer steps
     seed: int = 0
     tokens_per_pack: int = 8192  # unique tokens per forward on one device; bounds memory, changes no result
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = 0  # in optimiser steps
+    warmup_steps: int = 0  # in optimizer steps
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-5
@@ -66,16 +66,18 @@ class TrainConfig:
     use_margins: bool = True  # rows with a "margin": it is taken off the difference of their rewards
     loss: Literal["bradley_terry", "hinge"] = "bradley_terry"
     label_smoothing: float = 0.0  # share of the labels that are taken to be wrong; for bradley_terry
-    center: float = 0.0  # what the square of a pair's summed rewards counts in its loss: rewards stay around 0
+    center_rewards_coefficient: float = (
+        0.0  # what the square of a pair's summed rewards counts in its loss: rewards stay around 0
+    )
     freeze: Literal["none", "backbone"] = "none"  # backbone: only the score head is trained
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     liger: Literal["auto", "off"] = "auto"  # auto: on CUDA devices
     compile: bool = False  # torch.compile for the decoder layers; its start takes longer than short runs gain
-    eval_every: int | None = None  # optimiser steps; evaluation at the end happens in any case
+    eval_every: int | None = None  # optimizer steps; evaluation at the end happens in any case
     keep: Literal["last", "best"] = "last"  # which weights are saved: of the last step, or of the best evaluation
-    best_by: Literal["accuracy", "loss"] = "accuracy"
-    patience: int | None = None  # evaluations without a better one, after which training stops
+    metric_for_best: Literal["accuracy", "loss"] = "accuracy"
+    early_stopping_patience: int | None = None  # evaluations without a better one, after which training stops
     save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the final checkpoint
 
 
@@ -94,11 +96,11 @@ class LaunchConfig:
     """On what it is trained."""
 
     nodes: int = 1
-    processes_per_node: int = 1  # one per GPU
+    gpus_per_node: int = 1  # one per GPU
     engine: Literal["auto", "single", "ddp", "zero2", "zero3"] = "auto"  # auto: single or, for several processes, ddp
-    offload_optimizer: bool = False  # zero2 and zero3: optimiser states wait in the CPU's memory
+    offload_optimizer: bool = False  # zero2 and zero3: optimizer states wait in the CPU's memory
     peak_tflops: float = 989.0  # of one device, for the plan's estimate of time; an H100 in bf16, dense
-    utilisation: float = 0.4  # what share of it the plan counts on
+    expected_mfu: float = 0.4  # what share of it the plan counts on
     main_address: str | None = None  # of the first node; default: $MASTER_ADDR
     main_port: int | None = None  # on it; default: $MASTER_PORT, else 29500, or on one node any that is free
 

@@ -1,6 +1,6 @@
 """A process's place among those that share work, and how their parts are added up.
 
-In: nothing. Out: `Ranks`; `ALONE` is the one process that does everything.
+In: nothing. Out: `DistInfo`; `SINGLE_PROCESS` is the one process that does everything.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """`rank` of `world`; `sum` adds a tensor up over all of them, which all must call."""
+class DistInfo:
+    """`rank` of `world_size`; `sum` adds a tensor up over all of them, which all must call."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     sum: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = DistInfo()

@@ -96,7 +96,7 @@ class RmtoolError(Exception):
 
 
 def format_error(error: RmtoolError) -> str:
-    """The one way an error looks on the terminal (without colour)."""
+    """The one way an error looks on the terminal (without color)."""
     lines = [f"error[{error.id}]: {error.what}"]
     if error.rows:
         lines += [f"  --> {row}" for row in error.rows]

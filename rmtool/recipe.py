@@ -274,7 +274,7 @@ def _check(recipe: Recipe, file: str) -> None:
             not train.label_smoothing or train.loss == "bradley_terry",
             "train.label_smoothing is for the loss bradley_terry",
         ),
-        (train.center >= 0, "train.center is at least 0"),
+        (train.center_rewards_coefficient >= 0, "train.center_rewards_coefficient is at least 0"),
         (
             train.freeze == "none" or not recipe.lora.rank,
             "lora.rank and train.freeze=backbone exclude each other: adapters train the backbone",
@@ -284,13 +284,20 @@ def _check(recipe: Recipe, file: str) -> None:
             lora.quantize == "none" or engine_of(launch) in ("single", "ddp"),
             "lora.quantize is for the engines single and ddp: ZeRO cannot cut 4-bit weights up",
         ),
-        (train.patience is None or train.patience >= 1, "train.patience is at least 1"),
         (
-            (train.keep == "last" and train.patience is None) or bool(recipe.data.eval or recipe.data.holdout),
-            "train.keep=best and train.patience need held-out pairs: set data.holdout or data.eval",
+            train.early_stopping_patience is None or train.early_stopping_patience >= 1,
+            "train.early_stopping_patience is at least 1",
         ),
-        (train.patience is None or train.eval_every is not None, "train.patience needs train.eval_every"),
-        (launch.nodes >= 1 and launch.processes_per_node >= 1, "launch counts at least one node and one process"),
+        (
+            (train.keep == "last" and train.early_stopping_patience is None)
+            or bool(recipe.data.eval or recipe.data.holdout),
+            "train.keep=best and train.early_stopping_patience need held-out pairs: set data.holdout or data.eval",
+        ),
+        (
+            train.early_stopping_patience is None or train.eval_every is not None,
+            "train.early_stopping_patience needs train.eval_every",
+        ),
+        (launch.nodes >= 1 and launch.gpus_per_node >= 1, "launch counts at least one node and one process"),
         (
             launch.engine != "single" or world_size(launch) == 1,
             "launch.engine is auto, ddp, zero2 or zero3 for several processes",
@@ -300,7 +307,7 @@ def _check(recipe: Recipe, file: str) -> None:
             "launch.offload_optimizer is for the engines zero2 and zero3",
         ),
         (launch.peak_tflops > 0, "launch.peak_tflops is above 0"),
-        (0 < launch.utilisation <= 1, "launch.utilisation is above 0 and at most 1"),
+        (0 < launch.expected_mfu <= 1, "launch.expected_mfu is above 0 and at most 1"),
         (launch.main_port is None or 0 < launch.main_port < 2**16, "launch.main_port is a port, 1 to 65535"),
     )
     for holds, rule in rules:
@@ -310,7 +317,7 @@ def _check(recipe: Recipe, file: str) -> None:
 
 def world_size(launch: LaunchConfig) -> int:
     """Processes on all nodes."""
-    return launch.nodes * launch.processes_per_node
+    return launch.nodes * launch.gpus_per_node
 
 
 def engine_of(launch: LaunchConfig) -> str:

@@ -292,7 +292,7 @@ def _open_log() -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def captured() -> Iterator[TerminalUi]:
+def redirect_output() -> Iterator[TerminalUi]:
     """Send everything that libraries print, at the level of file descriptors, to a log file; yield a ui that still
     writes to the terminal. The log is $RMTOOL_LOG, else rmtool.log in the user's cache folder.
     """

@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     steps.add_argument("--plot", type=Path, help="draw the line into this file")
     planning = commands.add_parser("planning", help="planning and packing many records")
     planning.add_argument("--records", type=int, default=1_000_000, help="pairs (default 1,000,000)")
-    planning.add_argument("--batch-size", type=int, default=16, help="pairs per optimiser step (default 16)")
+    planning.add_argument("--batch-size", type=int, default=16, help="pairs per optimizer step (default 16)")
     planning.add_argument("--tokens-per-pack", type=int, default=8192, help="default: rmtool's")
     planning.add_argument("--seed", type=int, default=0)
     planning.add_argument("--json", type=Path, help="also write everything measured to this file")
@@ -180,7 +180,7 @@ def time_steps(spec: Event) -> None:
             benchlib.synchronize(spec["device"])
             seconds = time.perf_counter() - started
             trainer.engine.optimizer.zero_grad()
-            tokens = min(count.take(), sum(unit.tree.unique_tokens for unit in taken))
+            tokens = min(count.take(), sum(unit.group.unique_tokens for unit in taken))
             if repeat:  # the first of each size is warm-up
                 emit("step", size=size, tokens=tokens, seconds=seconds)
 
@@ -191,10 +191,10 @@ def take_tokens(units: Sequence[Any], size: int) -> list[Any]:
     tokens = 0
     while tokens < size:
         unit = units[len(taken) % len(units)]
-        if taken and tokens + unit.tree.unique_tokens / 2 > size:
+        if taken and tokens + unit.group.unique_tokens / 2 > size:
             break
         taken.append(unit)
-        tokens += unit.tree.unique_tokens
+        tokens += unit.group.unique_tokens
     return taken
 
 
@@ -232,7 +232,7 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
     engine = Engine.prepare(accelerator, model, build_optimizer(model, train), train.max_grad_norm)
     if reason := choose_layout(model, engine.wrapped, encoder.max_length):
         emit("padded", reason=reason)
-    units = next(epoch_steps(pairs.labels, pairs.trees, train.seed, 0, train.batch_size))
+    units = next(epoch_steps(pairs.metadata, pairs.groups, train.seed, 0, train.batch_size))
     return Trainer(recipe, engine), units
 
 
@@ -285,13 +285,13 @@ class SharedTokens(Sequence[Any]):
         return len(self.lengths)
 
     def __getitem__(self, index: Any) -> Any:
-        from rmtool.tokenization.response_group import TokenTree
+        from rmtool.tokenization.response_group import ResponseGroup
 
         if index >= len(self):
             raise IndexError(index)
         places = zip(self.starts[index].tolist(), self.lengths[index].tolist(), strict=True)
         prompt, *responses = [self.tokens[start : start + length] for start, length in places]
-        return TokenTree(np.concatenate((self.tokens[:SYSTEM], prompt)), tuple(responses))
+        return ResponseGroup(np.concatenate((self.tokens[:SYSTEM], prompt)), tuple(responses))
 
 
 def train_order(trees: SharedTokens, spec: Event) -> int:
@@ -302,10 +302,10 @@ def train_order(trees: SharedTokens, spec: Event) -> int:
     from rmtool.packing.pack_layout import pack
     from rmtool.tokenization.pack_plan import plan_packs
 
-    labels = Record(Place("synthetic", 1), (), ((), ()), ((0, 1),), (None,)).labels()
+    labels = Record(Place("synthetic", 1), (), ((), ()), ((0, 1),), (None,)).metadata()
     packs = 0
     for units in epoch_steps([labels] * len(trees), trees, spec["seed"], 0, spec["batch_size"]):
-        step = [unit.tree for unit in units]
+        step = [unit.group for unit in units]
         for items in plan_packs(step, spec["tokens_per_pack"]):
             pack([step[item] for item in items])
             packs += 1
@@ -321,7 +321,7 @@ def score_order(trees: SharedTokens, spec: Event) -> int:
     from rmtool.model.reward_model import RewardModel
     from rmtool.model.rewards import compute_rewards
     from rmtool.packing.pack_layout import pack
-    from rmtool.tokenization.token_store import TreeSpool
+    from rmtool.tokenization.token_store import TokenStore
     from rmtool.ui import SilentUi
 
     class Packs(RewardModel):
@@ -339,7 +339,7 @@ def score_order(trees: SharedTokens, spec: Event) -> int:
             return torch.zeros(len(batch.reward_index))
 
     model = Packs()
-    with TreeSpool(Path(spec["scratch"])) as spool:
+    with TokenStore(Path(spec["scratch"])) as spool:
         for tree in trees:
             spool.append(tree)
         compute_rewards(model, spool, spec["tokens_per_pack"], SilentUi())

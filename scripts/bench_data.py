@@ -1,4 +1,4 @@
-"""Reading and tokenising: rmtool's way from a file to token ids, beside the tokenizer alone on texts that are ready.
+"""Reading and tokenizing: rmtool's way from a file to token ids, beside the tokenizer alone on texts that are ready.
 
     python scripts/bench_data.py --data hh                      # a file of pairs
     python scripts/bench_data.py --made 1000000                 # so many rows of 1 KB, cut from hh's text
@@ -6,7 +6,7 @@
 In: a file of preference pairs and a model's tokenizer. Out: seconds and growth of memory of `load_split` (from the
 file to ids in the cache), of a second run that finds the cache, and of the tokenizer on the rendered texts: called as
 its users do, and its Rust core. All on the same cores, in turns, each in a process of its own.
-Cost: as many times the tokenising of the file as there are rounds, thrice.
+Cost: as many times the tokenizing of the file as there are rounds, thrice.
 """
 
 from __future__ import annotations
@@ -115,11 +115,11 @@ def _timed(what: str, work: Callable[[], int]) -> None:
 
 def _encoder(spec: Event) -> Any:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # all cores, for both
-    from rmtool.tokenization.encoder import CANNED, Encoder
+    from rmtool.tokenization.encoder import FINGERPRINT_CONVERSATIONS, Encoder
     from rmtool.tokenization.tokenizer import load_tokenizer
 
     encoder = Encoder(load_tokenizer(Path(spec["model"])), 2**20, on_empty="keep")
-    encoder.ids(CANNED[0])
+    encoder.ids(FINGERPRINT_CONVERSATIONS[0])
     return encoder
 
 
@@ -130,18 +130,18 @@ def run_rmtool(spec: Event) -> None:
     from rmtool.config import Source
     from rmtool.data.record import PLAIN
     from rmtool.data.rejects import Rejects
-    from rmtool.dataset.split import encode_selection, read_sources
+    from rmtool.dataset.split import read_sources, tokenize_subset
     from rmtool.ui import SilentUi
 
     ui, rejects = SilentUi(), Rejects()
 
     def work() -> int:
         selection = read_sources([Source(spec["data"])], PLAIN, 0, rejects, ui)
-        encoded = encode_selection(
+        encoded = tokenize_subset(
             encoder, selection, on_identical="keep", kept=True, label="all", rejects=rejects, ui=ui
         )
-        rejects.settle()
-        return 2 * len(encoded.labels)
+        rejects.raise_if_any()
+        return 2 * len(encoded.metadata)
 
     _timed(FIRST, work)
     _timed(AGAIN, work)

@@ -6,11 +6,11 @@
 
 In: preference rows (a file, hh or rmb of ../shared), or RMB's folder; for more than two responses the answers to one
 prompt are put together, and filled up with answers to other prompts. Out: a table, and with --json every measurement.
-Each system is timed from the JSONL file to the last reward: reading, template, tokenising and batching included, the
+Each system is timed from the JSONL file to the last reward: reading, template, tokenizing and batching included, the
 loading of the model and a short warm-up not (both are shown). They run in turn, a process each, --rounds times:
   rmtool    `rmtool.scoring.score.score_file`, what `rmtool score` runs
   pipeline  text-classification, at the batch size that was fastest on a sample
-  sorted    all texts tokenised, sorted by length, right-padded batches of at most as many tokens as were fastest
+  sorted    all texts tokenized, sorted by length, right-padded batches of at most as many tokens as were fastest
 All rewards are compared: where they differ the script says so last and exits with 1.
 Cost: (3 * --rounds) forwards of all rows, and two of the sample for each size tried (a single one is not).
 """
@@ -387,7 +387,7 @@ def conversations(row: dict[str, Any]) -> list[Conversation]:
 
 
 def reads_alike(encoder: Any, row: dict[str, Any], tree: Any) -> bool:
-    """Whether the peers' way, rendering and then tokenising, gives the same ids: texts may spell special tokens."""
+    """Whether the peers' way, rendering and then tokenizing, gives the same ids: texts may spell special tokens."""
     texts = [encoder.tokenizer.apply_chat_template(chat, tokenize=False) for chat in conversations(row)]
     read = encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]
     return all(ids == sequence.tolist() for ids, sequence in zip(read, tree.sequences(), strict=True))
@@ -442,12 +442,12 @@ def try_sizes(spec: Event, load: Callable[[int], Score]) -> None:
 
 def load_rmtool(spec: Event) -> Score:
     from rmtool.data.rejects import Rejects
-    from rmtool.model.loading import load_for_use
+    from rmtool.model.loading import load_for_inference
     from rmtool.scoring.score import score_file
     from rmtool.ui import SilentUi
 
     checkpoint = Path(spec["folder"]) / "model"
-    loaded = load_for_use(
+    loaded = load_for_inference(
         checkpoint, precision=spec["precision"], max_length=spec["max_length"], on_long="error", on_empty="keep"
     )
     if loaded.padded_reason:
@@ -504,12 +504,12 @@ def load_sorted(spec: Event) -> Callable[[int], Score]:
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=peer_dtype(spec)).to(spec["device"]).eval()
 
-    def with_budget(budget: int) -> Score:
+    def with_budget(max_tokens: int) -> Score:
         @torch.inference_mode()
         def score(source: Path) -> tuple[list[float], int]:
             ids = tokenizer(render(source, tokenizer), add_special_tokens=False)["input_ids"]
             rewards, tokens = [0.0] * len(ids), 0
-            for items in sorted_batches([len(one) for one in ids], budget):
+            for items in sorted_batches([len(one) for one in ids], max_tokens):
                 batch = tokenizer.pad({"input_ids": [ids[item] for item in items]}, return_tensors="pt")
                 tokens += batch["input_ids"].numel()
                 logits = model(**batch.to(spec["device"]), use_cache=False).logits[:, 0].float().tolist()
@@ -522,11 +522,11 @@ def load_sorted(spec: Event) -> Callable[[int], Score]:
     return with_budget
 
 
-def sorted_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices, longest first, in batches of at most `budget` tokens with their padding."""
+def sorted_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices, longest first, in batches of at most `max_tokens` tokens with their padding."""
     batch: list[int] = []
     for item in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens:
             yield batch
             batch = []
         batch.append(item)

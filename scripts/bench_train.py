@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", default="hh", help="preference pairs: a file, or hh, rmb (default hh)")
     benchlib.add_common(parser)
-    parser.add_argument("--batch-size", type=int, default=16, help="pairs per optimiser step (default 16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs per optimizer step (default 16)")
     parser.add_argument("--max-length", type=int, default=1024, help="longer pairs are left out (default 1024)")
     parser.add_argument(
         "--steps", type=int, default=4, help="measured steps per process, after one warm-up (default 4)"
@@ -338,7 +338,7 @@ def write_pairs(spec: Event) -> None:
 
 
 class StepClock:
-    """Emits an event per optimiser step: all that passed since the step before, data and logging included."""
+    """Emits an event per optimizer step: all that passed since the step before, data and logging included."""
 
     def __init__(self, spec: Event):
         self.device = spec["device"]
@@ -380,7 +380,7 @@ def train_with_rmtool(spec: Event) -> None:
     from rmtool.data.rejects import Rejects
     from rmtool.dataset.split import Split, load_split
     from rmtool.model.loading import training_encoder, training_model
-    from rmtool.tokenization.encoder import Encoded
+    from rmtool.tokenization.encoder import TokenizedDataset
     from rmtool.training.engine import Engine
     from rmtool.training.optim import build_optimizer
     from rmtool.training.trainer import Trainer, train_loop
@@ -412,7 +412,7 @@ def train_with_rmtool(spec: Event) -> None:
     trainer = Trainer(recipe, engine)
     tracker: Any = Tracker(clock, model)
     clock.start()
-    train_loop(trainer, Split(split.train, Encoded()), tracker, SilentUi())
+    train_loop(trainer, Split(split.train, TokenizedDataset()), tracker, SilentUi())
 
 
 def train_with_trl(spec: Event) -> None:

@@ -166,16 +166,16 @@ def plant(seed: int) -> tuple[bytes, int, str]:
 
 def first_error(path: Path) -> RmtoolError | None:
     """What `rmtool` would say of the file; None if it reads it."""
-    from rmtool.data.record import Reading
+    from rmtool.data.record import RowOptions
     from rmtool.data.rejects import Rejects
     from rmtool.data.sources import SourceCount, read_records
     from rmtool.errors import RmtoolError
 
     rejects = Rejects()
     try:
-        for _ in read_records(str(path), Reading(), rejects, SourceCount(str(path)), lambda: None):
+        for _ in read_records(str(path), RowOptions(), rejects, SourceCount(str(path)), lambda: None):
             pass
-        rejects.settle()
+        rejects.raise_if_any()
     except RmtoolError as error:
         return error
     return None

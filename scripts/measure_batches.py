@@ -19,7 +19,7 @@ from benchlib import say
 
 from rmtool.data.formats import preference_record
 from rmtool.data.rows import read_rows
-from rmtool.model.loading import load_for_use
+from rmtool.model.loading import load_for_inference
 from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.encoder import encode_all
 from rmtool.ui import SilentUi
@@ -38,14 +38,14 @@ EXACT, HALF = "fp32, packs of 8,192", "bf16, packs of 8,192"
 
 def measure(folder: Path, pairs: int) -> dict[str, np.ndarray]:
     """Rewards of the first pairs that the run held out, float[pairs, 2], by way."""
-    loaded = load_for_use(folder / "model", precision="bf16", on_long="error")
+    loaded = load_for_inference(folder / "model", precision="bf16", on_long="error")
     rows = [row for row, _ in zip(read_rows(str(folder / "held_out.jsonl")), range(pairs), strict=False)]
-    trees = encode_all(loaded.encoder, [preference_record(row) for row in rows], "error", lambda: None).trees
+    trees = encode_all(loaded.encoder, [preference_record(row) for row in rows], "error", lambda: None).groups
     rewards = {}
-    for name, (precision, shares, budget) in WAYS.items():
+    for name, (precision, shares, max_tokens) in WAYS.items():
         loaded.model.precision = precision
         loaded.model.share_prompts(shares)
-        rewards[name] = np.array(compute_rewards(loaded.model, trees, budget, SilentUi()))
+        rewards[name] = np.array(compute_rewards(loaded.model, trees, max_tokens, SilentUi()))
         say(f"scored: {name}")
     return rewards
 

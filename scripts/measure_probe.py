@@ -33,7 +33,7 @@ from rounding import rounded_products
 from transformers import AutoModelForSequenceClassification
 
 from rmtool.model import reward_model as models
-from rmtool.model.classifier import build_classifier, draw_head, turn_dropout_off
+from rmtool.model.classifier import build_classifier, disable_dropout, init_score_head
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing as compat
@@ -93,8 +93,8 @@ def build(seed: int, pretrained: str | None = None) -> tuple[str, RewardModel]:
     else:
         family, config = random_config(np.random.default_rng(seed))
         classifier = AutoModelForSequenceClassification.from_config(config)
-    draw_head(classifier, seed)
-    turn_dropout_off(classifier)
+    init_score_head(classifier, seed)
+    disable_dropout(classifier)
     return family, RewardModel(classifier, 0).eval()
 
 

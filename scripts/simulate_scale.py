@@ -32,7 +32,7 @@ class Machine:
     """peak: flops a second and GPU; nvlink, nic: bytes a second and GPU within a node and out of it; hop: seconds."""
 
     peak: float
-    utilisation: float
+    utilization: float
     nvlink: float
     nic: float
     hop_within: float
@@ -95,7 +95,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens-per-pack", type=int, default=8192)
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of one GPU (default: H100, bf16)")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="of it, while a GPU computes (default 0.4)")
+    parser.add_argument("--utilization", type=float, default=0.4, help="of it, while a GPU computes (default 0.4)")
     parser.add_argument("--nvlink", type=float, default=450.0, help="GB/s and GPU within a node (default 450)")
     parser.add_argument("--nic", type=float, default=50.0, help="GB/s and GPU between nodes (default 50: 400 Gbit/s)")
     parser.add_argument("--hops", type=float, nargs=2, default=[1.0, 5.0], help="microseconds within and between nodes")
@@ -105,7 +105,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    machine = Machine(args.peak_tflops * 1e12, args.utilisation, args.nvlink * 1e9, args.nic * 1e9,
+    machine = Machine(args.peak_tflops * 1e12, args.utilization, args.nvlink * 1e9, args.nic * 1e9,
                       args.hops[0] / 1e6, args.hops[1] / 1e6)  # fmt: skip
     measured, model = read_measured(args.measured), describe_model(args.config)
     lengths = read_lengths(benchlib.find_data(args.data), benchlib.find_model(args.tokenizer), args.max_length)
@@ -147,7 +147,7 @@ def assumptions(args: argparse.Namespace, model: Model, measured: Measured, reco
         f"lengths: drawn with repetition from {records:,} records of {args.data}, at most {args.max_length:,} tokens;",
         "  prompts are taken to be shared within a record only",
         f"compute: {model.multiplied / 1e9:.2f} billion weights, 6 flops each and token, attention counted, at "
-        f"{args.utilisation:.0%} of {args.peak_tflops:g} TFLOP/s",
+        f"{args.utilization:.0%} of {args.peak_tflops:g} TFLOP/s",
         f"measured: a pack costs {measured.fixed_tokens:,.0f} tokens more than it has; a rank's time is off the line",
         f"  as the median of one of {len(measured.residuals)} measured sizes was, at most by {off:.1%}",
         f"network: ZeRO-3 in bf16 over one ring per GPU of a node; {args.nvlink:g} GB/s within a node,",
@@ -159,7 +159,7 @@ def assumptions(args: argparse.Namespace, model: Model, measured: Measured, reco
 
 
 def simulate(
-    lengths: Sequence[tuple[int, tuple[int, ...]]], pairs: int, world: int, budget: int, model: Model,
+    lengths: Sequence[tuple[int, tuple[int, ...]]], pairs: int, world: int, max_tokens: int, model: Model,
     machine: Machine, measured: Measured, draw: np.random.Generator,
 ) -> Step:  # fmt: skip
     """One step of `pairs` records on `world` ranks. Under ZeRO-3 ranks gather every layer together: each round of
@@ -168,12 +168,12 @@ def simulate(
     from rmtool.tokenization.pack_plan import key_count, plan_packs
 
     drawn = draw.integers(len(lengths), size=pairs)
-    trees = [tree_of(*lengths[index], number) for number, index in enumerate(drawn)]
+    trees = [group_of(*lengths[index], number) for number, index in enumerate(drawn)]
     costs = np.array([tree.unique_tokens + model.key_cost * key_count(tree) for tree in trees])
-    packs = plan_packs(trees, budget, world, key_cost=model.key_cost)
+    packs = plan_packs(trees, max_tokens, world, key_cost=model.key_cost)
     work = np.array([costs[items].sum() for items in packs]).reshape(-1, world)
     jitter = draw.choice(np.array(measured.residuals), size=work.shape)
-    times = (work + measured.fixed_tokens) * jitter * 6 * model.multiplied / (machine.peak * machine.utilisation)
+    times = (work + measured.fixed_tokens) * jitter * 6 * model.multiplied / (machine.peak * machine.utilization)
     rounds = len(work)
     ranks = work.sum(axis=0)
     network = rounds * machine.collective(PASSES * 2 * model.weights, PASSES * model.layers, world)
@@ -186,12 +186,12 @@ def simulate(
     )
 
 
-def tree_of(prompt: int, responses: Sequence[int], number: int) -> Any:
+def group_of(prompt: int, responses: Sequence[int], number: int) -> Any:
     """A tree with these lengths whose tokens no other one begins with."""
-    from rmtool.tokenization.response_group import build_tree
+    from rmtool.tokenization.response_group import build_group
 
     start = [number] * prompt
-    return build_tree([start + [2**30 + number * 64 + place] * length for place, length in enumerate(responses)])
+    return build_group([start + [2**30 + number * 64 + place] * length for place, length in enumerate(responses)])
 
 
 def read_lengths(data: Path, folder: Path, max_length: int) -> list[tuple[int, tuple[int, ...]]]:
@@ -205,7 +205,7 @@ def read_lengths(data: Path, folder: Path, max_length: int) -> list[tuple[int, t
     config = DataConfig((str(data),), max_length=max_length, on_long="drop", on_empty="keep", on_identical="drop")
     recipe = Recipe("simulated", ModelConfig(str(folder)), config, TrainConfig(batch_size=1, learning_rate=1.0))
     encoder, _ = training_encoder(recipe, folder)
-    trees = load_split(recipe, encoder, Rejects(), SilentUi()).train.trees
+    trees = load_split(recipe, encoder, Rejects(), SilentUi()).train.groups
     return [(len(tree.prompt), tuple(len(response) for response in tree.responses)) for tree in trees]
 
 
@@ -222,7 +222,7 @@ def describe_model(folder: Path | None) -> Model:
     with torch.device("meta"):
         model = RewardModel(AutoModelForSequenceClassification.from_config(config), 0)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    return Model(weights, model.multiplied_weights, model.key_cost, config.get_text_config().num_hidden_layers)
+    return Model(weights, model.active_matmul_params, model.key_cost, config.get_text_config().num_hidden_layers)
 
 
 def read_measured(path: Path) -> Measured:

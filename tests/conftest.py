@@ -106,12 +106,12 @@ def save_reward_model(folder: Path, config_class: Any, tokenizer: Any, seed: int
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from rmtool.model.classifier import draw_head
+    from rmtool.model.classifier import init_score_head
 
     torch.manual_seed(seed)
     config = config_class(**tiny_config(len(tokenizer)), num_labels=1)
     model = AutoModelForSequenceClassification.from_config(config)
-    draw_head(model, 0)
+    init_score_head(model, 0)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

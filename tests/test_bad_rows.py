@@ -42,7 +42,7 @@ def test_score_sets_bad_rows_aside_and_scores_the_others(rmtool: Any, model: Pat
     source = with_bad_rows(tmp_path / "r.jsonl", ROWS)
     shown = rmtool("score", source, "--model", model, "--on-bad-row", "skip", "--json")
     assert shown.code == 1
-    assert json.loads(shown.out)["rejected"] == 3
+    assert json.loads(shown.out)["skipped_rows"] == 3
     aside = sorted(scored(tmp_path / "r.scored.rejects.jsonl"), key=lambda row: row["line"])
     assert [(row["line"], row["code"]) for row in aside] == [(2, "E0301"), (4, "E0306"), (6, "E0301")]
     clean = write_jsonl(tmp_path / "clean.jsonl", [ROWS[at] for at in (0, 2, 4, 6, 7)])
@@ -56,7 +56,7 @@ def test_eval_sets_bad_rows_aside(rmtool: Any, model: Path, tmp_path: Path) -> N
     shown = rmtool("eval", model, "--data", source, "--on-bad-row", "skip", "--json")
     assert shown.code == 1
     result = json.loads(shown.out)
-    assert (result["pairs"], result["rejected"]) == (5, 3)
+    assert (result["pairs"], result["skipped_rows"]) == (5, 3)
     assert len(scored(tmp_path / "pairs.rejects.jsonl")) == 3
 
 
@@ -111,7 +111,7 @@ def test_a_dry_run_ends_as_the_run_would(rmtool: Any, causal_lm: Path, tmp_path:
     for more in ((), ("--json",)):
         shown = rmtool(*command, "--dry-run", "--on-bad-row", "skip", *more)
         assert shown.code == 1
-        assert "set aside" in shown.out or json.loads(shown.out)["report"]["rejected"] == 1
+        assert "set aside" in shown.out or json.loads(shown.out)["report"]["skipped_rows"] == 1
 
 
 def test_a_dry_run_leaves_a_finished_run_as_it_is(rmtool: Any, causal_lm: Path, tmp_path: Path) -> None:

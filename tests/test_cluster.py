@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from rmtool.errors import RmtoolError
-from rmtool.launch.launcher_env import Site, find_site, first_host
+from rmtool.launch.launcher_env import LauncherEnv, detect_launcher_env, first_host
 
 STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1",
         "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_GPUS_ON_NODE": "8"}  # fmt: skip
@@ -21,23 +21,23 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS
 @pytest.mark.parametrize(
     ("variables", "site"),
     [
-        ({}, Site()),
-        (STEP, Site(2, 8, 1, "gpu03", None, "Slurm")),
-        (STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"}, Site(2, 8, 1, "10.0.0.1", 7, "Slurm")),
+        ({}, LauncherEnv()),
+        (STEP, LauncherEnv(2, 8, 1, "gpu03", None, "Slurm")),
+        (STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"}, LauncherEnv(2, 8, 1, "10.0.0.1", 7, "Slurm")),
         # A batch script's own shell: it is no step, and its command runs on one node.
-        ({name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"}, Site()),
+        ({name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"}, LauncherEnv()),
         ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "NPROC_PER_NODE": "4"},
-         Site(2, 4, 0, "a", None, "torchrun's variables")),
+         LauncherEnv(2, 4, 0, "a", None, "torchrun's variables")),
         ({"PET_NNODES": "2:4", "PET_NODE_RANK": "3", "PET_NPROC_PER_NODE": "8", "MASTER_ADDR": "a"},
-         Site(4, 8, 3, "a", None, "torchrun's variables")),
+         LauncherEnv(4, 8, 3, "a", None, "torchrun's variables")),
         ({"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "auto", "MASTER_ADDR": "a"},
-         Site(2, None, 1, "a", None, "torchrun's variables")),
+         LauncherEnv(2, None, 1, "a", None, "torchrun's variables")),
         ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "1", "RANK": "1",
-          "MASTER_ADDR": "a", "MASTER_PORT": "29500"}, Site(2, None, 1, "a", 29501, "torchrun's variables")),
+          "MASTER_ADDR": "a", "MASTER_PORT": "29500"}, LauncherEnv(2, None, 1, "a", 29501, "torchrun's variables")),
     ],
 )  # fmt: skip
-def test_the_site_is_what_the_variables_say(variables: dict[str, str], site: Site) -> None:
-    assert find_site(variables) == site
+def test_the_site_is_what_the_variables_say(variables: dict[str, str], site: LauncherEnv) -> None:
+    assert detect_launcher_env(variables) == site
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_the_site_is_what_the_variables_say(variables: dict[str, str], site: Sit
 )
 def test_what_would_start_too_many_processes_is_refused(variables: dict[str, str], words: str) -> None:
     with pytest.raises(RmtoolError) as caught:
-        find_site(variables)
+        detect_launcher_env(variables)
     assert caught.value.id == "E0207"
     assert words in caught.value.what + caught.value.hint
 

@@ -36,7 +36,7 @@ def test_score_keeps_rows_and_order_and_adds_rewards(rmtool: Any, model: Path, t
     assert all(isinstance(value, float) for value in (rows[0]["reward"], *rows[1]["rewards"], rows[2]["reward"]))
 
 
-def test_a_score_does_not_depend_on_its_neighbours(rmtool: Any, model: Path, tmp_path: Path) -> None:
+def test_a_score_does_not_depend_on_its_neighbors(rmtool: Any, model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]} for row in pair_rows(9)]
     source = write_jsonl(tmp_path / "r.jsonl", rows)
     assert rmtool("score", source, "--model", model).code == 0
@@ -79,9 +79,9 @@ def test_score_takes_the_newest_finished_run(rmtool: Any, model: Path, tmp_path:
     run = tmp_path / "runs" / "mine" / "model"
     shutil.copytree(model, run)
     from rmtool.checkpoint import Manifest, write_manifest
-    from rmtool.model.loading import load_for_use
+    from rmtool.model.loading import load_for_inference
 
-    fingerprint = load_for_use(model).encoder.fingerprint()
+    fingerprint = load_for_inference(model).encoder.fingerprint()
     write_manifest(run, Manifest(fingerprint, 512, "fp32", "error", "error", "r", "b", []))
     source = write_jsonl(tmp_path / "r.jsonl", RESPONSES)
     shown = rmtool("score", source, "--json")
@@ -89,7 +89,7 @@ def test_score_takes_the_newest_finished_run(rmtool: Any, model: Path, tmp_path:
     assert shown.err.startswith("model: runs/mine/model")
     assert json.loads(shown.out) | {"model": ""} == {
         "model": "", "output": str(tmp_path / "r.scored.jsonl"),
-        "rows": 4, "responses": 6, "nonfinite": 0, "truncated": 0, "rejected": 0,
+        "rows": 4, "responses": 6, "nonfinite": 0, "truncated": 0, "skipped_rows": 0,
             "prefix_sharing": True, "padded_reason": None,
     }  # fmt: skip
     # Another template reads conversations otherwise: refused, unless a template is named.
@@ -172,7 +172,7 @@ def test_eval_counts_dropped_pairs_and_ends_with_one(rmtool: Any, model: Path, t
     assert rmtool("eval", model, "--data", data, "--max-length", 100).error == "E0305"
     shown = rmtool("eval", model, "--data", data, "--max-length", 100, "--on-long", "drop", "--json")
     assert shown.code == 1
-    assert (json.loads(shown.out)["pairs"], json.loads(shown.out)["set_aside"]) == (3, {"long": 1})
+    assert (json.loads(shown.out)["pairs"], json.loads(shown.out)["dropped"]) == (3, {"too_long": 1})
 
 
 # ------------------------------------------------------------------------------------------------- mistakes

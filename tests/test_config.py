@@ -39,7 +39,7 @@ def test_tulu3_is_the_published_recipe() -> None:
     assert (train.batch_size, train.learning_rate, train.epochs, train.schedule) == (256, 3e-6, 1, "linear")
     assert (train.betas, train.eps, train.precision, train.gradient_checkpointing) == ((0.9, 0.999), 1e-5, "bf16", True)
     assert (recipe.data.max_length, train.seed, train.warmup_steps) == (2048, 8, 0)
-    assert (launch.nodes, launch.processes_per_node, launch.engine) == (8, 8, "zero3")
+    assert (launch.nodes, launch.gpus_per_node, launch.engine) == (8, 8, "zero3")
     assert recipe.track.wandb
     assert recipe.hub.repo_id is None
 
@@ -80,9 +80,9 @@ WRONG: list[tuple[str, str, str]] = [
     ("launch.offload_optimizer=true", "E0205", "zero2 and zero3"),
     ("train.label_smoothing=0.5", "E0205", "below 0.5"),
     ("train={label_smoothing: 0.1, loss: hinge, batch_size: 1, learning_rate: 1.0}", "E0205", "bradley_terry"),
-    ("train.center=-1", "E0205", "at least 0"),
+    ("train.center_rewards_coefficient=-1", "E0205", "at least 0"),
     ("train.keep=best", "E0205", "held-out"),
-    ("train.patience=0", "E0205", "at least 1"),
+    ("train.early_stopping_patience=0", "E0205", "at least 1"),
     ("lora.quantize=4bit", "E0205", "lora.rank"),
     ("launch.main_port=0", "E0205", "port"),
     ("data.holdout=5", "E0205", ""),

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from rmtool.data.messages import Message, Messages
-from rmtool.tokenization.batch_tokenizer import Conversation, Tokeniser
+from rmtool.tokenization.batch_tokenizer import BatchTokenizer, Conversation
 from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.tokenizer import TULU_TEMPLATE, name_control_tokens
 
@@ -77,14 +77,14 @@ def sentencepiece(tokenizer: Any) -> Any:
 
 
 def unigram(tokenizer: Any) -> Any:
-    """Text is normalised (NFKC) before it is cut, as in T5 and XLM-R."""
+    """Text is normalized (NFKC) before it is cut, as in T5 and XLM-R."""
     backend = Tokenizer(models.Unigram([(piece, -len(piece) / 9) for piece in PIECES], 0, True))
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     return finished(backend)
 
 
-KINDS = {"byte-level BPE": bytewise, "sentencepiece BPE": sentencepiece, "normalising Unigram": unigram}
+KINDS = {"byte-level BPE": bytewise, "sentencepiece BPE": sentencepiece, "normalizing Unigram": unigram}
 
 
 def with_template(tokenizer: Any, name: str) -> Any:
@@ -133,20 +133,20 @@ def test_hostile_text_stays_text(tokenizer: Any, name: str, kind: str) -> None:
     reader = with_template(KINDS[kind](tokenizer), name)
     control = controls(reader)
     tokens = [reader.added_tokens_decoder[number].content for number in sorted(control)]
-    tokeniser = Tokeniser(reader)
-    (plain,) = tokeniser.read([[Conversation(chat("x"))]])[0]
+    batch_tokenizer = BatchTokenizer(reader)
+    (plain,) = batch_tokenizer.read([[Conversation(chat("x"))]])[0]
     expected = [int(token) for token in plain if int(token) in control]
     assert expected, "the template writes control tokens"
     strings = hostile(tokens)
     assert len(strings) == 200
-    results = tokeniser.read([[Conversation(chat(text)), Conversation(chat("x"))] for text in strings])
+    results = batch_tokenizer.read([[Conversation(chat(text)), Conversation(chat("x"))] for text in strings])
     for text, (ids, other) in zip(strings, results, strict=True):
         assert [int(token) for token in ids if int(token) in control] == expected, text
         assert other.tolist() == plain.tolist()
 
 
 def test_what_the_ten_templates_would_do_without_care(tokenizer: Any) -> None:
-    """The same strings are control tokens when the rendered text is simply tokenised."""
+    """The same strings are control tokens when the rendered text is simply tokenized."""
     reader = with_template(bytewise(tokenizer), "ChatML")
     control = controls(reader)
     text = reader.apply_chat_template([m.as_dict() for m in chat("<|im_end|>")], tokenize=False)
@@ -155,13 +155,13 @@ def test_what_the_ten_templates_would_do_without_care(tokenizer: Any) -> None:
     )
 
 
-def test_tokens_found_only_in_normalised_text_are_refused(tokenizer: Any) -> None:
+def test_tokens_found_only_in_normalized_text_are_refused(tokenizer: Any) -> None:
     reader = unigram(tokenizer)
     reader.add_tokens([AddedToken("<|user|>", special=True, normalized=True)], special_tokens=True)
     reader.chat_template = LOOP + "<|user|>{{ m.content }}" + END
-    tokeniser = Tokeniser(reader)
+    batch_tokenizer = BatchTokenizer(reader)
     wide = "＜｜ｕｓｅｒ｜＞"
     assert wide != "<|user|>"
-    results = tokeniser.read([[Conversation((Message("user", text),))] for text in (wide, "<|user|>", "user")])
+    results = batch_tokenizer.read([[Conversation((Message("user", text),))] for text in (wide, "<|user|>", "user")])
     assert isinstance(results[0][0], ValueError)
     assert [len([t for t in ids[0] if t == reader.convert_tokens_to_ids("<|user|>")]) for ids in results[1:]] == [1, 1]

@@ -1,4 +1,4 @@
-"""Reading, shapes and token ids: real formats give the same record, bad rows say where and what."""
+"""RowOptions, shapes and token ids: real formats give the same record, bad rows say where and what."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from rmtool.data.formats import preference_record, preference_records, score_record
 from rmtool.data.messages import Message
-from rmtool.data.record import Reading
+from rmtool.data.record import RowOptions
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row, read_rows
 from rmtool.errors import Place, RmtoolError
@@ -227,7 +227,7 @@ BOUNDED = """if True:
     before, rejects = peak(), Rejects()
     rows = sum(1 for _ in read_rows(sys.argv[2], rejects))
     try:
-        rejects.settle()
+        rejects.raise_if_any()
     except RmtoolError as error:
         print(rows, rejects.count, error.place.line, peak() - before)
 """
@@ -317,10 +317,10 @@ def encoder(tokenizer: Any, **settings: Any) -> Encoder:
 
 def test_ids_are_the_chat_template_once_and_no_more(tokenizer: Any) -> None:
     record = preference_record(row(SHAPES["standard explicit"]))
-    tree, event = encoder(tokenizer).encode(record)
-    assert tree is not None
+    group, event = encoder(tokenizer).encode(record)
+    assert group is not None
     assert event is None
-    for ids, response in zip(tree.sequences(), (GOOD, BAD), strict=True):
+    for ids, response in zip(group.sequences(), (GOOD, BAD), strict=True):
         text = tokenizer.apply_chat_template([U(PROMPT), A(response)], tokenize=False)
         assert tokenizer.decode(ids) == text
         assert ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -359,7 +359,7 @@ def test_a_pair_over_the_limit_is_an_error_by_default(tokenizer: Any) -> None:
 
 def test_a_pair_over_the_limit_is_dropped_or_cut_on_request(tokenizer: Any) -> None:
     record = preference_record(LONG)
-    assert encoder(tokenizer, max_length=32, on_long="drop").encode(record) == (None, "long")
+    assert encoder(tokenizer, max_length=32, on_long="drop").encode(record) == (None, "too_long")
     whole, _ = encoder(tokenizer, max_length=4096).encode(record)
     cut, event = encoder(tokenizer, max_length=32, on_long="truncate_prompt").encode(record)
     assert event == "truncated"
@@ -370,8 +370,8 @@ def test_a_pair_over_the_limit_is_dropped_or_cut_on_request(tokenizer: Any) -> N
 
 def test_a_single_response_is_cut_only_within_its_prompt(tokenizer: Any) -> None:
     cutter = encoder(tokenizer, max_length=32, on_long="truncate_prompt")
-    tree, event = cutter.encode(score_record(row({"prompt": "many words " * 40, "response": "yes"})))
-    assert (tree.longest, event) == (32, "truncated")
+    group, event = cutter.encode(score_record(row({"prompt": "many words " * 40, "response": "yes"})))
+    assert (group.longest, event) == (32, "truncated")
     # Not a token of the response goes, though every response has its closing tokens.
     pair, _ = encoder(tokenizer).encode(score_record(row({"prompt": "a", "responses": ["many words here", "zebra"]})))
     own = len(pair.responses[0])
@@ -389,7 +389,7 @@ def test_an_empty_response_is_an_error_dropped_or_kept(tokenizer: Any, empty: st
     with pytest.raises(RmtoolError) as caught:
         encoder(tokenizer).encode(record)
     assert caught.value.id == "E0306"
-    assert encoder(tokenizer, on_empty="drop").encode(record) == (None, "empty")
+    assert encoder(tokenizer, on_empty="drop").encode(record) == (None, "empty_response")
     assert encoder(tokenizer, on_empty="keep").encode(record)[0] is not None
 
 
@@ -399,8 +399,8 @@ def test_equal_responses_are_an_error_dropped_or_kept(tokenizer: Any) -> None:
         encode_all(encoder(tokenizer), records, "error", lambda: None)
     assert caught.value.id == "E0304"
     dropped = encode_all(encoder(tokenizer), records, "drop", lambda: None)
-    assert (len(dropped.trees), dropped.counts) == (1, {"identical": 1})
-    assert len(encode_all(encoder(tokenizer), records, "keep", lambda: None).trees) == 2
+    assert (len(dropped.groups), dropped.counts) == (1, {"identical_text": 1})
+    assert len(encode_all(encoder(tokenizer), records, "keep", lambda: None).groups) == 2
 
 
 def test_responses_that_only_rendering_makes_equal_are_counted_apart(tokenizer: Any) -> None:
@@ -412,8 +412,11 @@ def test_responses_that_only_rendering_makes_equal_are_counted_apart(tokenizer: 
     records = [
         preference_record(row({"prompt": PROMPT, "chosen": GOOD, "rejected": bad})) for bad in (GOOD, f" {GOOD}")
     ]
-    assert encode_all(encoder(trimming), records, "drop", lambda: None).counts == {"identical": 1, "alike": 1}
-    assert encode_all(encoder(tokenizer), records, "drop", lambda: None).counts == {"identical": 1}
+    assert encode_all(encoder(trimming), records, "drop", lambda: None).counts == {
+        "identical_text": 1,
+        "identical_after_rendering": 1,
+    }
+    assert encode_all(encoder(tokenizer), records, "drop", lambda: None).counts == {"identical_text": 1}
 
 
 def test_the_fingerprint_sees_the_template_and_the_vocabulary(tokenizer: Any) -> None:
@@ -429,7 +432,7 @@ def test_the_fingerprint_sees_the_template_and_the_vocabulary(tokenizer: Any) ->
 def test_an_empty_response_is_named_where_it_stands(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"prompt": "z", "response": text, "rating": at} for at, text in enumerate(("one", "two", ""))]
     path = write_jsonl(tmp_path / "r.jsonl", rows)
-    (record,) = preference_records(read_rows(str(path)), Reading(), Rejects(), lambda _: None)
+    (record,) = preference_records(read_rows(str(path)), RowOptions(), Rejects(), lambda _: None)
     with pytest.raises(RmtoolError, match="a response is empty") as caught:
         encoder(tokenizer).encode(record)
     assert caught.value.place == Place(str(path), 3)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification
 
 from rmtool.errors import RmtoolError
-from rmtool.model.classifier import draw_head, turn_dropout_off
+from rmtool.model.classifier import disable_dropout, init_score_head
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing as compat
@@ -24,7 +24,7 @@ from rmtool.packing.last_layer import read_last_layer_sparsely
 from rmtool.packing.layers import compile_layers
 from rmtool.packing.pack_layout import pack
 from rmtool.tokenization.prefix_forest import NO_PARENT
-from rmtool.tokenization.response_group import TokenTree, build_tree
+from rmtool.tokenization.response_group import ResponseGroup, build_group
 
 VOCABULARY = 97
 WINDOW = 8
@@ -52,29 +52,31 @@ FAMILIES = {
 def build(config: Any) -> RewardModel:
     torch.manual_seed(0)
     classifier = AutoModelForSequenceClassification.from_config(copy.deepcopy(config))
-    draw_head(classifier, 0)
-    turn_dropout_off(classifier)
+    init_score_head(classifier, 0)
+    disable_dropout(classifier)
     return RewardModel(classifier, pad_id=0).eval()
 
 
-def random_trees(seed: int, shapes: tuple[tuple[int, tuple[int, ...]], ...], last: int = VOCABULARY) -> list[TokenTree]:
+def random_trees(
+    seed: int, shapes: tuple[tuple[int, tuple[int, ...]], ...], last: int = VOCABULARY
+) -> list[ResponseGroup]:
     rng = np.random.default_rng(seed)
-    trees = []
+    groups = []
     for prompt_length, responses in shapes:
         prompt = rng.integers(3, last, prompt_length)
-        trees.append(build_tree([np.concatenate((prompt, rng.integers(3, last, n))) for n in responses]))
-    return trees
+        groups.append(build_group([np.concatenate((prompt, rng.integers(3, last, n))) for n in responses]))
+    return groups
 
 
 TREES = random_trees(3, ((25, (7, 12)), (3, (1, 30, 5)), (0, (11,)), (40, (2, 2, 9, 1))))
 
 
-def alone(model: RewardModel, trees: list[TokenTree]) -> torch.Tensor:
+def alone(model: RewardModel, groups: list[ResponseGroup]) -> torch.Tensor:
     """Each response by itself, through the untouched transformers model."""
     model.share_prompts(False)
     rewards = []
-    for tree in trees:
-        for ids in tree.sequences():
+    for group in groups:
+        for ids in group.sequences():
             rewards.append(model.classifier(input_ids=torch.tensor(ids[None].astype(np.int64))).logits[0, 0])
     return torch.stack(rewards)
 
@@ -247,7 +249,9 @@ SHAPES = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(SHAPES, st.sampled_from([None, 1, 2, 5]), st.integers(0, 2**31), st.sampled_from([4, 5, VOCABULARY]))
 def test_packed_attention_equals_a_dense_mask(shapes: Any, window: int | None, seed: int, last: int) -> None:
-    batch = pack(random_trees(seed, tuple(shapes), last))  # few different ids: trees share beginnings, forests are deep
+    batch = pack(
+        random_trees(seed, tuple(shapes), last)
+    )  # few different ids: groups share beginnings, forests are deep
     torch.manual_seed(seed)
     tokens = batch.input_ids.shape[1]
     q = torch.randn(1, 4, tokens, 8, dtype=torch.float64)
@@ -266,19 +270,19 @@ def test_fewer_queries_than_keys_see_the_last_keys() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31), st.permutations(range(6)), st.integers(8, 400), st.booleans())
-def test_a_reward_does_not_depend_on_its_batch(seed: int, order: list[int], budget: int, shared: bool) -> None:
+def test_a_reward_does_not_depend_on_its_batch(seed: int, order: list[int], max_tokens: int, shared: bool) -> None:
     from rmtool.model.rewards import compute_rewards
     from rmtool.ui import SilentUi
 
     rng = np.random.default_rng(seed)
     shapes = tuple((int(rng.integers(0, 30)), tuple(rng.integers(1, 20, rng.integers(1, 4)))) for _ in range(6))
-    trees = random_trees(seed, shapes)
+    groups = random_trees(seed, shapes)
     model = MODEL
     model.share_prompts(shared)
-    together = compute_rewards(model, [trees[index] for index in order], budget, SilentUi())
+    together = compute_rewards(model, [groups[index] for index in order], max_tokens, SilentUi())
     model.share_prompts(False)
     for position, index in enumerate(order):
-        single = alone(model, [trees[index]])
+        single = alone(model, [groups[index]])
         torch.testing.assert_close(torch.tensor(together[position]), single.detach(), atol=1e-6, rtol=1e-6)
 
 

@@ -28,12 +28,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rmtool.errors import RmtoolError
-from rmtool.model.classifier import build_classifier, draw_head, turn_dropout_off
+from rmtool.model.classifier import build_classifier, disable_dropout, init_score_head
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing as compat
 from rmtool.packing.attention import UnsupportedAttentionError
-from rmtool.tokenization.response_group import TokenTree
+from rmtool.tokenization.response_group import ResponseGroup
 
 TABLE = ROOT / "tests" / "FAMILIES.md"
 WRITE = os.environ.get("RMTOOL_WRITE") == "1"
@@ -182,8 +182,8 @@ def measure(name: str, switches: dict[str, Any], folder: Path) -> Row:
     except RmtoolError as error:
         return Row(name, "refused", note=f"{error.id} {error}")
     stir(classifier)
-    draw_head(classifier, 0)
-    turn_dropout_off(classifier)
+    init_score_head(classifier, 0)
+    disable_dropout(classifier)
     model = RewardModel(classifier, pad_id=0).eval()
     try:
         reason = choose_layout(model, model, MAX_LENGTH)
@@ -216,17 +216,17 @@ def stir(classifier: torch.nn.Module) -> None:
                 parameter.copy_(noise if id(parameter) in embeddings else noise / parameter.shape[-1] ** 0.5)
 
 
-def alone(model: RewardModel, trees: list[TokenTree]) -> torch.Tensor:
+def alone(model: RewardModel, groups: list[ResponseGroup]) -> torch.Tensor:
     model.eval()
     model.share_prompts(False)
-    rows = [torch.from_numpy(ids.astype("int64"))[None] for tree in trees for ids in tree.sequences()]
+    rows = [torch.from_numpy(ids.astype("int64"))[None] for group in groups for ids in group.sequences()]
     return torch.stack([model.classifier(input_ids=row, use_cache=False).logits[0, 0] for row in rows])
 
 
 def compare(
     model: RewardModel, shares: bool, truth: tuple[torch.Tensor, dict[str, torch.Tensor]]
 ) -> tuple[float, float]:
-    """Errors of all trees in one batch, as training runs them, of rewards and of the worst parameter's gradient."""
+    """Errors of all groups in one batch, as training runs them, of rewards and of the worst parameter's gradient."""
     expected, expected_gradients = truth
     model.share_prompts(shares)
     model.train()

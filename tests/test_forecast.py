@@ -31,7 +31,7 @@ from rmtool.ui import SilentUi
 LLAMA_8B = {"vocab_size": 128_264, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
             "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
 WEIGHTS = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336 + 2 * 4096) + 128_264 * 4096 + 2 * 4096
-SMALL = 65 * 4096 + 4096  # norms and the score head
+NON_WEIGHT_FILES = 65 * 4096 + 4096  # norms and the score head
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,10 @@ def sharded(llama: Path) -> Memory:
     return plan_memory(recipe(), llama, 8192)
 
 
-def test_zero3_shares_weights_gradients_and_optimiser_out(sharded: Memory) -> None:
+def test_zero3_shares_weights_gradients_and_optimizer_out(sharded: Memory) -> None:
     memory = sharded
     assert memory.parameters == memory.trainable == WEIGHTS
-    assert memory.weights == WEIGHTS * 4 // 64 + 4 * SMALL
+    assert memory.weights == WEIGHTS * 4 // 64 + 4 * NON_WEIGHT_FILES
     assert memory.gradients == WEIGHTS * 4 // 64
     assert memory.optimizer == WEIGHTS * 8 // 64 + WEIGHTS * 4 // 64  # two moments, and the weights that are stepped
     gathered = max(2 * LIVE_PARAMETERS, 4 * 128_264 * 4096)
@@ -78,19 +78,19 @@ def test_offloaded_states_wait_in_the_host(llama: Path, sharded: Memory) -> None
 
 
 def test_one_process_holds_everything(llama: Path) -> None:
-    memory = plan_memory(recipe("launch.engine=single", "launch.nodes=1", "launch.processes_per_node=1"), llama, 8192)
+    memory = plan_memory(recipe("launch.engine=single", "launch.nodes=1", "launch.gpus_per_node=1"), llama, 8192)
     assert (memory.weights, memory.gradients, memory.optimizer) == (4 * WEIGHTS, 4 * WEIGHTS, 8 * WEIGHTS)
     assert memory.buffers == 0
 
 
 def test_adapters_and_4_bits_take_less(llama: Path) -> None:
-    one = ("launch.engine=ddp", "launch.nodes=1", "launch.processes_per_node=8", "lora.rank=16")
+    one = ("launch.engine=ddp", "launch.nodes=1", "launch.gpus_per_node=8", "lora.rank=16")
     adapters = plan_memory(recipe(*one), llama, 8192)
     matrices = 32 * (2 * 16 * 8192 + 2 * 16 * (4096 + 1024) + 3 * 16 * (4096 + 14_336))
     assert adapters.trainable == matrices + 4096
     assert adapters.weights == 4 * (WEIGHTS + matrices)
     quantized = plan_memory(recipe(*one, "lora.quantize=4bit"), llama, 8192)
-    linear = WEIGHTS - 128_264 * 4096 - SMALL
+    linear = WEIGHTS - 128_264 * 4096 - NON_WEIGHT_FILES
     assert quantized.weights == pytest.approx(4 * (WEIGHTS - linear + matrices) + 0.516 * linear, rel=1e-3)
 
 
@@ -112,7 +112,7 @@ def test_few_layers_tell_of_all(llama: Path, monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_what_is_alive_is_counted_and_what_died_is_not() -> None:
-    with FakeTensorMode(), memories._Alive([]) as alive:
+    with FakeTensorMode(), memories.LiveTensorTracker([]) as alive:
         first = torch.empty(100)
         view = first[50:]
         second = first * 2
@@ -133,21 +133,21 @@ def test_work_is_that_of_the_steps(causal_lm: Path, tmp_path: Path) -> None:
         "data.holdout=0",
         "train.batch_size=32",
         "train.tokens_per_pack=100",
-        "launch.processes_per_node=4",
+        "launch.gpus_per_node=4",
         "launch.engine=ddp",
         "launch.peak_tflops=2e-6",
-        "launch.utilisation=0.5",
+        "launch.expected_mfu=0.5",
     )
     encoder, _ = training_encoder(made, causal_lm)
     data = load_split(made, encoder, Rejects(), SilentUi()).train
     seen = forecast(made, causal_lm, data, 10)
     assert seen.work is not None
-    steps = list(epoch_steps(data.labels, data.trees, made.train.seed, 0, 32))
-    tokens = [sum(unit.tree.unique_tokens for unit in units) for units in steps]
+    steps = list(epoch_steps(data.metadata, data.groups, made.train.seed, 0, 32))
+    tokens = [sum(unit.group.unique_tokens for unit in units) for units in steps]
     assert seen.work.tokens == sum(tokens) / 2
     assert seen.work.cost > seen.work.tokens  # attention
     assert seen.work.packs >= max(tokens) / 100 / 4
-    assert max(unit.tree.unique_tokens for units in steps for unit in units) <= seen.work.largest <= 100
+    assert max(unit.group.unique_tokens for units in steps for unit in units) <= seen.work.largest <= 100
     assert 1 <= seen.work.slowest < 1.5
     config = json.loads((causal_lm / "config.json").read_text())
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
@@ -166,7 +166,7 @@ def test_the_largest_pack_counts_what_its_rows_share_once(causal_lm: Path, tmp_p
     encoder, _ = training_encoder(made, causal_lm)
     data = load_split(made, encoder, Rejects(), SilentUi()).train
     seen = forecast(made, causal_lm, data, 10).work
-    sequences = [ids.tolist() for tree in data.trees for ids in tree.sequences()]
+    sequences = [ids.tolist() for group in data.groups for ids in group.sequences()]
     prefixes = {tuple(ids[: at + 1]) for ids in sequences for at in range(len(ids))}
     assert seen is not None
     assert seen.largest == len(prefixes) < seen.tokens
@@ -214,8 +214,8 @@ def test_a_model_that_runs_padded_is_foreseen_so(causal_lm: Path, tmp_path: Path
     data = load_split(made, encoder, Rejects(), SilentUi()).train
     seen = forecast(made, tmp_path / "gemma", data, 10)
     assert seen.work is not None
-    [units] = epoch_steps(data.labels, data.trees, made.train.seed, 0, 16)
-    rows = [len(ids) for unit in units for ids in unit.tree.sequences()]
+    [units] = epoch_steps(data.metadata, data.groups, made.train.seed, 0, 16)
+    rows = [len(ids) for unit in units for ids in unit.group.sequences()]
     assert seen.work.tokens == seen.work.largest == len(rows) * max(rows)  # one pack
     assert dict(seen.rows())["tokens per step, padding too"].startswith(f"{len(rows) * max(rows):,}")
     assert seen.memory.tokens == seen.work.largest
@@ -232,18 +232,30 @@ def test_of_the_experts_those_count_that_a_token_meets() -> None:
              "num_experts_per_tok": 2}  # fmt: skip
     model = RewardModel(AutoModelForSequenceClassification.from_config(MixtralConfig(**sizes, pad_token_id=0)), 0)
     attention, router, expert = 32 * (32 + 16 + 16 + 32), 8 * 32, 3 * 32 * 48
-    assert model.multiplied_weights == attention + router + 2 * expert
+    assert model.active_matmul_params == attention + router + 2 * expert
 
 
 @pytest.mark.parametrize(
     ("settings", "row", "words"),
     [
         ((), "loss", "bradley-terry"),
-        (("train.loss=hinge", "train.center=0.01"), "loss", "hinge, plus 0.01 (chosen + rejected)^2"),
+        (
+            ("train.loss=hinge", "train.center_rewards_coefficient=0.01"),
+            "loss",
+            "hinge, plus 0.01 (chosen + rejected)^2",
+        ),
         (("train.label_smoothing=0.1",), "loss", "smoothed by 0.1"),
         (("train.freeze=backbone",), "model", "the score head alone"),
-        (("train.keep=best", "train.best_by=loss", "train.patience=3"), "checkpoint", "the best eval loss"),
-        (("train.keep=best", "train.patience=3"), "checkpoint", "stops after 3 evaluations without a better one"),
+        (
+            ("train.keep=best", "train.metric_for_best=loss", "train.early_stopping_patience=3"),
+            "checkpoint",
+            "the best eval loss",
+        ),
+        (
+            ("train.keep=best", "train.early_stopping_patience=3"),
+            "checkpoint",
+            "stops after 3 evaluations without a better one",
+        ),
     ],
 )
 def test_a_plan_says_how_it_trains(settings: tuple[str, ...], row: str, words: str) -> None:

@@ -10,9 +10,9 @@ import pytest
 from conftest import SHARED, pair_rows, write_jsonl
 
 from rmtool.config import Source
-from rmtool.data.formats import FORMATS, preference_record, preference_records, recognise
+from rmtool.data.formats import FORMATS, preference_record, preference_records, recognize
 from rmtool.data.messages import Message
-from rmtool.data.record import Reading, Record
+from rmtool.data.record import Record, RowOptions
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row, read_rows
 from rmtool.data.sources import draw_share, select
@@ -123,9 +123,9 @@ EXAMPLES: dict[str, tuple[str, dict[str, Any], set[tuple[str, str, str]]]] = {
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_format_is_recognised_and_gives_its_pairs(name: str) -> None:
+def test_a_format_is_recognized_and_gives_its_pairs(name: str) -> None:
     format, data, expected = EXAMPLES[name]
-    assert recognise(row(data)).name == format
+    assert recognize(row(data)).name == format
     assert texts(preference_record(row(data))) == expected
 
 
@@ -155,7 +155,7 @@ def test_ties_give_no_pair(name: str) -> None:
 
 
 def test_margins_come_from_ratings_when_asked() -> None:
-    rating = Reading(rating_margins=True)
+    rating = RowOptions(rating_margins=True)
     record = preference_record(row(EXAMPLES["UltraFeedback"][1]), rating)
     found = dict(zip(record.preferences, record.margins, strict=True))
     assert found == {(1, 0): 7.5, (2, 0): 3.0, (1, 2): 4.5}
@@ -164,7 +164,7 @@ def test_margins_come_from_ratings_when_asked() -> None:
 
 
 def test_margins_of_pairs_come_from_their_scores_when_asked() -> None:
-    rating, pair = Reading(rating_margins=True), {"prompt": Q, "chosen": GOOD, "rejected": BAD}
+    rating, pair = RowOptions(rating_margins=True), {"prompt": Q, "chosen": GOOD, "rejected": BAD}
     scores = {"score_chosen": 8.5, "score_rejected": 6}
     assert preference_record(row(pair | scores), rating).margins == (2.5,)
     assert preference_record(row(pair | scores)).margins == (None,)
@@ -181,8 +181,8 @@ def test_margins_of_pairs_come_from_their_scores_when_asked() -> None:
 def read(rows: list[dict[str, Any]]) -> list[Record]:
     numbered = [row(data, line) for line, data in enumerate(rows, 1)]
     rejects = Rejects()
-    records = list(preference_records(numbered, Reading(), rejects, lambda format: None))
-    rejects.settle()
+    records = list(preference_records(numbered, RowOptions(), rejects, lambda format: None))
+    rejects.raise_if_any()
     return records
 
 
@@ -205,11 +205,13 @@ def test_rated_rows_of_one_prompt_become_one_record() -> None:
 def test_columns_map_what_is_not_known() -> None:
     data = {"question": Q, "answers": {"good": GOOD, "bad": BAD}, "how_sure": 2}
     columns = (("prompt", "question"), ("chosen", "answers.good"), ("rejected", "answers.bad"), ("margin", "how_sure"))
-    record = preference_record(row(data), Reading(columns))
+    record = preference_record(row(data), RowOptions(columns))
     assert (texts(record), record.margins) == (ONE, (2.0,))
     with pytest.raises(RmtoolError, match=r'"answers.best", which data.columns.chosen names, is missing'):
-        preference_record(row(data), Reading((("chosen", "answers.best"),)))
-    assert preference_record(row(EXAMPLES["PKU-SafeRLHF"][1]), Reading((("better_response_id", "safer_response_id"),)))
+        preference_record(row(data), RowOptions((("chosen", "answers.best"),)))
+    assert preference_record(
+        row(EXAMPLES["PKU-SafeRLHF"][1]), RowOptions((("better_response_id", "safer_response_id"),))
+    )
 
 
 def test_system_prompts_tools_and_weights_are_read() -> None:
@@ -270,7 +272,7 @@ def test_a_wrong_value_is_named(name: str, change: dict[str, Any], what: str) ->
 )
 def test_real_files_are_read_whole(path: str, format: str) -> None:
     rows, names, rejects = list(read_rows(str(SHARED / "data" / path))), list[str](), Rejects()
-    records = list(preference_records(rows, Reading(), rejects, lambda found: names.append(found.name)))
+    records = list(preference_records(rows, RowOptions(), rejects, lambda found: names.append(found.name)))
     assert (len(records), rejects.count, names) == (len(rows), 0, [format])
 
 
@@ -284,16 +286,16 @@ def test_bad_rows_are_listed_together_or_set_aside(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(lines))
     rejects = Rejects()
-    assert len(list(preference_records(read_rows(str(path), rejects), Reading(), rejects, lambda _: None))) == 31
+    assert len(list(preference_records(read_rows(str(path), rejects), RowOptions(), rejects, lambda _: None))) == 31
     with pytest.raises(RmtoolError) as caught:
-        rejects.settle()
+        rejects.raise_if_any()
     error = caught.value
     assert (error.what, len(error.rows), error.more) == ("29 rows cannot be used", 20, 9)
     assert error.rows[0].startswith(f"{path}:4:13: a comma or }} was expected")
     assert RmtoolError.from_dict(error.as_dict()).rows == error.rows
     with Rejects(tmp_path / "rejects.jsonl") as aside:
-        assert len(list(preference_records(read_rows(str(path), aside), Reading(), aside, lambda _: None))) == 31
-        aside.settle()
+        assert len(list(preference_records(read_rows(str(path), aside), RowOptions(), aside, lambda _: None))) == 31
+        aside.raise_if_any()
     written = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [item["line"] for item in written] == list(range(4, 61, 2))
     assert {item["code"] for item in written} == {"E0301", "E0303"}
@@ -301,7 +303,7 @@ def test_bad_rows_are_listed_together_or_set_aside(tmp_path: Path) -> None:
 
 
 def mixed(tmp_path: Path, *sources: Source, seed: int = 0) -> list[str]:
-    records = select(sources, Reading(), seed, Rejects(), lambda: None).records()
+    records = select(sources, RowOptions(), seed, Rejects(), lambda: None).records()
     return [f"{Path(record.place.file).stem}{record.place.line}" for record in records]
 
 
@@ -367,7 +369,7 @@ def test_a_prompt_is_never_lost(data: dict[str, Any], what: str) -> None:
 
 def read_file(path: Path, columns: tuple[tuple[str, str], ...] = ()) -> tuple[list[Record], list[RmtoolError]]:
     aside = Rejects()
-    records = list(preference_records(read_rows(str(path), aside), Reading(columns), aside, lambda _: None))
+    records = list(preference_records(read_rows(str(path), aside), RowOptions(columns), aside, lambda _: None))
     return records, aside._listed
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification
 from rmtool.model.bf16_emulation import wide_products
 from rmtool.model.reward_model import PRECISIONS, RewardModel
 from rmtool.model.rewards import compute_rewards
-from rmtool.tokenization.response_group import Ids, TokenTree, build_tree
+from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
 from rmtool.ui import SilentUi
 
 # Largest difference allowed between a reward in a batch and the same response alone, where the largest reward of the
@@ -45,12 +45,12 @@ class Pool:
 
 @dataclass(frozen=True)
 class Draw:
-    """One batch: the responses of each tree, how many tokens go into a pack, packed (shared) or padded, and whether
-    packs are made of whole trees, as in training, or of single responses, as in evaluation and scoring.
+    """One batch: the responses of each group, how many tokens go into a pack, packed (shared) or padded, and whether
+    packs are made of whole groups, as in training, or of single responses, as in evaluation and scoring.
     """
 
-    trees: tuple[tuple[Ids, ...], ...]
-    budget: int
+    groups: tuple[tuple[Ids, ...], ...]
+    max_tokens: int
     shared: bool
     whole: bool = False
 
@@ -100,26 +100,26 @@ def pool(family: str, precision: str = "fp32", rounded: bool = False) -> Pool:
 
 
 def draw(pool: Pool, seed: Sequence[int]) -> Draw:
-    """1 to 64 trees with 1 or more of their responses, in any order; trees and responses may come twice."""
+    """1 to 64 groups with 1 or more of their responses, in any order; groups and responses may come twice."""
     rng = np.random.default_rng(list(seed))
     size = rng.integers(1, 65) if rng.integers(3) == 0 else int(np.exp(rng.uniform(0, math.log(65))))
-    trees = []
+    groups = []
     for index in rng.integers(0, len(pool.prompts), size):
         responses = pool.prompts[index]
         count = rng.integers(1, len(responses) + 1)
-        trees.append(tuple(responses[item] for item in rng.integers(0, len(responses), count)))
-    budget = int(np.exp(rng.uniform(math.log(64), math.log(8192))))
-    return Draw(tuple(trees), budget, bool(rng.integers(2)), bool(rng.integers(2)))
+        groups.append(tuple(responses[item] for item in rng.integers(0, len(responses), count)))
+    max_tokens = int(np.exp(rng.uniform(math.log(64), math.log(8192))))
+    return Draw(tuple(groups), max_tokens, bool(rng.integers(2)), bool(rng.integers(2)))
 
 
 @torch.no_grad()
-def rewards_of_a_step(model: RewardModel, trees: Sequence[TokenTree], budget: int) -> list[list[float]]:
+def rewards_of_a_step(model: RewardModel, groups: Sequence[ResponseGroup], max_tokens: int) -> list[list[float]]:
     """The rewards that a training step is computed from."""
-    rewards: list[list[float]] = [[] for _ in trees]
-    for items in model.plan(trees, budget):
-        flat = iter(model(model.collate([trees[item] for item in items])).tolist())
+    rewards: list[list[float]] = [[] for _ in groups]
+    for items in model.plan(groups, max_tokens):
+        flat = iter(model(model.collate([groups[item] for item in items])).tolist())
         for item in items:
-            rewards[item] = [next(flat) for _ in trees[item].responses]
+            rewards[item] = [next(flat) for _ in groups[item].responses]
     return rewards
 
 
@@ -131,14 +131,14 @@ def check(pool: Pool, batch: Draw, bound: float | None = None) -> float:
     """
     bound = bound or BOUND[pool.model.precision]
     pool.model.share_prompts(batch.shared)
-    trees = [build_tree([ids.tolist() for ids in responses]) for responses in batch.trees]
+    groups = [build_group([ids.tolist() for ids in responses]) for responses in batch.groups]
     if batch.whole:
-        rewards = rewards_of_a_step(pool.model, trees, batch.budget)
+        rewards = rewards_of_a_step(pool.model, groups, batch.max_tokens)
     else:
-        rewards = compute_rewards(pool.model, trees, batch.budget, SilentUi())
-    assert [len(values) for values in rewards] == [len(responses) for responses in batch.trees]
+        rewards = compute_rewards(pool.model, groups, batch.max_tokens, SilentUi())
+    assert [len(values) for values in rewards] == [len(responses) for responses in batch.groups]
     got = np.array([value for values in rewards for value in values])
-    expected = np.array([pool.rewards[ids.tobytes()] for responses in batch.trees for ids in responses])
+    expected = np.array([pool.rewards[ids.tobytes()] for responses in batch.groups for ids in responses])
     margins = expected[:, None] - expected
     flips = (margins > 2 * bound) & (got[:, None] <= got)
     assert not flips.any(), f"{int(flips.sum())} pairs changed their order"
@@ -163,11 +163,11 @@ def test_the_pool_has_what_the_batches_are_to_be_tested_on() -> None:
         assert np.diff(rewards).min() > 4 * BOUND["fp32"]  # so every pair's order is tested
         assert np.abs(rewards).max() == pytest.approx(1)
     batches = [draw(pool("llama"), (0, index)) for index in range(250)]
-    sizes = [len(batch.trees) for batch in batches]
+    sizes = [len(batch.groups) for batch in batches]
     assert (min(sizes), max(sizes)) == (1, 64)
     assert len({(batch.shared, batch.whole) for batch in batches}) == 4
-    assert {len(responses) for batch in batches for responses in batch.trees} == set(range(1, 7))
-    whole = batches[sizes.index(64)].trees
+    assert {len(responses) for batch in batches for responses in batch.groups} == set(range(1, 7))
+    whole = batches[sizes.index(64)].groups
     assert len({tuple(ids.tobytes() for ids in responses) for responses in whole}) < len(whole)
     texts = sorted(ids.tobytes() for responses in whole for ids in responses)
     assert any(b.startswith(a) and a != b for a, b in itertools.pairwise(texts))
@@ -206,6 +206,6 @@ def test_bf16_rounds_the_backbone_and_not_the_reward() -> None:
     """A head in bf16 would stay within the bound here, but put rewards near 4 on a grid of 0.03."""
     half = pool("llama", "bf16")
     half.model.share_prompts(True)
-    trees = [build_tree([ids.tolist()]) for responses in half.prompts for ids in responses]
-    rewards = torch.tensor(compute_rewards(half.model, trees, 4096, SilentUi()))
+    groups = [build_group([ids.tolist()]) for responses in half.prompts for ids in responses]
+    rewards = torch.tensor(compute_rewards(half.model, groups, 4096, SilentUi()))
     assert (rewards != rewards.bfloat16()).float().mean() > 0.9

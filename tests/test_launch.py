@@ -21,7 +21,7 @@ from rmtool.data import rejects
 from rmtool.dataset import report
 from rmtool.launch import supervise as launch
 from rmtool.launch.run_folder import LOG_FILE, _set_aside
-from rmtool.launch.watch import Watch, clear, started
+from rmtool.launch.watch import FailureMonitor, clear, started
 from rmtool.training import tracking
 from rmtool.training import worker_status as status
 
@@ -251,7 +251,7 @@ def test_a_process_that_stands_still_before_it_has_begun_is_seen(
 ) -> None:
     monkeypatch.setattr("rmtool.launch.watch.HANG_S", 0.5)
     sleeper = run_later("import time; time.sleep(60)", **{status.LAUNCHER: str(os.getpid())})
-    watch = Watch(tmp_path, 1)
+    watch = FailureMonitor(tmp_path, 1)
     try:
         started = time.monotonic()
         until(lambda: watch.look() is not None or time.monotonic() - started > 3)

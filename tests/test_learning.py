@@ -22,8 +22,8 @@ from rmtool.dataset.split import hold_out
 from rmtool.errors import Place, RmtoolError
 from rmtool.evaluation.metrics import PairSums
 from rmtool.model.loss import bradley_terry
-from rmtool.tokenization.response_group import build_tree
-from rmtool.training.optim import build_optimizer, schedule_factor
+from rmtool.tokenization.response_group import build_group
+from rmtool.training.optim import build_optimizer, lr_multiplier
 
 TRAIN = TrainConfig(batch_size=4, learning_rate=1e-3)
 REWARDS = st.lists(st.tuples(st.floats(-20, 20), st.floats(-20, 20)), min_size=1, max_size=30)
@@ -74,20 +74,20 @@ def test_an_equal_pair_is_a_tie_and_earns_nothing() -> None:
     assert (sums.correct, sums.ties) == (0.0, 1.0)
 
 
-def test_warm_up_counts_optimiser_steps_once_and_the_fall_ends_at_zero() -> None:
+def test_warm_up_counts_optimizer_steps_once_and_the_fall_ends_at_zero() -> None:
     linear = replace(TRAIN, warmup_steps=4)
-    factors = [schedule_factor(linear, step, 10) for step in range(11)]
+    factors = [lr_multiplier(linear, step, 10) for step in range(11)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0
     assert factors[7] == pytest.approx(0.5)
     assert factors[10] == 0.0
     cosine = replace(TRAIN, schedule="cosine")
-    assert schedule_factor(cosine, 0, 10) == 1.0
-    assert schedule_factor(cosine, 5, 10) == pytest.approx(0.5)
-    assert schedule_factor(replace(TRAIN, schedule="constant"), 9, 10) == 1.0
+    assert lr_multiplier(cosine, 0, 10) == 1.0
+    assert lr_multiplier(cosine, 5, 10) == pytest.approx(0.5)
+    assert lr_multiplier(replace(TRAIN, schedule="constant"), 9, 10) == 1.0
 
 
-def test_the_optimiser_is_the_recipes_and_decays_only_matrices() -> None:
+def test_the_optimizer_is_the_recipes_and_decays_only_matrices() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     model[0].weight.requires_grad_(True)
     optimizer = build_optimizer(model, replace(TRAIN, weight_decay=0.1, eps=1e-5))
@@ -109,16 +109,16 @@ def ranked(place: int) -> Record:
 @pytest.mark.parametrize(("count", "batch_size"), [(1, 1), (10, 4), (12, 4), (3, 100)])
 def test_an_epoch_has_every_pair_once(count: int, batch_size: int) -> None:
     items = [*records(count), ranked(1), ranked(2)]
-    trees = [build_tree([[1, 2, n] for n in range(len(record.responses))]) for record in items]
-    steps = list(epoch_steps([item.labels() for item in items], trees, seed=1, epoch=0, batch_size=batch_size))
-    pairs = count_pairs(item.labels() for item in items)
+    groups = [build_group([[1, 2, n] for n in range(len(record.responses))]) for record in items]
+    steps = list(epoch_steps([item.metadata() for item in items], groups, seed=1, epoch=0, batch_size=batch_size))
+    pairs = count_pairs(item.metadata() for item in items)
     assert [sum(len(unit.preferences) for unit in step) for step in steps[:-1]] == [batch_size] * (len(steps) - 1)
     assert len(steps) == plan_steps(1, None, pairs, batch_size)
     seen = []
     for unit in (unit for step in steps for unit in step):
         for winner, loser, margin in unit.preferences:
-            ids = [int(unit.tree.sequences()[response][-1]) for response in (winner, loser)]
-            seen.append((str(unit.labels.place), *ids, margin))
+            ids = [int(unit.group.sequences()[response][-1]) for response in (winner, loser)]
+            seen.append((str(unit.metadata.place), *ids, margin))
     expected = [
         (str(record.place), winner, loser, margin or 0.0)
         for record in items
@@ -136,7 +136,7 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 @given(st.integers(0, 15), st.integers(0, 5))
 def test_no_prompt_stands_on_both_sides(wanted: int, seed: int) -> None:
     items = records(25) + [replace(record, place=Place("again", 1)) for record in records(5)]
-    labels = [item.labels() for item in items]
+    labels = [item.metadata() for item in items]
     train, held = hold_out(labels, wanted, seed)
     assert count_pairs(labels[place] for place in held) == wanted
     assert sorted(train + held) == list(range(len(items)))
@@ -144,13 +144,13 @@ def test_no_prompt_stands_on_both_sides(wanted: int, seed: int) -> None:
 
 
 def test_records_without_a_prompt_are_held_out_one_by_one() -> None:
-    items = [replace(record, prompt=()).labels() for record in records(20)]
+    items = [replace(record, prompt=()).metadata() for record in records(20)]
     train, held = hold_out(items, 5, 0)
     assert (len(train), len(held)) == (15, 5)
 
 
 def test_a_hold_out_that_whole_prompts_cannot_give_is_refused() -> None:
-    items = [replace(record, prompt=(Message("user", str(n % 2)),)).labels() for n, record in enumerate(records(20))]
+    items = [replace(record, prompt=(Message("user", str(n % 2)),)).metadata() for n, record in enumerate(records(20))]
     with pytest.raises(RmtoolError) as caught:
         hold_out(items, 15, 0)
     assert (caught.value.id, "10 can" in caught.value.what) == ("E0308", True)

@@ -25,14 +25,14 @@ from rmtool.config import LoraConfig, Recipe
 from rmtool.data.messages import Message
 from rmtool.errors import RmtoolError
 from rmtool.model import reward_model as models
-from rmtool.model.classifier import build_classifier, draw_head, turn_dropout_off
+from rmtool.model.classifier import build_classifier, disable_dropout, init_score_head
 from rmtool.model.layout_choice import choose_layout
-from rmtool.model.loading import add_adapters, load_for_use, slow_precision, training_encoder, training_model
+from rmtool.model.loading import add_adapters, load_for_inference, slow_precision, training_encoder, training_model
 from rmtool.model.rewards import compute_rewards
-from rmtool.model.weights import empty_twin, whole_weights
+from rmtool.model.weights import meta_copy, whole_weights
 from rmtool.packing import prefix_sharing as compat
 from rmtool.recipe import load_recipe
-from rmtool.tokenization.response_group import build_tree
+from rmtool.tokenization.response_group import build_group
 from rmtool.tokenization.tokenizer import ensure_pad_token, load_tokenizer
 from rmtool.ui import SilentUi
 
@@ -82,10 +82,10 @@ def test_the_head_is_drawn_with_the_papers_deviation(hidden: int) -> None:
     model = LlamaForSequenceClassification(config)
     draws = []
     for seed in range(40):
-        draw_head(model, seed)
+        init_score_head(model, seed)
         draws.append(model.score.weight.detach().clone())
     assert torch.stack(draws).std().item() == pytest.approx(1 / math.sqrt(hidden + 1), rel=0.06)
-    draw_head(model, 3)
+    init_score_head(model, 3)
     assert torch.equal(model.score.weight, draws[3])
 
 
@@ -101,7 +101,7 @@ def test_dropout_is_off_in_the_whole_model_while_training(tokenizer: Any) -> Non
     ids = torch.arange(3, 20)[None]
     for model in (llama, gpt2):
         assert not torch.equal(*(model.train()(ids).logits for _ in range(2)))  # it was on
-        turn_dropout_off(model)
+        disable_dropout(model)
         assert torch.equal(*(model.train()(ids).logits for _ in range(2)))
 
 
@@ -117,7 +117,7 @@ def test_what_is_trained_has_no_dropout_left(causal_lm: Path, tmp_path: Path) ->
 
 def test_a_causal_lm_has_no_head_to_score_with(causal_lm: Path) -> None:
     with pytest.raises(RmtoolError) as caught:
-        load_for_use(causal_lm)
+        load_for_inference(causal_lm)
     assert (caught.value.id, caught.value.exit_code) == ("E0401", 4)
 
 
@@ -127,7 +127,7 @@ def test_two_labels_are_no_reward(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "m")
     LlamaForSequenceClassification(LlamaConfig(**tiny_config(1300), num_labels=2)).save_pretrained(folder)
     with pytest.raises(RmtoolError) as caught:
-        load_for_use(folder)
+        load_for_inference(folder)
     assert caught.value.id == "E0402"
 
 
@@ -140,7 +140,7 @@ def test_an_encoder_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     )
     BertForSequenceClassification(config).save_pretrained(folder)
     with pytest.raises(RmtoolError) as caught:
-        load_for_use(folder)
+        load_for_inference(folder)
     assert caught.value.id == "E0406"
 
 
@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_is_an_error_of_ours(checkpoint: Path, tmp_path: Pa
     folder = shutil.copytree(checkpoint, tmp_path / "m")
     damage(folder)
     with pytest.raises(RmtoolError) as caught:
-        load_for_use(folder)
+        load_for_inference(folder)
     assert (caught.value.id, caught.value.exit_code) == (id, 4)
 
 
@@ -171,7 +171,7 @@ def test_a_weight_that_is_missing_is_an_error(checkpoint: Path, tmp_path: Path) 
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RmtoolError) as caught:
-        load_for_use(folder)
+        load_for_inference(folder)
     assert caught.value.id == "E0404"
     assert "up_proj" in caught.value.what
 
@@ -179,12 +179,12 @@ def test_a_weight_that_is_missing_is_an_error(checkpoint: Path, tmp_path: Path) 
 def test_rewards_are_those_of_plain_transformers(checkpoint: Path, tokenizer: Any) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    loaded = load_for_use(checkpoint)
+    loaded = load_for_inference(checkpoint)
     conversation = [Message("user", "Hello there"), Message("assistant", "Hi!")]
     ids = loaded.encoder.ids(conversation)
     plain = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32)
     expected = plain(torch.tensor([ids])).logits[0, 0].item()
-    [[reward]] = compute_rewards(loaded.model, [build_tree([ids])], 100, SilentUi())
+    [[reward]] = compute_rewards(loaded.model, [build_group([ids])], 100, SilentUi())
     assert reward == pytest.approx(expected, abs=1e-6)
 
 
@@ -203,14 +203,14 @@ def test_a_pad_that_ends_responses_is_read_as_transformers_reads_it(
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": config_pad}
     (folder / "config.json").write_text(json.dumps(config))
-    loaded = load_for_use(folder)
+    loaded = load_for_inference(folder)
     assert any("pad token" in notice for notice in loaded.notices) == (config_pad == 2)
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]
     full = tokenizer.apply_chat_template(chat, return_dict=False)
     assert full[-1] == 2
     plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     ids = loaded.encoder.ids([Message(**message) for message in chat])
-    [[reward]] = compute_rewards(loaded.model, [build_tree([ids])], 100, SilentUi())
+    [[reward]] = compute_rewards(loaded.model, [build_group([ids])], 100, SilentUi())
     assert reward == pytest.approx(plain(torch.tensor([full])).logits[0, 0].item(), abs=1e-6)
 
 
@@ -221,7 +221,7 @@ def test_a_head_with_a_bias_is_refused(checkpoint: Path, tmp_path: Path) -> None
     weights = load_file(folder / "model.safetensors") | {"score.bias": torch.tensor([5.0])}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RmtoolError) as caught:
-        load_for_use(folder)
+        load_for_inference(folder)
     assert (caught.value.id, "score.bias" in caught.value.what) == ("E0406", True)
 
 
@@ -232,9 +232,9 @@ def test_learned_positions_bound_the_length(tmp_path: Path, checkpoint: Path) ->
     GPT2ForSequenceClassification(
         GPT2Config(vocab_size=1300, n_embd=32, n_layer=1, n_head=2, n_positions=64, num_labels=1, pad_token_id=0)
     ).save_pretrained(folder)
-    assert load_for_use(folder, max_length=64).model.shares_prompts
+    assert load_for_inference(folder, max_length=64).model.shares_prompts
     with pytest.raises(RmtoolError) as caught:
-        load_for_use(folder, max_length=65)
+        load_for_inference(folder, max_length=65)
     assert caught.value.id == "E0411"
 
 
@@ -299,7 +299,7 @@ def test_adapters_train_the_head_and_merge_into_an_ordinary_model(checkpoint: Pa
     before, head = classifier(ids).logits.detach(), classifier.score.weight.detach().clone()
     saved = tmp_path / "saved"
     weights = dict(whole_weights(classifier, torch.float32))
-    empty_twin(classifier, torch.float32).save_pretrained(saved, state_dict=weights)
+    meta_copy(classifier, torch.float32).save_pretrained(saved, state_dict=weights)
     again, has_head = build_classifier(saved, dtype=torch.float32)
     assert has_head
     assert set(again.state_dict()) == names
@@ -394,7 +394,7 @@ def test_large_blocks_are_reused() -> None:
     Without huge pages, which some systems use by default: 64 MB of them are only 32 faults."""
     code = """if True:
         import ctypes, os, resource, torch
-        from rmtool.model.loading import keep_freed_memory
+        from rmtool.model.loading import tune_malloc
         ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
         def faults():
             for _ in range(20):
@@ -403,10 +403,10 @@ def test_large_blocks_are_reused() -> None:
             torch.ones(2**24)
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         os.environ["MALLOC_MMAP_MAX_"] = "65536"
-        keep_freed_memory()
+        tune_malloc()
         print(faults())
         del os.environ["MALLOC_MMAP_MAX_"]
-        keep_freed_memory()
+        tune_malloc()
         print(faults())
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}

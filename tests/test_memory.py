@@ -45,7 +45,7 @@ def long_rows(count: int) -> list[dict[str, str]]:
 
 
 def words(model: str, engine: str, processes: int, output: str, *more: str) -> list[str | Path]:
-    """A command for two optimiser steps of several packs each."""
+    """A command for two optimizer steps of several packs each."""
     settings = ("model.weights=random", "data.holdout=0", "train.batch_size=24", "train.max_steps=2",
                 "train.precision=fp32", "train.tokens_per_pack=2048", "data.max_length=512",
                 f"launch.engine={engine}", *more)  # fmt: skip

@@ -17,35 +17,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmtool.packing.pack_layout import pack, pad
-from rmtool.tokenization.pack_plan import KEYS_PER_TOKEN, plan_packs, plan_reads
+from rmtool.tokenization.pack_plan import KEYS_PER_TOKEN, plan_inference_packs, plan_packs
 from rmtool.tokenization.prefix_forest import NO_PARENT, Window, prefix_order
-from rmtool.tokenization.response_group import Ids, TokenTree, build_tree
-from rmtool.tokenization.token_store import TreeSpool
+from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
+from rmtool.tokenization.token_store import TokenStore
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=5)
 
 
 @given(SEQUENCES)
 def test_a_tree_gives_its_sequences_back(sequences: list[list[int]]) -> None:
-    tree = build_tree(sequences)
-    assert [ids.tolist() for ids in tree.sequences()] == sequences
-    assert all(len(response) for response in tree.responses)
+    group = build_group(sequences)
+    assert [ids.tolist() for ids in group.sequences()] == sequences
+    assert all(len(response) for response in group.responses)
 
 
 @given(SEQUENCES)
 def test_the_prefix_is_the_longest_that_leaves_each_response_a_token(sequences: list[list[int]]) -> None:
-    tree = build_tree(sequences)
-    longer = len(tree.prompt) + 1
+    group = build_group(sequences)
+    longer = len(group.prompt) + 1
     shared = len({tuple(ids[:longer]) for ids in sequences}) == 1 and all(len(ids) > longer for ids in sequences)
     assert len(sequences) == 1 or not shared
-    assert tree.unique_tokens <= sum(map(len, sequences))
+    assert group.unique_tokens <= sum(map(len, sequences))
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=4))
-def test_a_pack_holds_every_distinct_prefix_once_and_reads_every_sequence(groups: list[list[list[int]]]) -> None:
-    batch = pack([build_tree(group) for group in groups])
+def test_a_pack_holds_every_distinct_prefix_once_and_reads_every_sequence(drawn: list[list[list[int]]]) -> None:
+    batch = pack([build_group(sequences_) for sequences_ in drawn])
     layout, ids, positions = batch.layout, batch.input_ids[0], batch.position_ids[0]
-    sequences = [sequence for group in groups for sequence in group]
+    sequences = [sequence for sequences_ in drawn for sequence in sequences_]
     prefixes = {tuple(sequence[: length + 1]) for sequence in sequences for length in range(len(sequence))}
     assert len(ids) == sum(layout.lengths) == len(prefixes)
     assert all(parent < node for node, parent in enumerate(layout.parents))
@@ -67,14 +67,14 @@ def windows(arrays: Sequence[Ids]) -> Window:
 
 
 @given(SEQUENCES, st.integers(0, 12), st.integers(0, 12))
-def test_a_window_is_a_slice_of_the_sequence(group: list[list[int]], start: int, length: int) -> None:
-    tree = build_tree(group)
-    for index, ids in enumerate(group):
-        assert tree.window(index, start, start + length).tolist() == ids[start : start + length]
+def test_a_window_is_a_slice_of_the_sequence(sequences_: list[list[int]], start: int, length: int) -> None:
+    group = build_group(sequences_)
+    for index, ids in enumerate(sequences_):
+        assert group.window(index, start, start + length).tolist() == ids[start : start + length]
 
 
 @given(st.lists(st.lists(st.integers(0, 1), max_size=12), max_size=9), st.integers(0, 9), st.sampled_from((1, 4, 1024)))
-def test_the_prefix_order_is_that_of_sorted_with_what_neighbours_share(
+def test_the_prefix_order_is_that_of_sorted_with_what_neighbors_share(
     lists: list[list[int]], same: int, window: int
 ) -> None:
     arrays = [np.array([1] * same + ids, dtype=np.int32) for ids in lists]
@@ -98,7 +98,7 @@ def test_planning_memory_does_not_grow_with_what_all_share() -> None:
             return np.concatenate((prefix, ends[item]))[start:stop]
 
         tracemalloc.start()
-        plan_reads(read, [shared + 2] * len(ends), 8192)
+        plan_inference_packs(read, [shared + 2] * len(ends), 8192)
         peaks.append(tracemalloc.get_traced_memory()[1] / len(ends))
         tracemalloc.stop()
     assert max(peaks) < 1100
@@ -106,10 +106,10 @@ def test_planning_memory_does_not_grow_with_what_all_share() -> None:
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=4))
-def test_a_padded_batch_is_right_padded(groups: list[list[list[int]]]) -> None:
-    trees = [build_tree(group) for group in groups]
-    batch = pad(trees, pad_id=9)
-    rows = [ids.tolist() for tree in trees for ids in tree.sequences()]
+def test_a_padded_batch_is_right_padded(drawn: list[list[list[int]]]) -> None:
+    groups = [build_group(sequences_) for sequences_ in drawn]
+    batch = pad(groups, pad_id=9)
+    rows = [ids.tolist() for group in groups for ids in group.sequences()]
     for row, ids, mask, last in zip(rows, batch.input_ids, batch.attention_mask, batch.reward_index, strict=True):
         assert ids[mask.bool()].tolist() == row
         assert mask.tolist() == [1] * len(row) + [0] * (len(mask) - len(row))
@@ -117,72 +117,72 @@ def test_a_padded_batch_is_right_padded(groups: list[list[list[int]]]) -> None:
         assert set(ids[~mask.bool()].tolist()) <= {9}
 
 
-def cost_of(trees: list[TokenTree], padded: bool) -> int:
-    return (pad(trees, 0) if padded else pack(trees)).input_ids.numel()
+def cost_of(groups: list[ResponseGroup], padded: bool) -> int:
+    return (pad(groups, 0) if padded else pack(groups)).input_ids.numel()
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=20), st.integers(1, 60), st.integers(1, 8), st.booleans())
-def test_a_plan_is_a_partition_within_the_budget(groups: Any, budget: int, multiple: int, padded: bool) -> None:
-    trees = [build_tree(group) for group in groups]
-    packs = plan_packs(trees, budget, multiple, padded)
+def test_a_plan_is_a_partition_within_the_budget(drawn: Any, max_tokens: int, multiple: int, padded: bool) -> None:
+    groups = [build_group(sequences_) for sequences_ in drawn]
+    packs = plan_packs(groups, max_tokens, multiple, padded)
     assert len(packs) % multiple == 0
-    assert sorted(item for items in packs for item in items) == list(range(len(trees)))
+    assert sorted(item for items in packs for item in items) == list(range(len(groups)))
     for items in packs:
-        assert len(items) <= 1 or cost_of([trees[item] for item in items], padded) <= budget
-    assert packs == plan_packs(trees, budget, multiple, padded)
+        assert len(items) <= 1 or cost_of([groups[item] for item in items], padded) <= max_tokens
+    assert packs == plan_packs(groups, max_tokens, multiple, padded)
 
 
 @given(st.permutations(range(12)), st.integers(1, 4))
 def test_pairs_of_one_prompt_share_a_pack(order: list[int], ranks: int) -> None:
     """Four prompts with three pairs each, in any order: the prompts are computed once."""
     prompts = [[10 + index] * 30 for index in range(4)]
-    trees = [build_tree([[*prompts[at % 4], at, 1], [*prompts[at % 4], at, 2]]) for at in order]
-    packs = plan_packs(trees, 80, ranks)
-    assert sum(pack([trees[item] for item in items]).input_ids.numel() for items in packs if items) == 4 * 30 + 12 * 3
+    groups = [build_group([[*prompts[at % 4], at, 1], [*prompts[at % 4], at, 2]]) for at in order]
+    packs = plan_packs(groups, 80, ranks)
+    assert sum(pack([groups[item] for item in items]).input_ids.numel() for items in packs if items) == 4 * 30 + 12 * 3
 
 
 def test_relatives_do_not_leave_the_other_ranks_idle() -> None:
     """Sixteen pairs under one long system prompt, eight ranks: each gets two."""
-    trees = [build_tree([[*range(2000), 5000 + at, 1], [*range(2000), 5000 + at, 2]]) for at in range(16)]
-    assert [len(items) for items in plan_packs(trees, 8192, 8)] == [2] * 8
+    groups = [build_group([[*range(2000), 5000 + at, 1], [*range(2000), 5000 + at, 2]]) for at in range(16)]
+    assert [len(items) for items in plan_packs(groups, 8192, 8)] == [2] * 8
 
 
 def test_a_long_prompt_with_many_short_responses_is_cut_by_its_keys() -> None:
     sequences = [np.array([*range(400), at], dtype=np.int32) for at in range(900)]
-    plan = plan_reads(windows(sequences), [401] * 900, 1500)
+    plan = plan_inference_packs(windows(sequences), [401] * 900, 1500)
     assert len(plan.packs) > 1
     for items in plan.packs:
-        batch = pack([build_tree([sequences[item]]) for item in items])
+        batch = pack([build_group([sequences[item]]) for item in items])
         assert len(batch.layout.kv_index) <= KEYS_PER_TOKEN * 1500 + 400
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=30), st.integers(1, 40), st.booleans())
-def test_every_distinct_sequence_is_read_once(sequences: list[list[int]], budget: int, padded: bool) -> None:
+def test_every_distinct_sequence_is_read_once(sequences: list[list[int]], max_tokens: int, padded: bool) -> None:
     arrays = [np.array(ids, dtype=np.int32) for ids in sequences]
-    plan = plan_reads(windows(arrays), list(map(len, arrays)), budget, padded)
+    plan = plan_inference_packs(windows(arrays), list(map(len, arrays)), max_tokens, padded)
     read = [item for items in plan.packs for item in items]
     assert sorted(sequences[item] for item in read) == sorted(map(list, {tuple(ids) for ids in sequences}))
     assert [sequences[item] for item in plan.same] == sequences
     assert set(plan.same.tolist()) == set(read)
     for items in plan.packs:
-        assert len(items) == 1 or cost_of([build_tree([sequences[item]]) for item in items], padded) <= budget
+        assert len(items) == 1 or cost_of([build_group([sequences[item]]) for item in items], padded) <= max_tokens
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=6))
-def test_a_spool_gives_its_trees_back_in_any_order(groups: list[list[list[int]]]) -> None:
-    trees = [build_tree(group) for group in groups]
-    with tempfile.TemporaryDirectory() as folder, TreeSpool(Path(folder)) as spool:
-        for tree in trees:
-            spool.append(tree)
+def test_a_spool_gives_its_trees_back_in_any_order(drawn: list[list[list[int]]]) -> None:
+    groups = [build_group(sequences_) for sequences_ in drawn]
+    with tempfile.TemporaryDirectory() as folder, TokenStore(Path(folder)) as spool:
+        for group in groups:
+            spool.append(group)
         assert not list(Path(folder).iterdir())
-        for index in reversed(range(len(trees))):
-            assert np.array_equal(spool[index].prompt, trees[index].prompt)
-            assert all(map(np.array_equal, spool[index].responses, trees[index].responses))
-        assert [len(tree.responses) for tree in spool] == [len(tree.responses) for tree in trees]
+        for index in reversed(range(len(groups))):
+            assert np.array_equal(spool[index].prompt, groups[index].prompt)
+            assert all(map(np.array_equal, spool[index].responses, groups[index].responses))
+        assert [len(group.responses) for group in spool] == [len(group.responses) for group in groups]
 
 
 def test_lengths_and_dtypes_are_what_kernels_want() -> None:
-    batch = pack([build_tree([[1, 2, 3], [1, 2, 4, 5]])])
+    batch = pack([build_group([[1, 2, 3], [1, 2, 4, 5]])])
     assert batch.input_ids.dtype == batch.position_ids.dtype == batch.layout.kv_index.dtype == torch.int64
     assert batch.layout.cu_seqlens_q.dtype == batch.layout.cu_seqlens_k.dtype == torch.int32
     assert batch.layout.lengths == (2, 1, 2)
@@ -193,29 +193,29 @@ def test_lengths_and_dtypes_are_what_kernels_want() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_cutting_the_prompt_on_the_left_keeps_the_responses(count: int) -> None:
-    tree = build_tree([[1, 2, 3, 4, 5], [1, 2, 3, 6]]).drop_left(count)
-    assert [ids.tolist() for ids in tree.sequences()] == [[1, 2, 3, 4, 5][count:], [1, 2, 3, 6][count:]]
-    assert np.array_equal(tree.prompt, [1, 2, 3][count:])
+    group = build_group([[1, 2, 3, 4, 5], [1, 2, 3, 6]]).truncate_prompt(count)
+    assert [ids.tolist() for ids in group.sequences()] == [[1, 2, 3, 4, 5][count:], [1, 2, 3, 6][count:]]
+    assert np.array_equal(group.prompt, [1, 2, 3][count:])
 
 
 @given(st.lists(st.integers(1, 400), min_size=64, max_size=200), st.integers(2, 8))
 def test_ranks_cost_alike_and_no_exchange_helps(sizes: list[int], ranks: int) -> None:
-    """Against the obvious bound: the heaviest rank costs at most the mean and half the costliest tree more."""
-    trees = [build_tree([[number, *range(size)], [number, 9]]) for number, size in enumerate(sizes)]
-    packs = plan_packs(trees, 10**6, ranks, key_cost=1e-3)
-    costs = [sum(trees[item].unique_tokens + 1e-3 * slow_keys(trees[item]) for item in items) for items in packs]
+    """Against the obvious bound: the heaviest rank costs at most the mean and half the costliest group more."""
+    groups = [build_group([[number, *range(size)], [number, 9]]) for number, size in enumerate(sizes)]
+    packs = plan_packs(groups, 10**6, ranks, key_cost=1e-3)
+    costs = [sum(groups[item].unique_tokens + 1e-3 * slow_keys(groups[item]) for item in items) for items in packs]
     assert len(packs) == ranks
-    largest = max(tree.unique_tokens + 1e-3 * slow_keys(tree) for tree in trees)
+    largest = max(group.unique_tokens + 1e-3 * slow_keys(group) for group in groups)
     assert max(costs) <= sum(costs) / ranks * 1.005 + largest / 2
 
 
-def slow_keys(tree: TokenTree) -> int:
+def slow_keys(group: ResponseGroup) -> int:
     """Every token of every response asks those before it; a prompt's tokens ask once."""
-    asked = {tuple(ids[: at + 1]) for ids in (ids.tolist() for ids in tree.sequences()) for at in range(len(ids))}
+    asked = {tuple(ids[: at + 1]) for ids in (ids.tolist() for ids in group.sequences()) for at in range(len(ids))}
     return sum(map(len, asked))
 
 
 def test_padded_packs_are_for_all_ranks() -> None:
-    trees = [build_tree([[row] * 30 + [1] * 20, [row] * 30 + [2] * 20]) for row in range(16)]
-    assert [len(items) for items in plan_packs(trees, 2048, 8, padded=True)] == [2] * 8
-    assert sum(map(bool, plan_packs(trees[:3], 2048, 8, padded=True))) == 3
+    groups = [build_group([[row] * 30 + [1] * 20, [row] * 30 + [2] * 20]) for row in range(16)]
+    assert [len(items) for items in plan_packs(groups, 2048, 8, padded=True)] == [2] * 8
+    assert sum(map(bool, plan_packs(groups[:3], 2048, 8, padded=True))) == 3

@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rmtool.data.rejects import Rejects
 from rmtool.evaluation.evaluate import evaluate
-from rmtool.model.classifier import draw_head
-from rmtool.model.loading import load_for_use
+from rmtool.model.classifier import init_score_head
+from rmtool.model.loading import load_for_inference
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.scoring.score import score_file
 from rmtool.tokenization.encoder import encode_all
@@ -83,7 +83,7 @@ def windowed(tmp_path_factory: pytest.TempPathFactory, tokenizer_with_bos: Any) 
     torch.manual_seed(0)
     config = MistralConfig(**tiny_config(len(tokenizer_with_bos)), num_labels=1, sliding_window=8)
     model = MistralForSequenceClassification(config)
-    draw_head(model, 0)
+    init_score_head(model, 0)
     model.save_pretrained(folder)
     tokenizer_with_bos.save_pretrained(folder)
     return folder
@@ -98,7 +98,7 @@ def checkpoint(request: pytest.FixtureRequest) -> Path:
 def scored(checkpoint: Path, conversations: list[Messages], folder: Path) -> list[float]:
     """What `rmtool score` writes for them."""
     source = write_jsonl(folder / "in.jsonl", [{"messages": messages} for messages in conversations])
-    score_file(source, folder / "out.jsonl", load_for_use(checkpoint), 2048, Rejects(), SilentUi())
+    score_file(source, folder / "out.jsonl", load_for_inference(checkpoint), 2048, Rejects(), SilentUi())
     return [json.loads(line)["reward"] for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -133,7 +133,7 @@ def test_learned_positions_are_right_with_right_padding_only(tmp_path: Path, tok
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512}
     config = GPT2Config(vocab_size=len(tokenizer), **sizes, num_labels=1, pad_token_id=tokenizer.pad_token_id)
     model = GPT2ForSequenceClassification(config)
-    draw_head(model, 0)
+    init_score_head(model, 0)
     model.save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     expected = scored(tmp_path / "gpt2", chats(), tmp_path)
@@ -197,10 +197,10 @@ def test_special_tokens_inside_a_message_are_text(trained: Path, tmp_path: Path)
 @pytest.fixture
 def evaluated(checkpoint: Path, tmp_path: Path) -> dict[str, float]:
     """What `rmtool eval` reports on the pairs, in TRL's names."""
-    loaded = load_for_use(checkpoint)
+    loaded = load_for_inference(checkpoint)
     records = read_pairs(write_jsonl(tmp_path / "pairs.jsonl", pair_rows()))
     encoded = encode_all(loaded.encoder, records, "error", lambda: None)
-    report = evaluate(loaded.model, encoded.labels, encoded.trees, 2048, SilentUi()).as_dict()
+    report = evaluate(loaded.model, encoded.metadata, encoded.groups, 2048, SilentUi()).as_dict()
     chosen, rejected = report["eval/rm/chosen_rewards"], report["eval/rm/rejected_rewards"]
     return {
         "eval_loss": report["eval/rm/loss"],
@@ -235,7 +235,7 @@ def test_trl_evaluates_to_the_same_numbers(checkpoint: Path, evaluated: dict[str
     """
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in pair_rows()]
     trainer = trl_trainer(checkpoint, rows, tmp_path, batch_size=PAIRS // 3)
-    encoder = load_for_use(checkpoint).encoder
+    encoder = load_for_inference(checkpoint).encoder
     tokens = [trainer.eval_dataset[index][f"{side}_ids"] for index in range(PAIRS) for side in ("chosen", "rejected")]
     read = encoder.tokenizer.apply_chat_template(chats(), return_dict=False, sanitize_control_tokens=True)
     assert tokens == read
@@ -248,6 +248,6 @@ def test_trl_reads_strings_without_the_chat_template(trained: Path, tmp_path: Pa
     """Why a data set of strings gives other numbers in TRL: what is read there, and what here."""
     row = {"prompt": "How do I cook bean chili? ", "chosen": "Slowly.", "rejected": "Look for Saturn."}
     trainer = trl_trainer(trained, [row], tmp_path, batch_size=1)
-    tokenizer = load_for_use(trained).encoder.tokenizer
+    tokenizer = load_for_inference(trained).encoder.tokenizer
     shown = tokenizer.decode(trainer.eval_dataset[0]["chosen_ids"])
     assert shown == "<|bos|>How do I cook bean chili? Slowly.<|im_end|>"

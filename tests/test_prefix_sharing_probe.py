@@ -49,7 +49,7 @@ def test_a_deep_model_shares_prompts_in_half_precision(precision: str, dtype: to
     """Rounding alone moves its states by more than many a mistake would."""
     monkeypatch.setattr(models, "wide_products", rounded_products)
     model = build(DEEP, precision, dtype)
-    probe = compat.Probe(TREES, lambda trees: _read_states(model, model, trees))
+    probe = compat.Probe(TREES, lambda groups: _read_states(model, model, groups))
     model.share_prompts(True)
     assert probe.error(_read_states(model, model, TREES)) > 20 * compat.TOLERANCE
     assert choose_layout(model, model, 512) is None
@@ -141,7 +141,7 @@ def test_a_model_that_padding_changes_is_refused_with_weights_of_16_bits(monkeyp
     monkeypatch.setattr(models, "wide_products", rounded_products)
     monkeypatch.setattr(compat, "declared_reason", lambda _: "made to run padded")
     model = build(DEEP, "bf16", torch.bfloat16)
-    probe = compat.Probe(TREES, lambda trees: _read_states(model, model, trees))
+    probe = compat.Probe(TREES, lambda groups: _read_states(model, model, groups))
     assert probe.padding_error > compat.PADDED_TOLERANCE
     assert choose_layout(model, model, 512) == "made to run padded"
 
@@ -222,7 +222,7 @@ def test_the_paths_of_leaves_are_the_whole_sequences() -> None:
     assert torch.cat([own for own, _ in paths]).tolist() == list(range(len(ids)))
     assert all(path[-len(own) :].tolist() == own.tolist() for own, path in paths)
     got = sorted(ids[path].tolist() for node, (_, path) in enumerate(paths) if node not in inner)
-    assert got == sorted(sequence.tolist() for tree in TREES for sequence in tree.sequences())
+    assert got == sorted(sequence.tolist() for group in TREES for sequence in group.sequences())
 
 
 @pytest.mark.parametrize("scaling", [None, 0.3])

@@ -14,9 +14,9 @@ from conftest import SHARED, read_pairs
 from test_invariance import Draw, Pool, alone, check
 
 from rmtool.data.messages import Message
-from rmtool.model.classifier import build_classifier, draw_head
+from rmtool.model.classifier import build_classifier, init_score_head
 from rmtool.model.layout_choice import choose_layout
-from rmtool.model.loading import load_for_use
+from rmtool.model.loading import load_for_inference
 from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.encoder import Encoder, encode_all
 from rmtool.tokenization.tokenizer import load_tokenizer
@@ -41,13 +41,13 @@ def smollm2() -> Path:
     return folder
 
 
-def test_every_real_row_is_read_and_tokenised(smollm2: Path) -> None:
+def test_every_real_row_is_read_and_tokenized(smollm2: Path) -> None:
     encoder = Encoder(load_tokenizer(smollm2), 2**15, on_empty="keep")
     hh = read_pairs(HH)
     assert len(hh) == 2312
     encoded = encode_all(encoder, hh, "error", lambda: None)
-    whole = sum(len(ids) for tree in encoded.trees for ids in tree.sequences())
-    assert sum(tree.unique_tokens for tree in encoded.trees) < 0.65 * whole
+    whole = sum(len(ids) for group in encoded.groups for ids in group.sequences())
+    assert sum(group.unique_tokens for group in encoded.groups) < 0.65 * whole
     rmb = read_pairs(RMB)
     assert len(rmb) == 6975
     assert {record.subset is not None for record in rmb} == {True}
@@ -59,14 +59,16 @@ def test_the_real_model_shares_prompts_exactly_on_real_pairs(smollm2: Path) -> N
 
     classifier, has_head = build_classifier(smollm2, dtype=torch.float32)
     assert not has_head
-    draw_head(classifier, 0)
+    init_score_head(classifier, 0)
     model = RewardModel(classifier, pad_id=0).eval()
     assert choose_layout(model, model, 2048) is None
     encoder = Encoder(load_tokenizer(smollm2), 2048, on_empty="keep")
-    trees = encode_all(encoder, read_pairs(HH)[:6], "error", lambda: None).trees
-    shared = compute_rewards(model, trees, 2048, SilentUi())
+    groups = encode_all(encoder, read_pairs(HH)[:6], "error", lambda: None).groups
+    shared = compute_rewards(model, groups, 2048, SilentUi())
     model.share_prompts(False)
-    alone = [[classifier(torch.tensor(ids[None]).long()).logits.item() for ids in tree.sequences()] for tree in trees]
+    alone = [
+        [classifier(torch.tensor(ids[None]).long()).logits.item() for ids in group.sequences()] for group in groups
+    ]
     torch.testing.assert_close(torch.tensor(shared), torch.tensor(alone), atol=1e-4, rtol=1e-5)
 
 
@@ -76,17 +78,17 @@ def test_the_real_model_shares_prompts_in_bf16(smollm2: Path) -> None:
     from rmtool.model.reward_model import RewardModel
 
     classifier, _ = build_classifier(smollm2, dtype=torch.float32)
-    draw_head(classifier, 0)
+    init_score_head(classifier, 0)
     model = RewardModel(classifier, pad_id=0, precision="bf16").eval()
     assert choose_layout(model, model, 2048) is None
     encoder = Encoder(load_tokenizer(smollm2), 2048, on_empty="keep")
-    trees = encode_all(encoder, read_pairs(HH)[:60], "error", lambda: None).trees
-    trees = sorted(trees, key=lambda tree: tree.longest)[:24]
+    groups = encode_all(encoder, read_pairs(HH)[:60], "error", lambda: None).groups
+    groups = sorted(groups, key=lambda group: group.longest)[:24]
     rewards = {}
     for precision, shares in (("fp32", True), ("bf16", True), ("bf16", False)):
         model.precision = precision
         model.share_prompts(shares)
-        rewards[precision, shares] = np.array(compute_rewards(model, trees, 2048, SilentUi()))
+        rewards[precision, shares] = np.array(compute_rewards(model, groups, 2048, SilentUi()))
     shared, padded = (np.std(rewards["bf16", shares] - rewards["fp32", True]) for shares in (True, False))
     assert shared < 1.5 * padded
 
@@ -99,18 +101,18 @@ def test_the_real_model_gives_one_reward_in_any_batch(smollm2: Path) -> None:
     from rmtool.model.reward_model import RewardModel
 
     classifier, _ = build_classifier(smollm2, dtype=torch.float32)
-    draw_head(classifier.eval(), 0)
+    init_score_head(classifier.eval(), 0)
     encoder = Encoder(load_tokenizer(smollm2), 2048, on_empty="keep")
-    trees = encode_all(encoder, read_pairs(HH), "error", lambda: None).trees
-    shortest = sorted(trees, key=lambda tree: tree.longest)[:8]
-    prompts = tuple(tuple(tree.sequences()) for tree in shortest)
+    groups = encode_all(encoder, read_pairs(HH), "error", lambda: None).groups
+    shortest = sorted(groups, key=lambda group: group.longest)[:8]
+    prompts = tuple(tuple(group.sequences()) for group in shortest)
     classifier.score.weight.data /= max(abs(alone(classifier, ids)) for responses in prompts for ids in responses)
     rewards = {ids.tobytes(): alone(classifier, ids) for responses in prompts for ids in responses}
     model = RewardModel(classifier, pad_id=0)
     rng = np.random.default_rng(0)
-    for budget, shared in ((150, True), (400, True), (4096, True), (150, False), (4096, False)):
+    for max_tokens, shared in ((150, True), (400, True), (4096, True), (150, False), (4096, False)):
         order = rng.permutation(np.r_[np.arange(len(prompts)), 0])
-        check(Pool(model, prompts, rewards), Draw(tuple(prompts[item] for item in order), budget, shared), 1e-5)
+        check(Pool(model, prompts, rewards), Draw(tuple(prompts[item] for item in order), max_tokens, shared), 1e-5)
 
 
 def test_the_smollm2_recipe_trains_saves_and_scores(smollm2: Path, tmp_path: Path) -> None:
@@ -127,7 +129,7 @@ def test_the_smollm2_recipe_trains_saves_and_scores(smollm2: Path, tmp_path: Pat
     report = json.loads(result.stdout)
     for name in (name for name in last if name.startswith("eval/rm/")):
         assert report[name] == pytest.approx(last[name], abs=1e-5)
-    loaded = load_for_use(run / "model")
+    loaded = load_for_inference(run / "model")
     tokenizer = loaded.encoder.tokenizer
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
     # The same number from plain transformers, alone and right-padded beside a longer one.
@@ -137,7 +139,7 @@ def test_the_smollm2_recipe_trains_saves_and_scores(smollm2: Path, tmp_path: Pat
     chats = [[Message("user", "Hi"), Message("assistant", text)] for text in ("Hello!", "Go away, I am busy now.")]
     ids = [loaded.encoder.ids(chat) for chat in chats]
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-    from rmtool.tokenization.response_group import build_tree
+    from rmtool.tokenization.response_group import build_group
 
-    mine = compute_rewards(loaded.model, [build_tree(ids)], 2048, SilentUi())[0]
+    mine = compute_rewards(loaded.model, [build_group(ids)], 2048, SilentUi())[0]
     assert plain(**batch).logits[:, 0].tolist() == pytest.approx(mine, abs=1e-4)

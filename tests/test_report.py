@@ -34,13 +34,13 @@ def test_a_report_counts_what_was_planted(tokenizer: Any, tmp_path: Path) -> Non
     report = build_report(Split(train, held, (SourceCount("f.jsonl", "pairs", 24, 24),), 3), 4, 0)
     assert (report.records, report.pairs, report.held_out) == (23, 23, 2)
     assert (report.duplicates, report.conflicts, report.overlap) == (2, 1, 1)
-    assert (report.dropped, report.rejected) == ({"identical": 1, "alike": 0}, 3)
-    lengths = [(len(tree.responses[0]), len(tree.responses[1])) for tree in train.trees]
+    assert (report.dropped, report.skipped_rows) == ({"identical_text": 1, "identical_after_rendering": 0}, 3)
+    lengths = [(len(group.responses[0]), len(group.responses[1])) for group in train.groups]
     unequal = [pair for pair in lengths if pair[0] != pair[1]]
     assert report.longer_chosen == pytest.approx(sum(a > b for a, b in unequal) / len(unequal))
     assert report.response.percentiles[0] == min(map(min, lengths))
     assert report.response.percentiles[-1] == max(map(max, lengths))
-    assert report.packed == sum(len(ids) for tree in train.trees for ids in tree.sequences())
+    assert report.packed == sum(len(ids) for group in train.groups for ids in group.sequences())
     assert report.shared < report.packed < report.padded
     shown = dict(report.rows())
     assert shown["label conflicts"].startswith("1 pairs")
@@ -51,8 +51,8 @@ def test_a_report_counts_what_was_planted(tokenizer: Any, tmp_path: Path) -> Non
 
 def test_an_example_shows_special_tokens_and_where_the_reward_is_read(tokenizer: Any) -> None:
     train = encoded(tokenizer, pair_rows(1))
-    text = example(Encoder(tokenizer, 512), train.labels[0], train.trees[0])
-    ids = train.trees[0].sequence(0)
+    text = example(Encoder(tokenizer, 512), train.metadata[0], train.groups[0])
+    ids = train.groups[0].sequence(0)
     assert tokenizer.decode(ids) in text
     assert tokenizer.eos_token in text
     assert f"the last of these {len(ids)} tokens" in text

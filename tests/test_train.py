@@ -25,7 +25,7 @@ from rmtool.dataset.batches import epoch_steps
 from rmtool.dataset.split import load_split
 from rmtool.errors import RmtoolError
 from rmtool.evaluation.evaluate import evaluate
-from rmtool.model.loading import load_for_use, training_encoder, training_model
+from rmtool.model.loading import load_for_inference, training_encoder, training_model
 from rmtool.model.loss import bradley_terry
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.tokenization.encoder import encode_all
@@ -106,11 +106,11 @@ def test_a_run_folder_is_whole_and_its_metrics_are_those_promised(trained: Path)
 
 def test_the_saved_checkpoint_gives_the_rewards_of_the_last_evaluation(trained: Path) -> None:
     folder = trained
-    loaded = load_for_use(folder / "model")
+    loaded = load_for_inference(folder / "model")
     assert loaded.notices == ()
     records = [preference_record(row) for row in read_rows(str(folder / "held_out.jsonl"))]
     encoded = encode_all(loaded.encoder, records, "error", lambda: None)
-    report = evaluate(loaded.model, encoded.labels, encoded.trees, 300, SilentUi()).total.report("eval/rm")
+    report = evaluate(loaded.model, encoded.metadata, encoded.groups, 300, SilentUi()).total.report("eval/rm")
     assert report == pytest.approx({name: lines(folder)[-1][name] for name in EVAL_NAMES}, abs=1e-6)
     assert loaded.manifest is not None
     assert loaded.manifest.metrics == pytest.approx(report, abs=1e-6)
@@ -174,7 +174,7 @@ def test_without_bf16_instructions_a_whole_step_multiplies_in_fp32(
     for lacks in (False, True):
         monkeypatch.setattr("rmtool.model.bf16_emulation.lacks_bf16", lambda lacks=lacks: lacks)
         mine, split = trainer(set_(recipe, precision="bf16", gradient_checkpointing=checkpointing), causal_lm)
-        units = next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8))
+        units = next(epoch_steps(split.train.metadata, split.train.groups, 0, 0, 8))
         with HalfProducts() as products:
             sums, norm = backward(mine, units)
         assert (products.seen[torch.bfloat16] == 0) == lacks
@@ -190,7 +190,7 @@ def test_a_pair_of_weight_two_counts_like_two_pairs(recipe: Recipe, causal_lm: P
     for data in (once, twice):
         changed = replace(recipe, data=replace(recipe.data, train=(str(data),), holdout=0))
         mine, split = trainer(set_(changed, max_grad_norm=None), causal_lm)
-        sums, norm = backward(mine, next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 3)))
+        sums, norm = backward(mine, next(epoch_steps(split.train.metadata, split.train.groups, 0, 0, 3)))
         found.append((sums.loss, norm))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
@@ -207,14 +207,14 @@ def test_what_is_not_compiled_is_said(
 def test_a_step_equals_the_obvious_slow_one(recipe: Recipe, causal_lm: Path) -> None:
     """Each response alone through transformers, the mean loss over the step's pairs, one backward."""
     mine, split = trainer(set_(recipe, max_grad_norm=None), causal_lm)
-    units = next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8))
+    units = next(epoch_steps(split.train.metadata, split.train.groups, 0, 0, 8))
     sums, norm = backward(mine, units)
     gradients = {name: p.grad.clone() for name, p in mine.model.named_parameters() if p.grad is not None}
     mine.model.zero_grad()
     mine.model.share_prompts(False)
     losses = []
     for unit in units:
-        rewards = [mine.model.classifier(torch.tensor(ids[None]).long()).logits[0] for ids in unit.tree.sequences()]
+        rewards = [mine.model.classifier(torch.tensor(ids[None]).long()).logits[0] for ids in unit.group.sequences()]
         for winner, loser, margin in unit.preferences:
             losses.append(bradley_terry(rewards[winner], rewards[loser], torch.tensor([margin]))[0])
     assert any(margin for unit in units for _, _, margin in unit.preferences)
@@ -232,7 +232,7 @@ def test_margins_change_the_loss_and_can_be_left_out(recipe: Recipe, causal_lm: 
     losses = {}
     for use in (True, False):
         mine, split = trainer(set_(recipe, use_margins=use), causal_lm)
-        sums, _ = backward(mine, next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8)))
+        sums, _ = backward(mine, next(epoch_steps(split.train.metadata, split.train.groups, 0, 0, 8)))
         losses[use] = sums.loss
     assert losses[True] > losses[False]
 
@@ -242,8 +242,8 @@ def test_margins_change_the_loss_and_can_be_left_out(recipe: Recipe, causal_lm: 
     [
         ({"loss": "hinge"}, lambda d, total: max(0.0, 1 - d)),
         ({"label_smoothing": 0.2}, lambda d, total: 0.8 * softplus(-d) + 0.2 * softplus(d)),
-        ({"center": 0.5}, lambda d, total: softplus(-d) + 0.5 * total**2),
-        ({"loss": "hinge", "center": 2.0}, lambda d, total: max(0.0, 1 - d) + 2 * total**2),
+        ({"center_rewards_coefficient": 0.5}, lambda d, total: softplus(-d) + 0.5 * total**2),
+        ({"loss": "hinge", "center_rewards_coefficient": 2.0}, lambda d, total: max(0.0, 1 - d) + 2 * total**2),
     ],
 )
 def test_each_loss_is_its_formula_and_moves_the_weights(
@@ -251,13 +251,13 @@ def test_each_loss_is_its_formula_and_moves_the_weights(
 ) -> None:
     mine, split = trainer(set_(recipe, **settings), causal_lm)
     plain, _ = trainer(recipe, causal_lm)
-    units = next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8))
+    units = next(epoch_steps(split.train.metadata, split.train.groups, 0, 0, 8))
     sums = mine.gradients(units)
     plain.gradients(units)
     expected = 0.0
     for unit in units:
         with torch.no_grad():
-            rewards = mine.model(mine.model.collate([unit.tree])).tolist()
+            rewards = mine.model(mine.model.collate([unit.group])).tolist()
         for winner, loser, margin in unit.preferences:
             expected += slow(rewards[winner] - rewards[loser] - margin, rewards[winner] + rewards[loser])
     assert sums.loss == pytest.approx(expected, rel=1e-5)
@@ -290,13 +290,15 @@ def fake_evals(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None
     monkeypatch.setattr("rmtool.training.trainer.run_eval", run_eval)
 
 
-@pytest.mark.parametrize("best_by", ["accuracy", "loss"])
+@pytest.mark.parametrize("metric_for_best", ["accuracy", "loss"])
 def test_the_best_checkpoint_is_kept(
-    best_by: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    metric_for_best: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = weights(run(set_(recipe, max_steps=2, epochs=4, schedule="constant"), tmp_path / "two"))
     fake_evals(monkeypatch, [0.7, 0.9, 0.9, 0.8])
-    told = set_(recipe, keep="best", best_by=best_by, eval_every=1, epochs=4, max_steps=4, schedule="constant")
+    told = set_(
+        recipe, keep="best", metric_for_best=metric_for_best, eval_every=1, epochs=4, max_steps=4, schedule="constant"
+    )
     folder = run(told, tmp_path / "run")
     for name, value in weights(folder).items():
         assert torch.equal(value, wanted[name])
@@ -309,10 +311,10 @@ def test_the_best_checkpoint_is_kept(
 
 def test_patience_ends_a_run(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_evals(monkeypatch, [0.7, 0.8, 0.8, 0.7, 1.0])
-    folder = run(set_(recipe, patience=2, eval_every=1, epochs=4), tmp_path / "run")
+    folder = run(set_(recipe, early_stopping_patience=2, eval_every=1, epochs=4), tmp_path / "run")
     assert len(lines(folder)) == 4
     fake_evals(monkeypatch, [0.7, 0.8, 0.8, 0.9, 1.0] + [1.0] * 9)
-    assert len(lines(run(set_(recipe, patience=2, eval_every=1, epochs=4), tmp_path / "longer"))) == 7
+    assert len(lines(run(set_(recipe, early_stopping_patience=2, eval_every=1, epochs=4), tmp_path / "longer"))) == 7
 
 
 def test_four_bits_need_a_gpu(recipe: Recipe, tmp_path: Path) -> None:
@@ -337,19 +339,19 @@ def test_four_bit_weights_are_saved_as_they_were_trained(
     config = json.loads((folder / "model" / "config.json").read_text())
     assert "quantization_config" not in config
     assert not [name for name in weights(folder) if "lora" in name or "absmax" in name or "base_layer" in name]
-    loaded = load_for_use(folder / "model")
+    loaded = load_for_inference(folder / "model")
     manifest = read_manifest(folder / "model")
     assert manifest
     encoded = encode_all(
         loaded.encoder, (preference_record(row) for row in read_rows(str(folder / "held_out.jsonl"))), "keep", int
     )
-    again = evaluate(loaded.model, encoded.labels, encoded.trees, 300, SilentUi()).total.report("eval/rm")
+    again = evaluate(loaded.model, encoded.metadata, encoded.groups, 300, SilentUi()).total.report("eval/rm")
     assert again == pytest.approx(manifest.metrics, abs=0.02)  # products in bfloat16 there, in fp32 here
 
 
 def test_clipping_bounds_the_gradient(recipe: Recipe, causal_lm: Path) -> None:
     mine, split = trainer(set_(recipe, max_grad_norm=1e-3), causal_lm)
-    _, norm = backward(mine, next(epoch_steps(split.train.labels, split.train.trees, 0, 0, 8)))
+    _, norm = backward(mine, next(epoch_steps(split.train.metadata, split.train.groups, 0, 0, 8)))
     left = torch.stack([p.grad.norm() for p in mine.model.parameters() if p.grad is not None]).norm()
     assert norm > 1e-3
     assert left.item() == pytest.approx(1e-3, rel=1e-2)
@@ -359,7 +361,7 @@ def test_lora_trains_few_weights_and_saves_an_ordinary_checkpoint(
     recipe: Recipe, causal_lm: Path, tmp_path: Path
 ) -> None:
     folder = run(replace(recipe, lora=replace(recipe.lora, rank=4)), tmp_path / "run")
-    loaded = load_for_use(folder / "model")
+    loaded = load_for_inference(folder / "model")
     assert loaded.manifest is not None
     assert not [name for name in weights(folder) if "lora" in name or "base_layer" in name]
     fresh, _ = training_model(recipe, causal_lm, training_encoder(recipe, causal_lm)[0])
@@ -397,7 +399,7 @@ def test_rows_that_cannot_be_used_stop_the_run_unless_told_otherwise(recipe: Rec
 def test_bf16_trains_too(recipe: Recipe, tmp_path: Path) -> None:
     folder = run(set_(recipe, precision="bf16", save_dtype="bf16"), tmp_path / "run")
     assert weights(folder)["score.weight"].dtype == torch.bfloat16
-    loaded = load_for_use(folder / "model")
+    loaded = load_for_inference(folder / "model")
     assert loaded.model.precision == "bf16"
     assert next(loaded.model.classifier.score.parameters()).dtype == torch.float32
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rmtool.dataset.report import DataReport
     from rmtool.planning.estimate import Forecast
     from rmtool.planning.plan import Plan
-    from rmtool.tokenization.encoder import Encoded
+    from rmtool.tokenization.encoder import TokenizedDataset
 
 
 def print_dry_run(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:
@@ -42,7 +42,7 @@ def print_dry_run(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> No
             ui.table("Estimated resources", ("", ""), estimate.forecast.rows(), numeric_from=2)
         if estimate.missing:
             ui.result(f"not estimated: {estimate.missing}")
-    if estimate.report and estimate.report.rejected:
+    if estimate.report and estimate.report.skipped_rows:
         raise SystemExit(ExitCode.SET_ASIDE)  # as the run would end
 
 
@@ -98,16 +98,16 @@ def _estimate_with_data(recipe: Recipe, source: Path, output: Path, ui: Ui) -> _
     with Rejects(Path(os.devnull) if recipe.data.on_bad_row == "skip" else None) as rejects:
         split = load_split(recipe, encoder, rejects, ui)
     report = build_report(split, train.batch_size, train.seed)
-    ui.say(f"example conversation: {example(encoder, split.train.labels[0], split.train.trees[0])}")
+    ui.say(f"example conversation: {example(encoder, split.train.metadata[0], split.train.groups[0])}")
     if not is_finished(output):
         prepare_folder(output, overwrite=False)
         write_report(report, split.train, output)
-    steps = plan_steps(train.epochs, train.max_steps, count_pairs(split.train.labels), train.batch_size)
+    steps = plan_steps(train.epochs, train.max_steps, count_pairs(split.train.metadata), train.batch_size)
     return _DryRunEstimate(report, *_estimate_memory(recipe, source, split.train, steps))
 
 
 def _estimate_memory(
-    recipe: Recipe, source: Path, data: Encoded | None, steps: int | None
+    recipe: Recipe, source: Path, data: TokenizedDataset | None, steps: int | None
 ) -> tuple[Forecast | None, str]:
     """The forecast, or why there is none."""
     from rmtool.model.classifier import first_line

@@ -25,10 +25,10 @@ from rmtool.cli.options import (
 from rmtool.errors import ExitCode, Place, RmtoolError
 
 if TYPE_CHECKING:
-    from rmtool.data.sources import Selection
+    from rmtool.data.sources import RecordSubset
     from rmtool.evaluation.evaluate import EvalResult
-    from rmtool.model.loading import Loaded
-    from rmtool.tokenization.encoder import Encoded
+    from rmtool.model.loading import LoadedModel
+    from rmtool.tokenization.encoder import TokenizedDataset
     from rmtool.ui import TerminalUi
 
 DEFAULT_EVAL_DATA = "allenai/reward-bench:filtered"
@@ -71,15 +71,15 @@ def eval_(
         precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row, columns
     )
     options.check(("error", "drop", "truncate_prompt"))
-    from rmtool.ui import captured
+    from rmtool.ui import redirect_output
 
-    with captured() as ui:
+    with redirect_output() as ui:
         from rmtool.checkpoint import resolve_checkpoint
 
         folder = resolve_checkpoint(model, None, ui)
         evaluated = _evaluate(folder, data or _default_eval_data(folder), samples, options, ui)
         _print_result(evaluated, as_json, ui)
-    if evaluated.pairs.counts["long"] or evaluated.skipped_rows:
+    if evaluated.pairs.counts["too_long"] or evaluated.skipped_rows:
         raise SystemExit(ExitCode.SET_ASIDE)
 
 
@@ -100,8 +100,8 @@ class _Evaluated:
 
     folder: Path
     sources: list[str]
-    loaded: Loaded
-    pairs: Encoded
+    loaded: LoadedModel
+    pairs: TokenizedDataset
     result: EvalResult
     samples: list[Sample]
     skipped_rows: int
@@ -112,8 +112,8 @@ class _Evaluated:
             "data": self.sources,
             **self.result.as_dict(),
             "samples": [vars(sample) for sample in self.samples],
-            "set_aside": dict(self.pairs.counts),
-            "rejected": self.skipped_rows,
+            "dropped": dict(self.pairs.counts),
+            "skipped_rows": self.skipped_rows,
             **sharing_fields(self.loaded.padded_reason),
         }
 
@@ -121,33 +121,33 @@ class _Evaluated:
 def _evaluate(folder: Path, sources: list[str], samples: int, options: InferenceOptions, ui: TerminalUi) -> _Evaluated:
     from rmtool.config import Source
     from rmtool.data import record
-    from rmtool.dataset.split import encode_selection, read_sources
+    from rmtool.dataset.split import read_sources, tokenize_subset
     from rmtool.evaluation.evaluate import evaluate
 
     ui.say(f"model: {folder}\ndata:  {', '.join(sources)}")
     with options.rejects(Path(Path(sources[0]).name), sources) as rejects:
         places = [Source(source) for source in sources]
-        selection = read_sources(places, record.Reading(options.columns), 0, rejects, ui)
+        selection = read_sources(places, record.RowOptions(options.columns), 0, rejects, ui)
         loaded = load(folder, options, ui)
-        pairs = encode_selection(
+        pairs = tokenize_subset(
             loaded.encoder, selection, on_identical="keep", kept=True, label="eval", rejects=rejects, ui=ui
         )
-        rejects.settle()
-    if not pairs.labels:
+        rejects.raise_if_any()
+    if not pairs.metadata:
         raise RmtoolError("E0302", "no pairs left to evaluate", "raise --max-length", Place(", ".join(sources)))
-    with ui.progress("Evaluating", len(pairs.labels), "pairs") as bar:
-        result = evaluate(loaded.model, pairs.labels, pairs.trees, options.tokens_per_pack, bar, samples)
+    with ui.progress("Evaluating", len(pairs.metadata), "pairs") as bar:
+        result = evaluate(loaded.model, pairs.metadata, pairs.groups, options.tokens_per_pack, bar, samples)
     shown = _samples(selection, pairs, result)
     print_skipped(rejects, ui)
     return _Evaluated(folder, sources, loaded, pairs, result, shown, rejects.count)
 
 
-def _samples(selection: Selection, encoded: Encoded, result: EvalResult) -> list[Sample]:
+def _samples(selection: RecordSubset, tokenized: TokenizedDataset, result: EvalResult) -> list[Sample]:
     """The text and the rewards of each sampled record's first pair."""
-    places = [encoded.kept[at] for at, _ in result.samples]
+    places = [tokenized.kept[at] for at, _ in result.samples]
     records, samples = selection.take(places).records(), list[Sample]()
     for record, (at, rewards) in zip(records, result.samples, strict=True):
-        winner, loser = encoded.labels[at].preferences[0]
+        winner, loser = tokenized.metadata[at].preferences[0]
         prompt = record.prompt[-1].content if record.prompt else ""
         chosen, rejected = (record.responses[side][-1].content for side in (winner, loser))
         samples.append(Sample(prompt, chosen, rejected, rewards[winner], rewards[loser]))

@@ -11,7 +11,7 @@ from rmtool.errors import RmtoolError
 
 if TYPE_CHECKING:
     from rmtool.data.rejects import Rejects
-    from rmtool.model.loading import Loaded
+    from rmtool.model.loading import LoadedModel
     from rmtool.ui import TerminalUi
 
 
@@ -55,11 +55,11 @@ class InferenceOptions:
                 raise RmtoolError("E0206", f"invalid {option}: {value}", f"use {' or '.join(allowed)}")
 
 
-def load(folder: Path, options: InferenceOptions, ui: TerminalUi) -> Loaded:
+def load(folder: Path, options: InferenceOptions, ui: TerminalUi) -> LoadedModel:
     """Load the model as eval and score both use it, and print what the user should know of it."""
-    from rmtool.model.loading import load_for_use
+    from rmtool.model.loading import load_for_inference
 
-    loaded = load_for_use(
+    loaded = load_for_inference(
         folder,
         precision=options.precision,
         max_length=options.max_length,
@@ -78,7 +78,7 @@ def print_skipped(rejects: Rejects, ui: TerminalUi) -> None:
         ui.say(f"note: skipped {rejects.count:,} invalid rows, see {rejects.path}")
 
 
-def print_sharing(loaded: Loaded, ui: TerminalUi) -> None:
+def print_sharing(loaded: LoadedModel, ui: TerminalUi) -> None:
     """Print that prefix sharing is off; last, so that a slow run shows why it was slow."""
     if loaded.padded_reason:
         from rmtool.packing.prefix_sharing import describe_sharing

@@ -17,9 +17,9 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files without uploading them.")] = False,
 ) -> None:
     """Publish a checkpoint to the Hugging Face Hub."""
-    from rmtool.ui import captured
+    from rmtool.ui import redirect_output
 
-    with captured() as ui:
+    with redirect_output() as ui:
         from rmtool.checkpoint import resolve_checkpoint
         from rmtool.hub.push import push_checkpoint
 

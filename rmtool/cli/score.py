@@ -25,8 +25,8 @@ from rmtool.cli.options import (
 from rmtool.errors import ExitCode, RmtoolError
 
 if TYPE_CHECKING:
-    from rmtool.model.loading import Loaded
-    from rmtool.scoring.score import Outcome
+    from rmtool.model.loading import LoadedModel
+    from rmtool.scoring.score import ScoreSummary
     from rmtool.ui import TerminalUi
 
 
@@ -59,11 +59,11 @@ def score(
     """Score the responses in a file with a reward model."""
     options = InferenceOptions(precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row)
     options.check(("error", "truncate_prompt"))
-    from rmtool.ui import captured
+    from rmtool.ui import redirect_output
 
-    with captured() as ui:
+    with redirect_output() as ui:
         outcome = _score(responses, model, output, options, overwrite, as_json, ui)
-    if outcome.nonfinite or outcome.rejected:
+    if outcome.nonfinite or outcome.skipped_rows:
         raise SystemExit(ExitCode.SET_ASIDE)
 
 
@@ -75,7 +75,7 @@ def _score(
     overwrite: bool,
     as_json: bool,
     ui: TerminalUi,
-) -> Outcome:
+) -> ScoreSummary:
     from rmtool.checkpoint import default_model, resolve_checkpoint
 
     model = model or default_model(RUNS)
@@ -94,7 +94,9 @@ def _score(
     return outcome
 
 
-def _print_outcome(model: str, output: Path, loaded: Loaded, outcome: Outcome, as_json: bool, ui: TerminalUi) -> None:
+def _print_outcome(
+    model: str, output: Path, loaded: LoadedModel, outcome: ScoreSummary, as_json: bool, ui: TerminalUi
+) -> None:
     from rmtool.ui import print_json
 
     if outcome.truncated:

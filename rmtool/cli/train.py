@@ -18,7 +18,7 @@ from rmtool.errors import ExitCode, RmtoolError
 
 if TYPE_CHECKING:
     from rmtool.config import Recipe
-    from rmtool.launch.launcher_env import Site
+    from rmtool.launch.launcher_env import LauncherEnv
     from rmtool.planning.plan import Plan
     from rmtool.ui import TerminalUi
 
@@ -69,12 +69,12 @@ def train(
     On several nodes, run it once on each; node count, rank and address are options, or come from Slurm or torchrun
     environment variables.
     """
-    from rmtool.launch.launcher_env import find_site, require_told
+    from rmtool.launch.launcher_env import detect_launcher_env, refuse_ambiguous_world_size
     from rmtool.recipe import load_recipe, parse_set
 
-    site = find_site(os.environ)
+    site = detect_launcher_env(os.environ)
     if nodes is None:
-        require_told(site, os.environ)
+        refuse_ambiguous_world_size(site, os.environ)
     overrides = _launch_overrides(site, nodes, gpus_per_node, main_address, main_port)
     overrides += _data_overrides(model, data, eval_data, on_bad_row)
     overrides += [parse_set(text) for text in set_ or []]  # last: what is written out wins
@@ -85,12 +85,12 @@ def train(
 
 
 def _launch_overrides(
-    site: Site, nodes: int | None, gpus_per_node: int | None, main_address: str | None, main_port: int | None
+    site: LauncherEnv, nodes: int | None, gpus_per_node: int | None, main_address: str | None, main_port: int | None
 ) -> list[tuple[str, Any]]:
     """Recipe values from the launcher's environment, options first."""
     given = (
         ("nodes", nodes, site.nodes),
-        ("processes_per_node", gpus_per_node, site.processes_per_node),
+        ("gpus_per_node", gpus_per_node, site.gpus_per_node),
         ("main_address", main_address, site.main_address),
         ("main_port", main_port, site.main_port),
     )
@@ -113,7 +113,7 @@ def _data_overrides(
     return overrides
 
 
-def _node_rank(site: Site, node_rank: int | None, recipe: Recipe, dry_run: bool) -> int:
+def _node_rank(site: LauncherEnv, node_rank: int | None, recipe: Recipe, dry_run: bool) -> int:
     """The rank of this node.
 
     Raises:
@@ -134,9 +134,9 @@ def _train(
     recipe: Recipe, output: Path, node: int, told_by: str, overwrite: bool, dry_run: bool, as_json: bool
 ) -> None:
     from rmtool.data.rejects import REJECTS_FILE, require_free
-    from rmtool.ui import captured
+    from rmtool.ui import redirect_output
 
-    with captured() as ui:
+    with redirect_output() as ui:
         from rmtool.cli.dry_run import print_dry_run
         from rmtool.dataset.split import sources_of
         from rmtool.launch import supervise

@@ -1,9 +1,9 @@
-"""The formats in which preference data and responses come, recognised by their fields.
+"""The formats in which preference data and responses come, recognized by their fields.
 
 In: a `Row`. Out: a `Record`: prompt messages, response messages, which response is preferred to which.
-Cost: string work only; nothing is tokenised here.
+Cost: string work only; nothing is tokenized here.
 
-| format | recognised by |
+| format | recognized by |
 |---|---|
 | TRL, hh-rlhf, UltraFeedback binarized, Tulu 3, RewardBench | chosen, rejected (strings, messages, transcripts) |
 | RM-Bench, RewardBench 2 | chosen, rejected (lists of responses: each of one is preferred to each of the other) |
@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rmtool.data import parsers as shapes
-from rmtool.data.messages import Messages, conversation, is_unasked, wrong
-from rmtool.data.record import PLAIN, Reading, Record
+from rmtool.data.messages import Messages, conversation, has_no_prompt, wrong
+from rmtool.data.record import PLAIN, Record, RowOptions
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row
 from rmtool.errors import RmtoolError
@@ -34,11 +34,11 @@ from rmtool.errors import RmtoolError
 
 @dataclass(frozen=True)
 class Format:
-    """`fields` and `test` recognise a row, `read` makes its record; with `grouped`, rows with one prompt are one."""
+    """`fields` and `test` recognize a row, `read` makes its record; with `grouped`, rows with one prompt are one."""
 
     name: str
     fields: frozenset[str]
-    read: Callable[[Row, Reading], Record]
+    read: Callable[[Row, RowOptions], Record]
     test: Callable[[dict[str, Any]], bool] = field(default=lambda data: True)
     grouped: bool = False
 
@@ -120,7 +120,7 @@ FIELDS = frozenset().union(*(format.fields for format in FORMATS)) | {
 }  # fmt: skip
 
 
-def recognise(row: Row) -> Format:
+def recognize(row: Row) -> Format:
     """The format of a row with preferences.
 
     Raises:
@@ -140,18 +140,18 @@ def _shown_fields(row: Row) -> str:
     return f"fields {', '.join(map(repr, row.data)) or 'none'}"
 
 
-def preference_record(row: Row, reading: Reading = PLAIN) -> Record:
+def preference_record(row: Row, reading: RowOptions = PLAIN) -> Record:
     """The record of one row by itself, whatever its format.
 
     Raises:
         RmtoolError: E0303 a field is missing or of the wrong kind.
     """
     row = _renamed(row, reading)
-    return recognise(row).read(row, reading)
+    return recognize(row).read(row, reading)
 
 
 def preference_records(
-    rows: Iterable[Row], reading: Reading, rejects: Rejects, seen: Callable[[Format], None]
+    rows: Iterable[Row], reading: RowOptions, rejects: Rejects, seen: Callable[[Format], None]
 ) -> Iterator[Record]:
     """The records of a source, all of its first row's format; bad rows go to `rejects`.
 
@@ -165,13 +165,13 @@ def preference_records(
         try:
             row = _renamed(row, reading)
             if format is None:
-                format = recognise(row)
+                format = recognize(row)
                 seen(format)
             if not format.fits(row.data):
-                format_now = recognise(row)
+                format_now = recognize(row)
                 raise wrong(row, f"this row is of another format ({format_now.name}) than the first ({format.name})")
             record = format.read(row, reading)
-            unasked = is_unasked(record.prompt + record.responses[0])
+            unasked = has_no_prompt(record.prompt + record.responses[0])
             alone = unasked if alone is None else alone
             if unasked and not alone:
                 raise wrong(row, "this row has no prompt, and the first has one")
@@ -185,7 +185,7 @@ def preference_records(
     yield from _grouped(singles, reading, rejects)
 
 
-def require_known_columns(reading: Reading) -> None:
+def require_known_columns(reading: RowOptions) -> None:
     """Only fields that some format reads can be mapped: another one would be lost without a word.
 
     Raises:
@@ -198,7 +198,7 @@ def require_known_columns(reading: Reading) -> None:
             raise RmtoolError("E0204", f"data.columns.{ours}: no format has a field {ours}", hint)
 
 
-def _grouped(singles: Sequence[Record], reading: Reading, rejects: Rejects) -> Iterator[Record]:
+def _grouped(singles: Sequence[Record], reading: RowOptions, rejects: Rejects) -> Iterator[Record]:
     groups: dict[tuple[Messages, str], list[Record]] = {}
     for record in singles:
         groups.setdefault((_asked(record), record.tools), []).append(record)
@@ -231,7 +231,7 @@ def _asked(record: Record) -> Messages:
     return (record.prompt + record.responses[0])[:-1]
 
 
-def _renamed(row: Row, reading: Reading) -> Row:
+def _renamed(row: Row, reading: RowOptions) -> Row:
     """The row with our names for the source's fields."""
     if not reading.columns:
         return row

@@ -54,13 +54,13 @@ def conversation(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
         raise wrong(
             row, f'"{name}": the conversation ends without a response', last, "end it with an assistant message"
         )
-    if row.data.get("prompt", "") is None and is_unasked(messages):
+    if row.data.get("prompt", "") is None and has_no_prompt(messages):
         hint = f'give the row a "prompt", or write "{name}" as a whole conversation'
         raise wrong(row, f'"prompt" is null, and "{name}" is a response alone', hint=hint)
     return messages
 
 
-def is_unasked(messages: Messages) -> bool:
+def has_no_prompt(messages: Messages) -> bool:
     """Whether there is nothing but a response."""
     return all(message.role == "assistant" for message in messages)
 

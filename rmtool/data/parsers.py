@@ -1,6 +1,6 @@
 """How each format's rows are read: its fields, and what they mean.
 
-In: a `Row` that a format has recognised. Out: a `Record`, or an error with the path of the field that is wrong.
+In: a `Row` that a format has recognized. Out: a `Record`, or an error with the path of the field that is wrong.
 Cost: string work only.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from rmtool.data.messages import Message, Messages, conversation, prompt_of, wrong
-from rmtool.data.record import Pairs, Reading, Record
+from rmtool.data.record import Pairs, Record, RowOptions
 from rmtool.data.rows import Row, json_kind
 
 # ------------------------------------------------------------------------------------------------ a row's parts
@@ -123,7 +123,7 @@ def by_rating(ratings: Sequence[float]) -> Pairs:
 
 
 def _rated(
-    row: Row, conversations: Sequence[Messages], ratings: Sequence[float], reading: Reading, ranks: bool = False
+    row: Row, conversations: Sequence[Messages], ratings: Sequence[float], reading: RowOptions, ranks: bool = False
 ) -> Record:
     """All pairs of responses that are rated, or ranked (a smaller number is better)."""
     pairs = by_rating([-rating for rating in ratings] if ranks else ratings)
@@ -135,7 +135,7 @@ def _rated(
 # ------------------------------------------------------------------------------------------------- the formats
 
 
-def pair(row: Row, reading: Reading) -> Record:
+def pair(row: Row, reading: RowOptions) -> Record:
     prompt, names = whole_prompt(row), ("chosen", "rejected")
     margins = _score_margin(row) if reading.rating_margins else {}
     return record_of(row, [conversation(row, prompt, row.data[name], name) for name in names], [(0, 1)], **margins)
@@ -155,7 +155,7 @@ def _score_margin(row: Row) -> dict[str, Any]:
     return {"margins": (chosen - rejected,)}
 
 
-def lists(row: Row, reading: Reading) -> Record:
+def lists(row: Row, reading: RowOptions) -> Record:
     prompt, conversations = whole_prompt(row), list[Messages]()
     for name in ("chosen", "rejected"):
         conversations += [
@@ -165,7 +165,7 @@ def lists(row: Row, reading: Reading) -> Record:
     return record_of(row, conversations, itertools.product(good, range(len(good), len(conversations))))
 
 
-def rmb(row: Row, reading: Reading) -> Record:
+def rmb(row: Row, reading: RowOptions) -> Record:
     best, worse = ("chosen", "reject") if "chosen" in row.data else ("bon_best", "loser_list")
     prompt = whole_prompt(row, "conversation_input")
     losers = row.data[worse] if worse == "loser_list" else [row.data[worse]]
@@ -183,10 +183,10 @@ def rmb(row: Row, reading: Reading) -> Record:
 
 def two_responses(
     prompt: str, names: tuple[str, str], better: Callable[[Row], float]
-) -> Callable[[Row, Reading], Record]:
+) -> Callable[[Row, RowOptions], Record]:
     """A format with two responses; `better` is below 0 where the first is preferred, 0 where they are tied."""
 
-    def read(row: Row, reading: Reading) -> Record:
+    def read(row: Row, reading: RowOptions) -> Record:
         start, side = whole_prompt(row, prompt), better(row)
         conversations = [conversation(row, start, row.data[name], name) for name in names]
         pairs = [] if side == 0 else [(0, 1) if side < 0 else (1, 0)]
@@ -227,7 +227,7 @@ def judge_label(row: Row) -> float:
     return -1 if _one_of(row, "label", ("A>B", "B>A")) == "A>B" else 1
 
 
-def arena_responses(row: Row, reading: Reading) -> Record:
+def arena_responses(row: Row, reading: RowOptions) -> Record:
     """Prompt and responses are strings, or JSON lists with one string per turn."""
     turns = {name: _turns(row, name) for name in ("prompt", "response_a", "response_b")}
     if len({len(texts) for texts in turns.values()}) != 1:
@@ -256,10 +256,10 @@ def _turns(row: Row, name: str) -> list[str]:
     return value
 
 
-def items(name: str, text: str, rating: str, prompt: str, ranks: bool) -> Callable[[Row, Reading], Record]:
+def items(name: str, text: str, rating: str, prompt: str, ranks: bool) -> Callable[[Row, RowOptions], Record]:
     """A list of objects, each with a response and its rating or rank."""
 
-    def read(row: Row, reading: Reading) -> Record:
+    def read(row: Row, reading: RowOptions) -> Record:
         start, conversations, ratings = whole_prompt(row, prompt), list[Messages](), list[float]()
         for at, item in enumerate(listed(row, name)):
             if not isinstance(item, dict) or text not in item:
@@ -274,8 +274,8 @@ def items(name: str, text: str, rating: str, prompt: str, ranks: bool) -> Callab
     return read
 
 
-def lists_of(ratings: str) -> Callable[[Row, Reading], Record]:
-    def read(row: Row, reading: Reading) -> Record:
+def lists_of(ratings: str) -> Callable[[Row, RowOptions], Record]:
+    def read(row: Row, reading: RowOptions) -> Record:
         responses, values = listed(row, "responses"), listed(row, ratings)
         if len(responses) != len(values):
             raise wrong(row, f'"responses" and "{ratings}" have equally many items', f"{len(responses)}, {len(values)}")
@@ -289,7 +289,7 @@ def lists_of(ratings: str) -> Callable[[Row, Reading], Record]:
     return read
 
 
-def one_response(row: Row, reading: Reading) -> Record:
+def one_response(row: Row, reading: RowOptions) -> Record:
     """One of the rows that `grouped` puts together; its rating waits in `margins`."""
     name = "rating" if "rating" in row.data else "helpfulness"
     rating = _number(row, name)

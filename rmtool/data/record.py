@@ -1,7 +1,8 @@
 """What a row means: a prompt, its responses, and which of them is preferred to which.
 
-In: what a format found in a row. Out: `Record`s with their text, and `Labels` without it, which are held for all rows.
-Cost: `Labels` take some 0.2 KB each, however long the text is.
+In: what a format found in a row. Out: `Record`s with their text, and their `PairMetadata` without it, which is held for
+all rows.
+Cost: a `PairMetadata` takes about 0.2 KB, however long the text is.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Reading:
+class RowOptions:
     """How a source is read.
 
     columns:        our field names and, for each, the source's: {"chosen": "better", "rejected": "worse"}; dots lead
@@ -32,17 +33,17 @@ class Reading:
     rating_margins: bool = False
 
 
-PLAIN = Reading()
+PLAIN = RowOptions()
 
 
 @dataclass(frozen=True, slots=True)
-class Labels:
-    """What a record says of its responses, as `Record` has it; `prompt` is a hash of the prompt's text, 0 without
+class PairMetadata:
+    """What a record says of its responses, as `Record` has it; `prompt_hash` is a hash of the prompt's text, 0 without
     a prompt.
     """
 
     place: Place
-    prompt: int
+    prompt_hash: int
     preferences: Pairs
     margins: tuple[float | None, ...]
     subset: str | None
@@ -82,11 +83,11 @@ class Record:
         """Where a response stands."""
         return self.places[response] if self.places else self.place
 
-    def labels(self) -> Labels:
+    def metadata(self) -> PairMetadata:
         text = marshal.dumps(tuple(map(tuple, self.prompt)), 2)
         key = int.from_bytes(blake2b(text, digest_size=8).digest()) if self.prompt else 0
         shared = _shared(self.preferences), _shared(self.margins), _shared(self.subset)
-        return Labels(self.place, key, *shared, self.weight)
+        return PairMetadata(self.place, key, *shared, self.weight)
 
     def content(self) -> bytes:
         """All that its token ids depend on, and which of its responses are compared: the same bytes for the same."""

@@ -17,7 +17,7 @@ from rmtool.data.record import Record
 from rmtool.errors import RmtoolError
 
 
-class KeptRecords:
+class RecordStore:
     """Append all, then read."""
 
     def __init__(self) -> None:

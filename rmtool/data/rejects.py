@@ -27,7 +27,7 @@ class Rejects:
     """Use as a context where there is a file.
 
     Args:
-        path: rows are set aside there, and the work goes on; None: `settle` raises.
+        path: rows are set aside there, and the work goes on; None: `raise_if_any` raises.
     """
 
     def __init__(self, path: Path | None = None):
@@ -70,7 +70,7 @@ class Rejects:
                 "E0501", f"{path} cannot be written: {failed.strerror}", "free or change the disk"
             ) from failed
 
-    def settle(self) -> None:
+    def raise_if_any(self) -> None:
         """Raise what was found, unless it was set aside.
 
         Raises:

@@ -1,6 +1,6 @@
 """The records of one or several sources: read, given a format, and mixed as a recipe says.
 
-In: sources with their shares. Out: a `Selection`: labels of the records, and the records themselves, when they are
+In: sources with their shares. Out: a `RecordSubset`: labels of the records, and the records themselves, when they are
 asked for.
 Cost: every source is read once; labels are held in memory, and text in a temporary file (but that of rated rows that
 are put together by prompt, while they are read).
@@ -16,8 +16,8 @@ import numpy as np
 
 from rmtool.config import Source
 from rmtool.data.formats import Format, preference_records
-from rmtool.data.record import Labels, Reading, Record
-from rmtool.data.record_store import KeptRecords
+from rmtool.data.record import PairMetadata, Record, RowOptions
+from rmtool.data.record_store import RecordStore
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import read_rows
 from rmtool.errors import RmtoolError
@@ -25,7 +25,7 @@ from rmtool.errors import RmtoolError
 
 @dataclass
 class SourceCount:
-    """What was read of a source; `format` is what its first row was recognised as, and all others are."""
+    """What was read of a source; `format` is what its first row was recognized as, and all others are."""
 
     path: str
     format: str = "unknown"
@@ -35,34 +35,34 @@ class SourceCount:
 
 
 @dataclass(frozen=True)
-class Scan:
+class LoadedSource:
     """A source that was read: its records in a file, their labels in memory, and a hash of their text."""
 
     count: SourceCount
-    records: KeptRecords
-    labels: list[Labels]
+    records: RecordStore
+    metadata: list[PairMetadata]
     digest: bytes
 
 
 @dataclass(frozen=True)
-class Selection:
+class RecordSubset:
     """Some records of some sources, in order: record `indices[i]` of source `scans[sources[i]]`."""
 
-    scans: tuple[Scan, ...] = ()
+    scans: tuple[LoadedSource, ...] = ()
     sources: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     indices: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def labels(self) -> Iterator[Labels]:
+    def metadata(self) -> Iterator[PairMetadata]:
         for source, index in zip(self.sources.tolist(), self.indices.tolist(), strict=True):
-            yield self.scans[source].labels[index]
+            yield self.scans[source].metadata[index]
 
-    def take(self, places: Iterable[int]) -> Selection:
+    def take(self, places: Iterable[int]) -> RecordSubset:
         """Those at these places, ascending."""
         chosen = np.fromiter(places, dtype=np.int64)
-        return Selection(self.scans, self.sources[chosen], self.indices[chosen])
+        return RecordSubset(self.scans, self.sources[chosen], self.indices[chosen])
 
     def records(self) -> Iterator[Record]:
         """The records with their text."""
@@ -78,33 +78,33 @@ class Selection:
 
 
 def select(
-    sources: Sequence[Source], reading: Reading, seed: int, rejects: Rejects, advance: Callable[[], None]
-) -> Selection:
+    sources: Sequence[Source], reading: RowOptions, seed: int, rejects: Rejects, advance: Callable[[], None]
+) -> RecordSubset:
     """The mixture: all sources, read once; calls `advance` once per record.
 
     Raises:
         RmtoolError: as `read_rows` and `draw_share`; bad rows go to `rejects`.
     """
-    scans, numbers, indices = list[Scan](), list[np.ndarray](), list[np.ndarray]()
+    scans, numbers, indices = list[LoadedSource](), list[np.ndarray](), list[np.ndarray]()
     for number, source in enumerate(sources):
         scan = _scan(source.path, reading, rejects, advance)
-        drawn = draw_share(source, len(scan.labels), seed, number)
+        drawn = draw_share(source, len(scan.metadata), seed, number)
         scan.count.taken = len(drawn)
         scans.append(scan)
         numbers.append(np.full(len(drawn), number, dtype=np.int32))
         indices.append(drawn)
-    return Selection(tuple(scans), np.concatenate(numbers), np.concatenate(indices))
+    return RecordSubset(tuple(scans), np.concatenate(numbers), np.concatenate(indices))
 
 
-def _scan(path: str, reading: Reading, rejects: Rejects, advance: Callable[[], None]) -> Scan:
-    count, kept, labels, digest = SourceCount(path), KeptRecords(), list[Labels](), blake2b(digest_size=16)
+def _scan(path: str, reading: RowOptions, rejects: Rejects, advance: Callable[[], None]) -> LoadedSource:
+    count, kept, metadata, digest = SourceCount(path), RecordStore(), list[PairMetadata](), blake2b(digest_size=16)
     for record in read_records(path, reading, rejects, count, advance):
         kept.append(record)
-        labels.append(record.labels())
+        metadata.append(record.metadata())
         digest.update(blake2b(record.content(), digest_size=16).digest())
     kept.finish()
-    count.records = len(labels)
-    return Scan(count, kept, labels, digest.digest())
+    count.records = len(metadata)
+    return LoadedSource(count, kept, metadata, digest.digest())
 
 
 def draw_share(source: Source, count: int, seed: int, number: int) -> np.ndarray:
@@ -130,14 +130,14 @@ def draw_share(source: Source, count: int, seed: int, number: int) -> np.ndarray
 
 
 def read_records(
-    path: str, reading: Reading, rejects: Rejects, count: SourceCount, advance: Callable[[], None]
+    path: str, reading: RowOptions, rejects: Rejects, count: SourceCount, advance: Callable[[], None]
 ) -> Iterator[Record]:
     """The records of one source, whose format `count` then names."""
 
-    def recognised(format: Format) -> None:
+    def recognized(format: Format) -> None:
         count.format = format.name
         count.counted = "prompts" if format.grouped else "rows"
 
-    for record in preference_records(read_rows(path, rejects), reading, rejects, recognised):
+    for record in preference_records(read_rows(path, rejects), reading, rejects, recognized):
         advance()
         yield record

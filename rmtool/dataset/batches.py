@@ -1,6 +1,6 @@
-"""Which pairs make up which optimiser step: a pure function of the records, the seed, the epoch and the batch size.
+"""Which pairs make up which optimizer step: a pure function of the records, the seed, the epoch and the batch size.
 
-In: records with preferences. Out: per step, the units (a record's tree and its preferences in this step).
+In: records with preferences. Out: per step, the units (a record's group and its preferences in this step).
 No number of processes and no memory budget enters here, so none can change what a step learns.
 """
 
@@ -11,30 +11,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rmtool.data.record import Labels
-from rmtool.tokenization.response_group import TokenTree
+from rmtool.data.record import PairMetadata
+from rmtool.tokenization.response_group import ResponseGroup
 
 
 @dataclass(frozen=True)
-class Unit:
+class BatchItem:
     """What one record gives to one step: the responses used, and (winner, loser, margin) by index among them."""
 
-    labels: Labels
-    tree: TokenTree
+    metadata: PairMetadata
+    group: ResponseGroup
     preferences: tuple[tuple[int, int, float], ...]
 
     @property
     def weight(self) -> float:
         """What each of the preferences counts in the loss."""
-        return self.labels.weight
+        return self.metadata.weight
 
 
-def count_pairs(labels: Iterable[Labels]) -> int:
-    return sum(len(each.preferences) for each in labels)
+def count_pairs(metadata: Iterable[PairMetadata]) -> int:
+    return sum(len(each.preferences) for each in metadata)
 
 
 def plan_steps(epochs: int, max_steps: int | None, pairs: int, batch_size: int) -> int:
-    """Optimiser steps of a run. The last step of an epoch may have fewer pairs; its loss is divided by what it has."""
+    """Optimizer steps of a run. The last step of an epoch may have fewer pairs; its loss is divided by what it has."""
     total = epochs * -(-pairs // batch_size)
     return total if max_steps is None else min(total, max_steps)
 
@@ -45,28 +45,29 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def epoch_steps(
-    labels: Sequence[Labels], trees: Sequence[TokenTree], seed: int, epoch: int, batch_size: int
-) -> Iterator[list[Unit]]:
+    metadata: Sequence[PairMetadata], groups: Sequence[ResponseGroup], seed: int, epoch: int, batch_size: int
+) -> Iterator[list[BatchItem]]:
     """The steps of one epoch. A record with several preferences stays together unless a step boundary cuts it."""
-    order = epoch_order(seed, epoch, len(labels))
-    sizes = np.fromiter((len(labels[index].preferences) for index in order), dtype=np.int64, count=len(order))
+    order = epoch_order(seed, epoch, len(metadata))
+    sizes = np.fromiter((len(metadata[index].preferences) for index in order), dtype=np.int64, count=len(order))
     records = np.repeat(order, sizes)
     preferences = np.arange(len(records)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     for start in range(0, len(records), batch_size):
         step, chosen = slice(start, start + batch_size), dict[int, list[int]]()
         for index, preference in zip(records[step].tolist(), preferences[step].tolist(), strict=True):
             chosen.setdefault(index, []).append(preference)
-        yield [unit_of(labels[index], trees[index], which) for index, which in chosen.items()]
+        yield [batch_item(metadata[index], groups[index], which) for index, which in chosen.items()]
 
 
-def unit_of(labels: Labels, tree: TokenTree, which: Sequence[int]) -> Unit:
+def batch_item(metadata: PairMetadata, group: ResponseGroup, which: Sequence[int]) -> BatchItem:
     """The unit of some of a record's preferences; only the responses they name are computed."""
-    used = sorted({response for index in which for response in labels.preferences[index]})
+    used = sorted({response for index in which for response in metadata.preferences[index]})
     place = {response: position for position, response in enumerate(used)}
-    return Unit(
-        labels,
-        tree if len(used) == len(tree.responses) else tree.keep(used),
+    return BatchItem(
+        metadata,
+        group if len(used) == len(group.responses) else group.keep(used),
         tuple(
-            (place[labels.preferences[i][0]], place[labels.preferences[i][1]], labels.margins[i] or 0.0) for i in which
+            (place[metadata.preferences[i][0]], place[metadata.preferences[i][1]], metadata.margins[i] or 0.0)
+            for i in which
         ),
     )

@@ -1,4 +1,4 @@
-"""Tokenised records, kept between runs.
+"""Tokenized records, kept between runs.
 
 In: a key that says all that the token ids depend on (text, template, tokenizer, options, versions). Out: the records
 that were encoded under the same key, or nothing. A key never comes back for other content, so an entry is right or not
@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from rmtool.errors import RmtoolError
-from rmtool.tokenization.encoder import Encoded
-from rmtool.tokenization.token_store import TreeSpool
+from rmtool.tokenization.encoder import TokenizedDataset
+from rmtool.tokenization.token_store import TokenStore
 
 KEPT = 30
 _DAY = 24 * 3600
@@ -43,7 +43,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RMTOOL_CACHE") or home) / "tokens"
 
 
-def get(key: str, say: Callable[[str], None]) -> Encoded | None:
+def get(key: str, say: Callable[[str], None]) -> TokenizedDataset | None:
     """What was kept under `key`, without labels; None if there is nothing, or it is damaged."""
     folder = cache_folder() / key
     if not folder.is_dir():
@@ -52,17 +52,17 @@ def get(key: str, say: Callable[[str], None]) -> Encoded | None:
         facts = _checked(folder)
         with np.load(io.BytesIO(facts.pop("index"))) as stored:
             index = dict(stored)
-        trees = TreeSpool.reopen(folder / _IDS, index)
-        if trees.crc != facts["ids"]:
+        groups = TokenStore.reopen(folder / _IDS, index)
+        if groups.crc != facts["ids"]:
             raise ValueError(f"{_IDS} has another checksum")
     except (OSError, ValueError) as error:
-        say(f"note: the tokenised data in {folder} is damaged ({error}) and is made again")
+        say(f"note: the tokenized data in {folder} is damaged ({error}) and is made again")
         shutil.rmtree(folder, ignore_errors=True)
         return None
     with contextlib.suppress(OSError):  # the files are open: the entry may be gone by now, or not be ours to change
         os.utime(folder)
     kept = array("q", index["kept"].astype(np.int64).tobytes())
-    return Encoded(trees=trees, kept=kept, counts=Counter(facts["counts"]), failed=index["failed"].tolist())
+    return TokenizedDataset(groups=groups, kept=kept, counts=Counter(facts["counts"]), failed=index["failed"].tolist())
 
 
 def _checked(folder: Path) -> dict[str, Any]:
@@ -80,17 +80,17 @@ def _checked(folder: Path) -> dict[str, Any]:
     return {**facts, "index": index}
 
 
-def _finish(folder: Path, encoded: Encoded, trees: TreeSpool) -> None:
+def _finish(folder: Path, tokenized: TokenizedDataset, groups: TokenStore) -> None:
     """Write what belongs to the ids."""
-    trees.flush()
-    places = {"kept": np.array(encoded.kept), "failed": np.array(encoded.failed, dtype=np.int64)}
-    np.savez(folder / _INDEX, allow_pickle=False, **places, **trees.layout())
-    facts = {"ids": trees.crc, "index": zlib.crc32((folder / _INDEX).read_bytes()), "counts": encoded.counts}
+    groups.flush()
+    places = {"kept": np.array(tokenized.kept), "failed": np.array(tokenized.failed, dtype=np.int64)}
+    np.savez(folder / _INDEX, allow_pickle=False, **places, **groups.layout())
+    facts = {"ids": groups.crc, "index": zlib.crc32((folder / _INDEX).read_bytes()), "counts": tokenized.counts}
     text = json.dumps(facts).encode()
     (folder / _FACTS).write_bytes(b"%b\n%d" % (text, zlib.crc32(text)))
 
 
-def put(key: str, encode: Callable[[TreeSpool], Encoded]) -> Encoded:
+def put(key: str, encode: Callable[[TokenStore], TokenizedDataset]) -> TokenizedDataset:
     """Encode into the cache; an entry appears when it is whole.
 
     Raises:
@@ -101,9 +101,9 @@ def put(key: str, encode: Callable[[TreeSpool], Encoded]) -> Encoded:
         root.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root))
         try:
-            trees = TreeSpool(temporary / _IDS)
-            encoded = encode(trees)
-            _finish(temporary, encoded, trees)
+            groups = TokenStore(temporary / _IDS)
+            tokenized = encode(groups)
+            _finish(temporary, tokenized, groups)
             _name(temporary, root / key)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # the spool's open file stays readable
@@ -111,7 +111,7 @@ def put(key: str, encode: Callable[[TreeSpool], Encoded]) -> Encoded:
     except OSError as error:
         hint = "free the disk, or name another folder in $RMTOOL_CACHE; train also has --set data.cache=false"
         raise RmtoolError("E0502", f"{root} cannot be written: {error.strerror or error}", hint) from error
-    return encoded
+    return tokenized
 
 
 def _name(folder: Path, entry: Path) -> None:

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from rmtool.data.record import Labels
+from rmtool.data.record import PairMetadata
 from rmtool.data.sources import SourceCount
 from rmtool.dataset.batches import count_pairs, epoch_steps
-from rmtool.dataset.split import FATES, Split
+from rmtool.dataset.split import DROP_REASONS, Split
 from rmtool.packing.pack_layout import pack
-from rmtool.tokenization.encoder import Encoded, Encoder
-from rmtool.tokenization.response_group import TokenTree
+from rmtool.tokenization.encoder import Encoder, TokenizedDataset
+from rmtool.tokenization.response_group import ResponseGroup
 
 LENGTHS_FILE = "lengths.png"
 REPORT_FILE = "report.json"
@@ -58,7 +58,7 @@ class DataReport:
     """
 
     sources: tuple[SourceCount, ...]
-    rejected: int
+    skipped_rows: int
     dropped: dict[str, int]
     dropped_held_out: dict[str, int]
     records: int
@@ -87,9 +87,10 @@ class DataReport:
             )
             for source in self.sources
         ]
-        fates = [(f"rows {FATES[reason]}", f"{count:,}") for reason, count in sorted(self.dropped.items())]
+        fates = [(f"rows {DROP_REASONS[reason]}", f"{count:,}") for reason, count in sorted(self.dropped.items())]
         fates += [
-            (f"held-out rows {FATES[name]}", f"{count:,}") for name, count in sorted(self.dropped_held_out.items())
+            (f"held-out rows {DROP_REASONS[name]}", f"{count:,}")
+            for name, count in sorted(self.dropped_held_out.items())
         ]
         longer = (
             "no pair has responses of unequal length" if self.longer_chosen is None else f"{self.longer_chosen:.1%}"
@@ -97,7 +98,7 @@ class DataReport:
         saved = [f"{1 - self.shared / tokens:.0%} of {name}" for name, tokens in self._without_sharing()]
         return [
             *sources,
-            ("bad rows set aside", f"{self.rejected:,}"),
+            ("bad rows set aside", f"{self.skipped_rows:,}"),
             *fates,
             ("training pairs", f"{self.pairs:,} from {self.records:,} rows"),
             ("held-out pairs", f"{self.held_out:,}, of which {self.overlap:,} have a prompt that is trained on"),
@@ -120,53 +121,53 @@ class DataReport:
 def build_report(split: Split, batch_size: int, seed: int) -> DataReport:
     """The report of `split`, for steps of `batch_size` pairs."""
     train, held_out = split.train, split.held_out
-    prompts = {each.prompt for each in train.labels}
-    overlap = [each for each in held_out.labels if each.prompt and each.prompt in prompts]
+    prompts = {each.prompt_hash for each in train.metadata}
+    overlap = [each for each in held_out.metadata if each.prompt_hash and each.prompt_hash in prompts]
     duplicates, conflicts = _count_repeated(train)
     padded, packed, shared = _step_tokens(train, batch_size, seed)
     return DataReport(
         sources=split.sources,
-        rejected=split.rejected,
-        dropped={"identical": 0, "alike": 0, **train.counts},
+        skipped_rows=split.skipped_rows,
+        dropped={"identical_text": 0, "identical_after_rendering": 0, **train.counts},
         dropped_held_out=dict(held_out.counts),
-        records=len(train.labels),
-        pairs=count_pairs(train.labels),
-        held_out=count_pairs(held_out.labels),
+        records=len(train.metadata),
+        pairs=count_pairs(train.metadata),
+        held_out=count_pairs(held_out.metadata),
         duplicates=duplicates,
         conflicts=conflicts,
         overlap=count_pairs(overlap),
         longer_chosen=_longer_chosen(train),
-        prompt=_lengths([len(tree.prompt) for tree in train.trees]),
-        response=_lengths([len(ids) for tree in train.trees for ids in tree.responses]),
+        prompt=_lengths([len(group.prompt) for group in train.groups]),
+        response=_lengths([len(ids) for group in train.groups for ids in group.responses]),
         padded=padded,
         packed=packed,
         shared=shared,
     )
 
 
-def _count_repeated(encoded: Encoded) -> tuple[int, int]:
+def _count_repeated(tokenized: TokenizedDataset) -> tuple[int, int]:
     """Pairs that stand there again, and pairs that stand there in both orders; by 64-bit hashes of their ids."""
     winners, losers = array("Q"), array("Q")
-    for labels, tree in zip(encoded.labels, encoded.trees, strict=True):
-        prompt = hashlib.blake2b(tree.prompt.tobytes(), digest_size=8)
+    for metadata, group in zip(tokenized.metadata, tokenized.groups, strict=True):
+        prompt = hashlib.blake2b(group.prompt.tobytes(), digest_size=8)
         keys = []
-        for ids in tree.responses:
+        for ids in group.responses:
             whole = prompt.copy()
             whole.update(ids.tobytes())
             keys.append(int.from_bytes(whole.digest()))
-        winners.extend(keys[winner] for winner, _ in labels.preferences)
-        losers.extend(keys[loser] for _, loser in labels.preferences)
+        winners.extend(keys[winner] for winner, _ in metadata.preferences)
+        losers.extend(keys[loser] for _, loser in metadata.preferences)
     pairs = np.stack((np.asarray(winners), np.asarray(losers)), axis=1)
     seen = np.unique(pairs, axis=0)
     both = np.unique(np.sort(seen, axis=1), axis=0)
     return len(pairs) - len(seen), len(seen) - len(both)
 
 
-def _longer_chosen(encoded: Encoded) -> float | None:
+def _longer_chosen(tokenized: TokenizedDataset) -> float | None:
     longer, unequal = 0, 0
-    for labels, tree in zip(encoded.labels, encoded.trees, strict=True):
-        for winner, loser in labels.preferences:
-            difference = len(tree.responses[winner]) - len(tree.responses[loser])
+    for metadata, group in zip(tokenized.metadata, tokenized.groups, strict=True):
+        for winner, loser in metadata.preferences:
+            difference = len(group.responses[winner]) - len(group.responses[loser])
             longer, unequal = longer + (difference > 0), unequal + (difference != 0)
     return longer / unequal if unequal else None
 
@@ -175,21 +176,21 @@ def _lengths(values: Sequence[int]) -> Lengths:
     return Lengths(tuple(int(value) for value in np.percentile(values, PERCENTS, method="nearest")))
 
 
-def _step_tokens(encoded: Encoded, batch_size: int, seed: int) -> tuple[int, int, int]:
+def _step_tokens(tokenized: TokenizedDataset, batch_size: int, seed: int) -> tuple[int, int, int]:
     """Tokens of the first epoch's steps: padded, packed, shared."""
     padded = packed = shared = 0
-    for units in epoch_steps(encoded.labels, encoded.trees, seed, 0, batch_size):
-        trees = [unit.tree for unit in units]
-        lengths = [len(tree.prompt) + len(ids) for tree in trees for ids in tree.responses]
+    for units in epoch_steps(tokenized.metadata, tokenized.groups, seed, 0, batch_size):
+        groups = [unit.group for unit in units]
+        lengths = [len(group.prompt) + len(ids) for group in groups for ids in group.responses]
         padded += len(lengths) * max(lengths)
         packed += sum(lengths)
-        shared += pack(trees).input_ids.numel()
+        shared += pack(groups).input_ids.numel()
     return padded, packed, shared
 
 
-def example(encoder: Encoder, labels: Labels, tree: TokenTree) -> str:
+def example(encoder: Encoder, metadata: PairMetadata, group: ResponseGroup) -> str:
     """The chosen response of a record's first pair, as the model reads it, and where its reward is read."""
-    ids = tree.sequence(labels.preferences[0][0]).tolist()
+    ids = group.sequence(metadata.preferences[0][0]).tolist()
     text = encoder.tokenizer.decode(ids)
     if len(text) > 2 * _SHOWN:
         text = f"{text[:_SHOWN]} [... {len(text) - 2 * _SHOWN:,} characters ...] {text[-_SHOWN:]}"
@@ -197,21 +198,21 @@ def example(encoder: Encoder, labels: Labels, tree: TokenTree) -> str:
     return f"{text}\n(the reward is read at the last of these {len(ids):,} tokens, {last!r}, id {ids[-1]})"
 
 
-def write_report(report: DataReport, encoded: Encoded, folder: Path) -> None:
+def write_report(report: DataReport, tokenized: TokenizedDataset, folder: Path) -> None:
     """report.json and lengths.png."""
     (folder / REPORT_FILE).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-    draw_lengths(encoded, folder / LENGTHS_FILE)
+    draw_lengths(tokenized, folder / LENGTHS_FILE)
 
 
-def draw_lengths(encoded: Encoded, path: Path) -> None:
+def draw_lengths(tokenized: TokenizedDataset, path: Path) -> None:
     """Histograms of prompt, chosen and rejected lengths, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     pairs = [
-        (len(tree.prompt), len(tree.responses[winner]), len(tree.responses[loser]))
-        for labels, tree in zip(encoded.labels, encoded.trees, strict=True)
-        for winner, loser in labels.preferences
+        (len(group.prompt), len(group.responses[winner]), len(group.responses[loser]))
+        for metadata, group in zip(tokenized.metadata, tokenized.groups, strict=True)
+        for winner, loser in metadata.preferences
     ]
     prompt, chosen, rejected = (np.array(column) for column in zip(*pairs, strict=True))
     figure = Figure(figsize=(10, 3.6), layout="constrained")

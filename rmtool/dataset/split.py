@@ -1,7 +1,7 @@
 """A recipe's pairs: read, split into training and held out, and encoded.
 
 In: a recipe and an encoder. Out: a `Split`, and the held-out pairs as a file that `rmtool eval` reads back.
-Cost: every row is rendered and tokenised once, on all cores, and the ids are kept in a file, for later runs too
+Cost: every row is rendered and tokenized once, on all cores, and the ids are kept in a file, for later runs too
 (`rmtool.dataset.cache`); the text is held in a file.
 """
 
@@ -20,34 +20,34 @@ import numpy as np
 
 from rmtool.config import DataConfig, Recipe, Source
 from rmtool.data.messages import Message
-from rmtool.data.record import Labels, Reading
+from rmtool.data.record import PairMetadata, RowOptions
 from rmtool.data.rejects import Rejects
-from rmtool.data.sources import Selection, SourceCount, select
+from rmtool.data.sources import RecordSubset, SourceCount, select
 from rmtool.dataset import cache
 from rmtool.dataset.batches import count_pairs
 from rmtool.errors import RmtoolError
 from rmtool.recipe import as_source, resolve
-from rmtool.tokenization.encoder import Encoded, Encoder, encode_all, without_identical
-from rmtool.tokenization.token_store import TreeSpool
+from rmtool.tokenization.encoder import Encoder, TokenizedDataset, encode_all, without_identical
+from rmtool.tokenization.token_store import TokenStore
 from rmtool.ui import Ui
 
 
 @dataclass(frozen=True)
 class Split:
-    """Encoded training and held-out pairs, and what was read of each source; `held_out_text` has the held-out
+    """TokenizedDataset training and held-out pairs, and what was read of each source; `held_out_text` has the held-out
     records.
     """
 
-    train: Encoded
-    held_out: Encoded
+    train: TokenizedDataset
+    held_out: TokenizedDataset
     sources: tuple[SourceCount, ...] = ()
-    rejected: int = 0
-    held_out_text: Selection = field(default_factory=Selection)
+    skipped_rows: int = 0
+    held_out_text: RecordSubset = field(default_factory=RecordSubset)
 
 
-def reading_of(data: DataConfig) -> Reading:
+def reading_of(data: DataConfig) -> RowOptions:
     """How this recipe's rows are read."""
-    return Reading(tuple(data.columns.items()), data.rating_margins)
+    return RowOptions(tuple(data.columns.items()), data.rating_margins)
 
 
 def sources_of(items: Sequence[str | Source]) -> list[Source]:
@@ -64,32 +64,32 @@ def load_split(recipe: Recipe, encoder: Encoder, rejects: Rejects, ui: Ui) -> Sp
     """
     data, seed = recipe.data, recipe.train.seed
     train = read_sources(sources_of(data.train), reading_of(data), seed, rejects, ui)
-    held = read_sources(sources_of(data.eval), reading_of(data), seed, rejects, ui) if data.eval else Selection()
+    held = read_sources(sources_of(data.eval), reading_of(data), seed, rejects, ui) if data.eval else RecordSubset()
     if data.rating_margins:
         _say_without_margins(train, ui)
     counts = tuple(scan.count for scan in (*train.scans, *held.scans))
     if data.holdout:
-        kept, apart = hold_out(list(train.labels()), data.holdout, seed)
+        kept, apart = hold_out(list(train.metadata()), data.holdout, seed)
         train, held = train.take(kept), train.take(apart)
-    encode = functools.partial(encode_selection, encoder, on_identical=data.on_identical, kept=data.cache)
+    encode = functools.partial(tokenize_subset, encoder, on_identical=data.on_identical, kept=data.cache)
     trained_on = encode(train, label="training", rejects=rejects, ui=ui)
     held_out = encode(held, label="held-out", rejects=rejects, ui=ui)
-    rejects.settle()
-    if not trained_on.labels:
+    rejects.raise_if_any()
+    if not trained_on.metadata:
         raise RmtoolError("E0302", "no training pairs are left", "check data.holdout, data.on_long and data.max_length")
     return Split(trained_on, held_out, counts, rejects.count, held.take(held_out.kept))
 
 
-def _say_without_margins(selection: Selection, ui: Ui) -> None:
+def _say_without_margins(selection: RecordSubset, ui: Ui) -> None:
     """A mixture may have sources without ratings, but not unseen."""
     for scan in selection.scans:
-        margins = {margin for labels in scan.labels for margin in labels.margins}
+        margins = {margin for metadata in scan.metadata for margin in metadata.margins}
         if margins == {None}:
             ui.say(f"note: data.rating_margins is set, and {scan.count.path} has no ratings: its pairs have no margins")
 
 
-def read_sources(sources: Sequence[Source], reading: Reading, seed: int, rejects: Rejects, ui: Ui) -> Selection:
-    """The sources' labels, read with a progress bar; says what each was recognised as."""
+def read_sources(sources: Sequence[Source], reading: RowOptions, seed: int, rejects: Rejects, ui: Ui) -> RecordSubset:
+    """The sources' labels, read with a progress bar; says what each was recognized as."""
     names = ", ".join(Path(source.path).name for source in sources)
     with ui.progress(f"Reading {names}", None, "rows") as bar:
         selection = select(sources, reading, seed, rejects, bar.advance)
@@ -98,61 +98,61 @@ def read_sources(sources: Sequence[Source], reading: Reading, seed: int, rejects
     return selection
 
 
-def encode_selection(
-    encoder: Encoder, selection: Selection, *, on_identical: str, kept: bool, label: str, rejects: Rejects, ui: Ui
-) -> Encoded:
-    """The selection's records, tokenised, or tokenised by an earlier run; bad ones go to `rejects`.
+def tokenize_subset(
+    encoder: Encoder, selection: RecordSubset, *, on_identical: str, kept: bool, label: str, rejects: Rejects, ui: Ui
+) -> TokenizedDataset:
+    """The selection's records, tokenized, or tokenized by an earlier run; bad ones go to `rejects`.
 
     Args:
         kept: whether to look for them in the cache, and leave them there.
         label: what to call them.
     """
     if not len(selection):
-        return Encoded()
+        return TokenizedDataset()
     identity = encoder.identity() if kept else None
     key = hashlib.sha256(f"{identity} {selection.digest()} {on_identical}".encode()).hexdigest()[:32]
-    encoded = cache.get(key, ui.say) if identity else None
-    if encoded is None:
-        with ui.progress(f"Tokenising {label} pairs", len(selection), "rows") as bar:
+    tokenized = cache.get(key, ui.say) if identity else None
+    if tokenized is None:
+        with ui.progress(f"Tokenizing {label} pairs", len(selection), "rows") as bar:
 
-            def encode(trees: TreeSpool) -> Encoded:
-                known = selection.labels()
-                result = encode_all(encoder, selection.records(), on_identical, bar.advance, rejects, trees, known)
-                result.trees = trees
+            def encode(groups: TokenStore) -> TokenizedDataset:
+                known = selection.metadata()
+                result = encode_all(encoder, selection.records(), on_identical, bar.advance, rejects, groups, known)
+                result.groups = groups
                 return result
 
-            encoded = cache.put(key, encode) if identity else encode(TreeSpool(Path(tempfile.gettempdir())))
+            tokenized = cache.put(key, encode) if identity else encode(TokenStore(Path(tempfile.gettempdir())))
     else:
-        ui.say(f"{label} pairs: tokenised by an earlier run")
-        encoded.labels = _labels_of(selection, encoded, on_identical)
-        _reject_again(encoder, selection.take(encoded.failed), on_identical, rejects)
-    for reason, count in sorted(encoded.counts.items()):
-        ui.say(f"{label} rows {FATES[reason]}: {count} of {len(selection)}")
-    return encoded
+        ui.say(f"{label} pairs: tokenized by an earlier run")
+        tokenized.metadata = _labels_of(selection, tokenized, on_identical)
+        _reject_again(encoder, selection.take(tokenized.failed), on_identical, rejects)
+    for reason, count in sorted(tokenized.counts.items()):
+        ui.say(f"{label} rows {DROP_REASONS[reason]}: {count} of {len(selection)}")
+    return tokenized
 
 
-def _labels_of(selection: Selection, encoded: Encoded, on_identical: str) -> list[Labels]:
+def _labels_of(selection: RecordSubset, tokenized: TokenizedDataset, on_identical: str) -> list[PairMetadata]:
     """The labels of kept records, as `encode_all` gives them."""
-    labels = list(selection.take(encoded.kept).labels())
-    if on_identical != "drop" or not encoded.counts["identical"] + encoded.counts["alike"]:
-        return labels
-    pairs = zip(labels, encoded.trees, strict=True)
-    return [without_identical(each, tree, on_identical, None)[0] for each, tree in pairs]
+    metadata = list(selection.take(tokenized.kept).metadata())
+    if on_identical != "drop" or not tokenized.counts["identical_text"] + tokenized.counts["identical_after_rendering"]:
+        return metadata
+    pairs = zip(metadata, tokenized.groups, strict=True)
+    return [without_identical(each, group, on_identical, None)[0] for each, group in pairs]
 
 
-def _reject_again(encoder: Encoder, failed: Selection, on_identical: str, rejects: Rejects) -> None:
+def _reject_again(encoder: Encoder, failed: RecordSubset, on_identical: str, rejects: Rejects) -> None:
     if len(failed):
         again = encode_all(encoder, failed.records(), on_identical, lambda: None, rejects)
-        assert not again.labels, "records that fail and do not"
+        assert not again.metadata, "records that fail and do not"
 
 
-FATES = {
-    "long": "dropped, over data.max_length",
-    "truncated": "with their prompt cut on the left, over data.max_length",
-    "empty": "dropped, a response is empty",
-    "identical": "dropped or cut, a chosen and a rejected response are the same",
-    "alike": "dropped or cut, a chosen and a rejected response are the same once rendered and truncated",
-    "tied": "dropped, no response is preferred",
+DROP_REASONS = {
+    "too_long": "dropped: longer than max length",
+    "truncated": "with truncated prompt",
+    "empty_response": "dropped: empty response",
+    "identical_text": "with identical responses (row or pair dropped)",
+    "identical_after_rendering": "with identical responses after templating and truncation (row or pair dropped)",
+    "no_preference": "dropped: tie",
 }
 
 
@@ -163,8 +163,8 @@ def write_held_out(path: Path, split: Split) -> None:
         return [item.as_dict() for item in items]
 
     with open(path, "w", encoding="utf-8") as file:
-        for record, labels in zip(split.held_out_text.records(), split.held_out.labels, strict=True):
-            for (winner, loser), margin in zip(labels.preferences, labels.margins, strict=True):
+        for record, metadata in zip(split.held_out_text.records(), split.held_out.metadata, strict=True):
+            for (winner, loser), margin in zip(metadata.preferences, metadata.margins, strict=True):
                 row: dict[str, Any] = {
                     "chosen": messages((*record.prompt, *record.responses[winner])),
                     "rejected": messages((*record.prompt, *record.responses[loser])),
@@ -176,7 +176,7 @@ def write_held_out(path: Path, split: Split) -> None:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def hold_out(labels: Sequence[Labels], pairs: int | float, seed: int) -> tuple[list[int], list[int]]:
+def hold_out(metadata: Sequence[PairMetadata], pairs: int | float, seed: int) -> tuple[list[int], list[int]]:
     """(places of the training records, places of the held-out ones): held out by prompt, so that no prompt stands on
     both sides.
 
@@ -190,15 +190,15 @@ def hold_out(labels: Sequence[Labels], pairs: int | float, seed: int) -> tuple[l
         RmtoolError: E0308 whole prompts do not add up to `pairs`.
     """
     share = isinstance(pairs, float)
-    pairs = int(pairs * count_pairs(labels)) if share else int(pairs)
+    pairs = int(pairs * count_pairs(metadata)) if share else int(pairs)
     groups: dict[int, list[int]] = {}
-    for index, each in enumerate(labels):
-        groups.setdefault(each.prompt or -index - 1, []).append(index)
+    for index, each in enumerate(metadata):
+        groups.setdefault(each.prompt_hash or -index - 1, []).append(index)
     members = list(groups.values())
     held: set[int] = set()
     wanted = pairs
     for group in np.random.default_rng([seed, 2**31]).permutation(len(members)):
-        size = count_pairs(labels[index] for index in members[group])
+        size = count_pairs(metadata[index] for index in members[group])
         if size <= wanted:
             held.update(members[group])
             wanted -= size
@@ -208,4 +208,4 @@ def hold_out(labels: Sequence[Labels], pairs: int | float, seed: int) -> tuple[l
             f"{pairs} pairs cannot be held out by whole prompts, {pairs - wanted} can",
             f"set data.holdout={pairs - wanted}, or name held-out files in data.eval",
         )
-    return [index for index in range(len(labels)) if index not in held], sorted(held)
+    return [index for index in range(len(metadata)) if index not in held], sorted(held)

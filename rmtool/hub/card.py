@@ -60,7 +60,7 @@ print(reward)
 ```
 
 - The reward is the raw logit. Do not apply a sigmoid (`pipeline("text-classification")` does).
-- The chat template writes the special tokens itself; a second tokenisation of its text would double them.
+- The chat template writes the special tokens itself; a second tokenization of its text would double them.
 - `sanitize_control_tokens` (transformers 5.23 or later) reads special tokens inside messages as ordinary text.
 - For full precision pass `dtype=torch.float32`: in bfloat16, rewards near 4 are 0.03 apart.
 """)

@@ -1,6 +1,6 @@
 """What huggingface_hub's errors during a push mean for the user, and what to do next.
 
-In: an exception of the library. Out: one `RmtoolError`. A row-3 neighbour of `hub`, its only user.
+In: an exception of the library. Out: one `RmtoolError`. A row-3 neighbor of `hub`, its only user.
 """
 
 from __future__ import annotations

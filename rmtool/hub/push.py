@@ -1,7 +1,7 @@
 """A checkpoint folder, published on the Hugging Face Hub as one commit.
 
 In: a folder with a whole checkpoint and a repo id. Out: the commit's URL; the folder itself is not written to.
-Only files of `ALLOWED` leave this machine, so optimiser states, pickled arguments and `.env` files stay here.
+Only files of `ALLOWED` leave this machine, so optimizer states, pickled arguments and `.env` files stay here.
 Cost: every safetensors header is read before the network is touched; then the files are hashed and sent, one at a time.
 """
 
@@ -71,7 +71,7 @@ def push_checkpoint(folder: Path, repo_id: str, *, private: bool, ui: Ui, dry_ru
         raise unreadable(error) from error
     if dry_run:
         return ""
-    with _library_speaks_through(ui):
+    with _route_hf_logs(ui):
         try:
             return _push(upload, repo_id, private, ui)
         except library_errors() as error:
@@ -230,7 +230,7 @@ def _client() -> Any:
     """The library's HTTP client, made unable to wait for ever."""
     import httpx2
 
-    return httpx2.Client(follow_redirects=True, event_hooks={"request": [_limit], "response": [_end_busy_loop]})
+    return httpx2.Client(follow_redirects=True, event_hooks={"request": [_limit], "response": [_fail_on_conflict]})
 
 
 def _limit(request: Any) -> None:
@@ -241,7 +241,7 @@ def _limit(request: Any) -> None:
     }
 
 
-def _end_busy_loop(response: Any) -> None:
+def _fail_on_conflict(response: Any) -> None:
     """create_repo would ask again at once, and for ever, while the Hub is busy with another request of this owner."""
     from huggingface_hub.utils import hf_raise_for_status
 
@@ -250,7 +250,7 @@ def _end_busy_loop(response: Any) -> None:
 
 
 @contextlib.contextmanager
-def _library_speaks_through(ui: Ui) -> Iterator[None]:
+def _route_hf_logs(ui: Ui) -> Iterator[None]:
     """The library's bars off, its log and warnings shown by `ui`, without the signatures in its upload URLs."""
     from huggingface_hub.utils import disable_progress_bars
 

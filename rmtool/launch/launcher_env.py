@@ -1,6 +1,7 @@
-"""Which of several nodes this is, as Slurm, torchrun or Kubernetes tell it.
+"""Node count, rank and address from the environment.
 
-In: environment variables. Out: a `Site`; what they do not say is None, and the recipe or the command line decides.
+In: the environment variables of Slurm, torchrun or Kubernetes. Out: a `LauncherEnv`; what they do not set is None, and
+the recipe or the command line decides.
 One command runs per node, and starts that node's processes itself.
 """
 
@@ -14,18 +15,18 @@ from rmtool.errors import RmtoolError
 
 
 @dataclass(frozen=True)
-class Site:
+class LauncherEnv:
     """Nodes of this run, this node's place among them, the first one's address; `told_by` names who said so."""
 
     nodes: int | None = None
-    processes_per_node: int | None = None
+    gpus_per_node: int | None = None
     node_rank: int | None = None
     main_address: str | None = None
     main_port: int | None = None
     told_by: str = ""
 
 
-def find_site(variables: Mapping[str, str]) -> Site:
+def detect_launcher_env(variables: Mapping[str, str]) -> LauncherEnv:
     """What the environment says.
 
     Raises:
@@ -36,14 +37,14 @@ def find_site(variables: Mapping[str, str]) -> Site:
     return _torchrun(variables)
 
 
-def _slurm(variables: Mapping[str, str]) -> Site:
+def _slurm(variables: Mapping[str, str]) -> LauncherEnv:
     nodes = _number(variables, "SLURM_STEP_NUM_NODES", "SLURM_NNODES")
     tasks = _number(variables, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     if nodes and tasks and tasks > nodes:
         what = f"Slurm starts {tasks} copies of this command on {nodes} node{'s' * (nodes > 1)}"
         raise RmtoolError("E0207", what, "start one per node: srun --ntasks-per-node=1 (rmtool starts the processes)")
     names = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST") or ""
-    return Site(
+    return LauncherEnv(
         nodes,
         _gpus(variables),
         _number(variables, "SLURM_NODEID"),
@@ -62,7 +63,7 @@ def _gpus(variables: Mapping[str, str]) -> int | None:
     return sum(counts) or None
 
 
-def _torchrun(variables: Mapping[str, str]) -> Site:
+def _torchrun(variables: Mapping[str, str]) -> LauncherEnv:
     nested = "TORCHELASTIC_RUN_ID" in variables
     copies = _number(variables, "LOCAL_WORLD_SIZE")
     if nested and copies and copies > 1:
@@ -71,7 +72,7 @@ def _torchrun(variables: Mapping[str, str]) -> Site:
     nodes = _number(variables, "NNODES", "PET_NNODES", *(["WORLD_SIZE"] if nested else []))
     rank = _number(variables, "NODE_RANK", "PET_NODE_RANK", "GROUP_RANK")
     port = _port(variables, "MASTER_PORT", "PET_MASTER_PORT")
-    return Site(
+    return LauncherEnv(
         nodes,
         None if nested else _number(variables, "NPROC_PER_NODE", "PET_NPROC_PER_NODE", "LOCAL_WORLD_SIZE"),
         rank,
@@ -81,7 +82,7 @@ def _torchrun(variables: Mapping[str, str]) -> Site:
     )
 
 
-def require_told(site: Site, variables: Mapping[str, str]) -> None:
+def refuse_ambiguous_world_size(site: LauncherEnv, variables: Mapping[str, str]) -> None:
     """Some launchers say how many processes there are, and not on how many nodes: nothing may be guessed from that.
 
     Raises:

@@ -21,7 +21,7 @@ import psutil
 
 from rmtool.errors import ExitCode, RmtoolError
 from rmtool.launch.run_folder import LOG_FILE, _locked, _refuse_finished, _set_aside
-from rmtool.launch.watch import Failure, Watch, clear, read_statuses, started
+from rmtool.launch.watch import Failure, FailureMonitor, clear, read_statuses, started
 from rmtool.planning.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, Plan, launch_command
 from rmtool.recipe import CONFIG_FILE, dump_recipe, engine_of
 from rmtool.training.worker_status import LAUNCHER, die_with_parent, log_file
@@ -59,8 +59,8 @@ def _require_devices(plan: Plan) -> None:
     import torch
 
     launch, found = plan.recipe.launch, torch.cuda.device_count()
-    if found and launch.processes_per_node > found:
-        what = f"{launch.processes_per_node} processes per node, and this node has {found} GPUs"
+    if found and launch.gpus_per_node > found:
+        what = f"{launch.gpus_per_node} processes per node, and this node has {found} GPUs"
         raise RmtoolError("E0207", what, f"use --gpus-per-node {found}; the result is the same")
     if launch.nodes > 1 and not launch.main_address:
         hint = "pass --main-address, or set MASTER_ADDR, to the name of node 0"
@@ -82,7 +82,7 @@ def _run_processes(plan: Plan, ui: TerminalUi) -> None:
             start_new_session=True,
             preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
         )
-        watch = Watch(output, plan.recipe.launch.processes_per_node)
+        watch = FailureMonitor(output, plan.recipe.launch.gpus_per_node)
         try:
             _follow(child, pipe, Replay(ui), watch)
         finally:
@@ -114,7 +114,7 @@ def _events_pipe(output: Path) -> Iterator[int]:
         path.unlink(missing_ok=True)
 
 
-def _follow(child: subprocess.Popen[bytes], pipe: int, replay: Replay, watch: Watch) -> None:
+def _follow(child: subprocess.Popen[bytes], pipe: int, replay: Replay, watch: FailureMonitor) -> None:
     """Show events until the child is gone and the pipe is empty, or a process has failed and the others stay."""
     buffer = b""
     with selectors.DefaultSelector() as selector, contextlib.closing(replay):
@@ -147,7 +147,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 def _raise_failure(plan: Plan, failure: Failure | None, code: int) -> None:
     statuses = read_statuses(plan.folder)
-    if failure is None and code == 0 and len(statuses) == plan.recipe.launch.processes_per_node:
+    if failure is None and code == 0 and len(statuses) == plan.recipe.launch.gpus_per_node:
         return
     status = failure.status if failure else None
     log = log_file(plan.folder, status.rank) if status else plan.folder / LOG_FILE

@@ -18,7 +18,7 @@ from rmtool.training.worker_status import DATA_READ_FILE, LAUNCHER, STOPPED, Sta
 HANG_S = 10.0  # a process that somebody stopped, before all are ended
 
 
-class Watch:
+class FailureMonitor:
     """Which of so many processes failed first: died, ended with an error, or stands still."""
 
     def __init__(self, folder: Path, processes: int):

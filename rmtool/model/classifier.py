@@ -35,7 +35,7 @@ def build_classifier(
 
     Args:
         random_weights: draw all weights from the folder's config.json instead of loading them.
-        quantized: load the linear layers' weights in 4 bits (NF4, quantised twice: Dettmers et al., arXiv 2305.14314,
+        quantized: load the linear layers' weights in 4 bits (NF4, quantized twice: Dettmers et al., arXiv 2305.14314,
             section 3), the head's not; products are then computed in bfloat16.
 
     Raises:
@@ -88,7 +88,7 @@ def read_config(folder: Path) -> Any:
 
 def _draw(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        with uncut():  # every rank draws the same weights, as one process does
+        with without_zero3_init():  # every rank draws the same weights, as one process does
             return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     except (ValueError, ImportError) as error:
         raise RmtoolError("E0406", first_line(error), "use a decoder-only model (Llama, Qwen, ...)") from error
@@ -148,14 +148,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def draw_head(classifier: PreTrainedModel, seed: int) -> None:
+def init_score_head(classifier: PreTrainedModel, seed: int) -> None:
     """Draw the score head from N(0, 1/(hidden_size + 1)), std = 1/sqrt(hidden_size + 1) (Stiennon et al.,
     arXiv 2009.01325, p. 11), also where ZeRO-3 has cut the parameter up.
     """
     weight = getattr(classifier, HEAD).weight
     std = 1 / math.sqrt(hidden_size(classifier) + 1)
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad(), gathered([weight], change=True):
+    with torch.no_grad(), zero3_gathered([weight], change=True):
         # Drawn on the CPU, so that every device and number of ranks starts from the same head.
         weight.data.copy_(torch.randn(weight.shape, generator=generator) * std)
 
@@ -164,7 +164,7 @@ def hidden_size(classifier: PreTrainedModel) -> int:
     return int(classifier.config.get_text_config().hidden_size)
 
 
-def gathered(parameters: Sequence[nn.Parameter], change: bool = False) -> AbstractContextManager[Any]:
+def zero3_gathered(parameters: Sequence[nn.Parameter], change: bool = False) -> AbstractContextManager[Any]:
     """A block in which ZeRO-3 parameters are whole; with `change`, what rank 0 writes into them stays."""
     cut = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not cut:
@@ -175,7 +175,7 @@ def gathered(parameters: Sequence[nn.Parameter], change: bool = False) -> Abstra
 
 
 @contextlib.contextmanager
-def uncut() -> Iterator[None]:
+def without_zero3_init() -> Iterator[None]:
     """A block in which new models are whole: under ZeRO-3, transformers would cut every one up, on all ranks."""
     from accelerate.state import AcceleratorState, is_initialized
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -194,7 +194,7 @@ def backbone_parameters(classifier: PreTrainedModel) -> list[nn.Parameter]:
     return [parameter for name, parameter in classifier.named_parameters() if not name.startswith(f"{HEAD}.")]
 
 
-def turn_dropout_off(classifier: PreTrainedModel) -> None:
+def disable_dropout(classifier: PreTrainedModel) -> None:
     """No dropout anywhere (Ziegler et al., arXiv 1909.08593, p. 3), for training too: modules, attention, config."""
     for module in classifier.modules():
         if isinstance(module, nn.Dropout):

@@ -19,14 +19,14 @@ from rmtool.model.reward_model import RewardModel
 from rmtool.packing import attention_check
 from rmtool.packing import prefix_sharing as compat
 from rmtool.packing.attention_check import KernelCheck
-from rmtool.tokenization.response_group import TokenTree
+from rmtool.tokenization.response_group import ResponseGroup
 
 
-def choose_layout(model: RewardModel, run: nn.Module, max_length: int) -> str | None:
+def choose_layout(model: RewardModel, forward_module: nn.Module, max_length: int) -> str | None:
     """Let `model` share prompts if all gates of `compat` agree; else return why it runs padded.
 
     Args:
-        run: what to call for a forward: the model, or the engine wrapped around it (the same on every rank).
+        forward_module: what to call for a forward: the model, or the engine wrapped around it (the same on every rank).
 
     Raises:
         RmtoolError: E0411 the model has too few positions; E0410, E0412 its rewards would depend on the batch in any
@@ -35,43 +35,43 @@ def choose_layout(model: RewardModel, run: nn.Module, max_length: int) -> str | 
     compat.require_positions(model.backbone, max_length)
     compat.require_fixed_positions(model.backbone, max_length)
     config = model.backbone.config.get_text_config()
-    trees = compat.probe_trees(config.vocab_size, getattr(config, "sliding_window", None), max_length)
+    groups = compat.probe_groups(config.vocab_size, getattr(config, "sliding_window", None), max_length)
 
-    def states(shares: bool, trees: Sequence[TokenTree]) -> torch.Tensor:
+    def states(shares: bool, groups: Sequence[ResponseGroup]) -> torch.Tensor:
         model.share_prompts(shares)
-        return _read_states(model, run, trees)
+        return _read_states(model, forward_module, groups)
 
     training, shares = model.training, False
-    run.eval()
+    forward_module.eval()
     try:
         with _in_fp32(model):
-            probe = compat.Probe(trees, partial(states, False))
+            probe = compat.Probe(groups, partial(states, False))
             reason = compat.declared_reason(model.backbone)
-            reason = reason or compat.sharing_failure(probe, partial(states, True, trees))
+            reason = reason or compat.sharing_failure(probe, partial(states, True, groups))
         if reason is None:
             check = KernelCheck()
             model.share_prompts(True)
             model.classifier.set_attn_implementation(attention_check.NAME)
-            _read_states(model, run, trees)
+            _read_states(model, forward_module, groups)
             reason = compat.kernel_failure(check.worst)
         if reason is not None:
             with _in_fp32(model):
                 compat.require_padding(probe)
         shares = reason is None
     finally:
-        run.train(training)
+        forward_module.train(training)
         model.share_prompts(shares)
     return reason
 
 
 @torch.no_grad()
-def _read_states(model: RewardModel, run: nn.Module, trees: Sequence[TokenTree]) -> torch.Tensor:
+def _read_states(model: RewardModel, forward_module: nn.Module, groups: Sequence[ResponseGroup]) -> torch.Tensor:
     """What the score head reads of one batch, float32[N, hidden], in the order of the rewards."""
     read = list[torch.Tensor]()
     head = getattr(model.classifier, HEAD)
     hook = head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].float()))
     try:
-        run(model.collate(trees))
+        forward_module(model.collate(groups))
     finally:
         hook.remove()
     return read[0]

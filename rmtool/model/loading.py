@@ -1,6 +1,6 @@
 """The one place where tokenizer, weights, head and layout come together, to train or to use a reward model.
 
-In: a checkpoint folder and, to train, a recipe. Out: a `Loaded`: model, encoder, and what the user should know of it.
+In: a checkpoint folder and, to train, a recipe. Out: a `LoadedModel`: model, encoder, and notices for the user.
 Cost: reads the weights once.
 """
 
@@ -25,16 +25,16 @@ from rmtool.model.classifier import (
     apply_liger,
     backbone_parameters,
     build_classifier,
-    draw_head,
+    disable_dropout,
     first_line,
+    init_score_head,
     read_config,
     set_pad_token,
-    turn_dropout_off,
 )
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.reward_model import PRECISIONS, RewardModel
 from rmtool.packing.prefix_sharing import describe_sharing
-from rmtool.tokenization.encoder import CANNED, Encoder
+from rmtool.tokenization.encoder import FINGERPRINT_CONVERSATIONS, Encoder
 from rmtool.tokenization.tokenizer import ensure_pad_token, load_tokenizer
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
@@ -42,7 +42,7 @@ _MALLOC = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """`notices` are sentences for the user; `manifest` is None for a checkpoint that rmtool did not write;
     `padded_reason` says why prompts are not shared, None where they are.
     """
@@ -54,7 +54,7 @@ class Loaded:
     padded_reason: str | None = None
 
 
-def load_for_use(
+def load_for_inference(
     folder: Path,
     *,
     precision: str | None = None,
@@ -62,14 +62,14 @@ def load_for_use(
     on_long: str | None = None,
     on_empty: str | None = None,
     chat_template: str | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """A trained reward model, ready to give rewards. Arguments that are None follow the checkpoint's manifest.
 
     Raises:
         RmtoolError: E0401 no score head, E0403 the tokenizer reads otherwise than in training, E0402 and E0404 to
             E0408 as the functions called here say.
     """
-    keep_freed_memory()
+    tune_malloc()
     manifest = read_manifest(folder)
     notices = []
     tokenizer = load_tokenizer(folder, chat_template)
@@ -96,14 +96,14 @@ def load_for_use(
             f"{folder} has no score head: it is a language model, not a reward model",
             f"train one from it: rmtool train --recipe smollm2-135m --model {folder}",
         )
-    turn_dropout_off(classifier)
+    disable_dropout(classifier)
     getattr(classifier, HEAD).float()
     model = RewardModel(classifier, config.pad_token_id or 0, precision).to(default_device()).eval()
     notices += slow_precision(precision)
     reason = choose_layout(model, model, encoder.max_length)
     if reason:
         notices.append(f"prefix sharing: {describe_sharing(reason)}")
-    return Loaded(model, encoder, manifest, tuple(notices), reason)
+    return LoadedModel(model, encoder, manifest, tuple(notices), reason)
 
 
 def slow_precision(precision: str) -> list[str]:
@@ -113,7 +113,7 @@ def slow_precision(precision: str) -> list[str]:
     return ["this CPU has no bf16 instructions: bf16 rounds as it should, but is no faster than fp32"]
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let glibc keep what is freed, on a CPU: it would give blocks over 32 MB back to the system, and each layer then
     pays for clearing fresh ones (10 to 20 % of a forward of 8,192 tokens, scripts/SPEED.md). Holds until the process
     ends; nothing is done where another C library runs, or where MALLOC_ variables say what the user wants.
@@ -135,7 +135,7 @@ def _dtype_for_use(precision: str) -> torch.dtype:
 
 def last_id(tokenizer: Any) -> int:
     """The id that a rendered conversation ends with."""
-    return Encoder(tokenizer, 2).ids(CANNED[0])[-1]
+    return Encoder(tokenizer, 2).ids(FINGERPRINT_CONVERSATIONS[0])[-1]
 
 
 def _check_fingerprint(encoder: Encoder, manifest: Manifest, folder: Path) -> None:
@@ -162,7 +162,7 @@ def training_encoder(recipe: Recipe, folder: Path) -> tuple[Encoder, list[str]]:
 
 def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[RewardModel, list[str]]:
     """The model of a training run: fp32 weights, new or kept head, no dropout; and what to tell the user."""
-    keep_freed_memory()
+    tune_malloc()
     train = recipe.train
     notices = slow_precision(train.precision)
     # Random weights and adapters must not depend on what was drawn before.
@@ -178,7 +178,7 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
     if has_head and recipe.model.head == "auto":
         notices.append("score head: kept from the checkpoint (model.head=new draws a new one)")
     else:
-        draw_head(classifier, train.seed)
+        init_score_head(classifier, train.seed)
     if train.liger == "auto" and torch.cuda.is_available():
         apply_liger(classifier)
         notices.append("Liger kernels: on")
@@ -190,7 +190,7 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
 
 def make_trainable(classifier: PreTrainedModel, recipe: Recipe) -> None:
     """No dropout; and checkpointing, frozen weights and adapters as the recipe says. Changes `classifier` in place."""
-    turn_dropout_off(classifier)
+    disable_dropout(classifier)
     # transformers lets checkpointed layers ask for gradients, which a frozen backbone would then compute for nobody.
     if recipe.train.gradient_checkpointing and recipe.train.freeze == "none":
         classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

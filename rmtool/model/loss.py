@@ -37,15 +37,19 @@ def hinge(chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Tensor | N
 def pair_losses(
     chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Tensor | None, train: TrainConfig
 ) -> torch.Tensor:
-    """The recipe's loss of each pair, float32[B]: `train.loss`, and `train.center` times (r_chosen + r_rejected)^2,
-    which holds rewards around 0 (Eisenstein et al., arXiv 2312.09244, section 3).
+    """The recipe's loss of each pair, float32[B]: `train.loss`, plus `train.center_rewards_coefficient`
+    times (r_chosen + r_rejected)^2, which holds rewards around 0 (Eisenstein et al., arXiv 2312.09244, section 3).
     """
     losses = (
         hinge(chosen, rejected, margin)
         if train.loss == "hinge"
         else bradley_terry(chosen, rejected, margin, train.label_smoothing)
     )
-    return losses + train.center * (chosen + rejected) ** 2 if train.center else losses
+    return (
+        losses + train.center_rewards_coefficient * (chosen + rejected) ** 2
+        if train.center_rewards_coefficient
+        else losses
+    )
 
 
 def _difference(chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Tensor | None) -> torch.Tensor:

@@ -24,7 +24,7 @@ from rmtool.packing import attention
 from rmtool.packing.last_layer import read_last_layer_sparsely
 from rmtool.packing.pack_layout import Batch, PackedBatch, pack, pad
 from rmtool.tokenization.pack_plan import plan_packs
-from rmtool.tokenization.response_group import TokenTree
+from rmtool.tokenization.response_group import ResponseGroup
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,14 +89,14 @@ class RewardModel(nn.Module):
         self.shares_prompts = shares
         self.classifier.set_attn_implementation(attention.NAME if shares else self.stock_attention)
 
-    def collate(self, trees: Sequence[TokenTree]) -> Batch:
+    def collate(self, groups: Sequence[ResponseGroup]) -> Batch:
         """The batch that this model's layout wants, on its device."""
-        batch = pack(trees) if self.shares_prompts else pad(trees, self.pad_id)
+        batch = pack(groups) if self.shares_prompts else pad(groups, self.pad_id)
         return batch.to(self.device)
 
-    def plan(self, trees: Sequence[TokenTree], budget: int, multiple: int = 1) -> list[list[int]]:
+    def plan(self, groups: Sequence[ResponseGroup], max_tokens: int, world_size: int = 1) -> list[list[int]]:
         """`plan_packs` for this model's layout."""
-        return plan_packs(trees, budget, multiple, not self.shares_prompts, self.key_cost)
+        return plan_packs(groups, max_tokens, world_size, not self.shares_prompts, self.key_cost)
 
     @functools.cached_property
     def key_cost(self) -> float:
@@ -104,10 +104,10 @@ class RewardModel(nn.Module):
         a layer, of 2 flops a weight (Kaplan et al., arXiv 2001.08361, table 1).
         """
         config = self.backbone.config.get_text_config()
-        return 2 * config.hidden_size * config.num_hidden_layers / max(self.multiplied_weights, 1)
+        return 2 * config.hidden_size * config.num_hidden_layers / max(self.active_matmul_params, 1)
 
     @property
-    def multiplied_weights(self) -> int:
+    def active_matmul_params(self) -> int:
         """Numbers of the backbone's matrices that a token meets: not the embedding's, which is looked up; of the
         experts, those that it is sent to.
         """

@@ -1,4 +1,4 @@
-"""Attention over a packed token tree, as one function in transformers' `AttentionInterface`.
+"""Attention over a packed token group, as one function in transformers' `AttentionInterface`.
 
 In: query H x T, key and value H_kv x T of one pack, and the pack's `PackLayout`, which the model passes through as the
 keyword argument `packed` (a module global would be wrong when a checkpointed layer is recomputed during another pack).

@@ -1,8 +1,7 @@
-"""Token trees laid end to end in one row, and what attention must know to keep them apart.
+"""The layout of a pack: many response groups in one row, and what attention must know to keep them apart.
 
-In: `TokenTree`s and a budget of unique tokens. Out: a plan (which trees share a pack, on which rank) and, per pack, a
-`PackedBatch` for the shared forward or a `PaddedBatch` for models that cannot share.
-Cost: planning sorts the trees, O(n log n); a batch costs one copy of its tokens.
+In: `ResponseGroup`s. Out: a `PackedBatch` for the forward with prefix sharing, or a `PaddedBatch` for models without.
+Cost: sorting the sequences, and one copy of their tokens.
 Shapes: T unique tokens of a pack, S nodes (see `forest.py`), N responses, L longest sequence.
 """
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from rmtool.tokenization.prefix_forest import NO_PARENT, Forest, build_forest
-from rmtool.tokenization.response_group import TokenTree
+from rmtool.tokenization.response_group import ResponseGroup
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,12 @@ class PaddedBatch:
 Batch = PackedBatch | PaddedBatch
 
 
-def pack(trees: Sequence[TokenTree]) -> PackedBatch:
-    """Lay the trees end to end, every prefix that several sequences share once: a prompt for its responses, a system
-    prompt for its prompts, a response that two trees share. Rewards come out in the order of the trees, then of their
+def pack(groups: Sequence[ResponseGroup]) -> PackedBatch:
+    """Lay the groups end to end, every prefix that several sequences share once: a prompt for its responses, a system
+    prompt for its prompts, a response that two groups share. Rewards come out in the order of the groups, then of their
     responses.
     """
-    forest = build_forest([ids for tree in trees for ids in tree.sequences()])
+    forest = build_forest([ids for group in groups for ids in group.sequences()])
     lengths = np.array([len(tokens) for tokens in forest.tokens])
     last = np.cumsum(lengths) - 1
     return PackedBatch(
@@ -119,9 +118,9 @@ def _runs(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(firsts - (ends - lengths), lengths) + np.arange(ends[-1])
 
 
-def pad(trees: Sequence[TokenTree], pad_id: int) -> PaddedBatch:
+def pad(groups: Sequence[ResponseGroup], pad_id: int) -> PaddedBatch:
     """One row per response, padded on the right with `pad_id`; rewards in the same order as `pack`."""
-    rows = [row for tree in trees for row in tree.sequences()]
+    rows = [row for group in groups for row in group.sequences()]
     width = max(len(row) for row in rows)
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=np.int64)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from rmtool.errors import RmtoolError
 from rmtool.packing.attention import UnsupportedAttentionError
-from rmtool.tokenization.response_group import TokenTree, build_tree
+from rmtool.tokenization.response_group import ResponseGroup, build_group
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 BATCH_DEPENDENT_ROPE = {"longrope", "dynamic"}
@@ -96,8 +96,8 @@ def require_fixed_positions(backbone: PreTrainedModel, max_length: int) -> None:
             )
 
 
-def probe_trees(vocab_size: int, window: int | None, max_length: int) -> list[TokenTree]:
-    """Made-up trees with a prompt longer than the sliding window (where sequences can reach it) and odd lengths, and
+def probe_groups(vocab_size: int, window: int | None, max_length: int) -> list[ResponseGroup]:
+    """Made-up groups with a prompt longer than the sliding window (where sequences can reach it) and odd lengths, and
     with what a pack can share: a prompt, its beginning, the beginning of a response, a whole response, nothing.
 
     What a model does otherwise beyond some length, and declares nowhere, is not seen.
@@ -113,11 +113,11 @@ def probe_trees(vocab_size: int, window: int | None, max_length: int) -> list[To
         ([vocab_size - 1], (rng.integers(0, vocab_size, 2),)),
     )
     limit = max(2, max_length)  # no longer than what the model will be given
-    return [build_tree([[*start, *rest][:limit] for rest in rests]) for start, rests in responses]
+    return [build_group([[*start, *rest][:limit] for rest in rests]) for start, rests in responses]
 
 
 class Probe:
-    """What the score head reads of `trees` in fp32: of each sequence alone, and what a padded batch of all changes.
+    """What the score head reads of `groups` in fp32: of each sequence alone, and what a padded batch of all changes.
 
     States are compared, not rewards: a reward is one direction of a state, and may miss what changed by luck.
 
@@ -125,15 +125,15 @@ class Probe:
         padded: runs one padded batch and returns the states of its last tokens, float32[N, hidden].
     """
 
-    def __init__(self, trees: Sequence[TokenTree], padded: Callable[[Sequence[TokenTree]], torch.Tensor]):
-        self.trees, self.padded = trees, padded
-        singles = [build_tree([sequence.tolist()]) for tree in trees for sequence in tree.sequences()]
-        self.alone = torch.cat([padded([tree]) for tree in singles])
+    def __init__(self, groups: Sequence[ResponseGroup], padded: Callable[[Sequence[ResponseGroup]], torch.Tensor]):
+        self.groups, self.padded = groups, padded
+        singles = [build_group([sequence.tolist()]) for group in groups for sequence in group.sequences()]
+        self.alone = torch.cat([padded([group]) for group in singles])
 
     @functools.cached_property
     def padding_error(self) -> float:
         """By how much padding alone changes the states."""
-        return self.error(self.padded(self.trees))
+        return self.error(self.padded(self.groups))
 
     def error(self, states: torch.Tensor) -> float:
         """The largest difference to a state read alone, relative to how far states lie apart, or a tenth of their

@@ -15,17 +15,17 @@ from typing import Any
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmtool.config import Recipe
-from rmtool.dataset.batches import Unit, epoch_steps
+from rmtool.dataset.batches import BatchItem, epoch_steps
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing.prefix_sharing import describe_sharing
-from rmtool.planning.memory import Memory, hollow_model, padded_reason, plan_memory
+from rmtool.planning.memory import Memory, fake_model, padded_reason, plan_memory
 from rmtool.recipe import world_size
-from rmtool.tokenization.encoder import Encoded
+from rmtool.tokenization.encoder import TokenizedDataset
 from rmtool.tokenization.pack_plan import key_count, pack_tokens
-from rmtool.tokenization.response_group import TokenTree
+from rmtool.tokenization.response_group import ResponseGroup
 
 PARTS = {name: name for name in ("weights", "gradients")} | {
-    "optimizer": "optimiser states",
+    "optimizer": "optimizer states",
     "activations": "activations",
     "buffers": "all-gather and reduce buffers",
 }
@@ -38,7 +38,7 @@ def _size(count: int) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one optimiser step, over all ranks; means over the steps that were looked at.
+    """Of one optimizer step, over all ranks; means over the steps that were looked at.
 
     looked_at, planned: how many steps these are
     tokens:    that are computed: unique ones, or, where the model runs padded, all and the padding
@@ -77,14 +77,14 @@ class Forecast:
         memory, launch = self.memory, self.recipe.launch
         sizes = [(f"memory: {PARTS[name]}", f"{_size(getattr(memory, name))}{self._remark(name)}") for name in PARTS]
         if memory.host:
-            sizes += [("host memory", f"{_size(memory.host)} per process: optimiser states and gradients")]
+            sizes += [("host memory", f"{_size(memory.host)} per process: optimizer states and gradients")]
         return [
             ("parameters", f"{memory.parameters:,}, of which {memory.trainable:,} are trained"),
             ("prefix sharing", self._sharing()),
             *self._work_rows(),
             *sizes,
             ("memory per device", f"{_size(memory.total)}, and what the libraries themselves take"),
-            (f"time at {launch.utilisation:.0%} of {launch.peak_tflops:g} TFLOP/s", self._time()),
+            (f"time at {launch.expected_mfu:.0%} of {launch.peak_tflops:g} TFLOP/s", self._time()),
         ]
 
     def _work_rows(self) -> list[tuple[str, str]]:
@@ -131,13 +131,13 @@ class Forecast:
         }
 
 
-def forecast(recipe: Recipe, folder: Path, data: Encoded | None, steps: int | None) -> Forecast:
+def forecast(recipe: Recipe, folder: Path, data: TokenizedDataset | None, steps: int | None) -> Forecast:
     """Of training the model in `folder`, whose config.json is enough, for so many steps.
 
     Without data, a pack is taken to be as large as the recipe allows.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = hollow_model(recipe, folder)
+        model = fake_model(recipe, folder)
         reason = None if model.shares_prompts else padded_reason(model)
     work = measure_work(recipe, model, data) if data else None
     tokens, per_pair = (work.largest, round(work.per_pair)) if work else (recipe.train.tokens_per_pack, 512)
@@ -145,8 +145,8 @@ def forecast(recipe: Recipe, folder: Path, data: Encoded | None, steps: int | No
     seconds = None
     if work:
         # Kaplan et al., arXiv 2001.08361, section 2.1; what checkpointing computes again is not counted as use.
-        flops = _flops_per_weight(recipe) * model.multiplied_weights * work.cost * work.slowest
-        seconds = flops / (world_size(recipe.launch) * recipe.launch.peak_tflops * 1e12 * recipe.launch.utilisation)
+        flops = _flops_per_weight(recipe) * model.active_matmul_params * work.cost * work.slowest
+        seconds = flops / (world_size(recipe.launch) * recipe.launch.peak_tflops * 1e12 * recipe.launch.expected_mfu)
     return Forecast(recipe, steps, memory, work, seconds, reason)
 
 
@@ -157,15 +157,15 @@ def _flops_per_weight(recipe: Recipe) -> int:
     return 4 if recipe.lora.rank else 6
 
 
-def measure_work(recipe: Recipe, model: RewardModel, data: Encoded) -> Work:
+def measure_work(recipe: Recipe, model: RewardModel, data: TokenizedDataset) -> Work:
     """Of the first steps: the heaviest of them, and others, are planned as training will."""
-    train, world = recipe.train, world_size(recipe.launch)
-    first = epoch_steps(data.labels, data.trees, train.seed, 0, train.batch_size)
+    train, processes = recipe.train, world_size(recipe.launch)
+    first = epoch_steps(data.metadata, data.groups, train.seed, 0, train.batch_size)
     steps = list(itertools.islice(first, LOOKED_AT))
-    unique = [sum(unit.tree.unique_tokens for unit in units) for units in steps]
+    unique = [sum(unit.group.unique_tokens for unit in units) for units in steps]
     heaviest = max(range(len(steps)), key=unique.__getitem__)
     chosen = {heaviest, *range(min(PLANNED, len(steps)))}
-    plans = [_plan(recipe, model, steps[number], world) for number in chosen]
+    plans = [_plan(recipe, model, steps[number], processes) for number in chosen]
     costs = [sum(plan.costs) for plan in plans]
     tokens = sum(plan.tokens for plan in plans) / sum(unique[number] for number in chosen) * sum(unique)
     return Work(
@@ -175,7 +175,7 @@ def measure_work(recipe: Recipe, model: RewardModel, data: Encoded) -> Work:
         cost=tokens / len(steps) * sum(costs) / sum(plan.tokens for plan in plans),
         packs=max(plan.packs for plan in plans),
         largest=max(plan.largest for plan in plans),
-        slowest=sum(max(plan.costs) * world for plan in plans) / sum(costs),
+        slowest=sum(max(plan.costs) * processes for plan in plans) / sum(costs),
         per_pair=tokens / sum(len(units) for units in steps),
         padded=not model.shares_prompts,
     )
@@ -191,25 +191,25 @@ class _StepPlan:
     largest: int
 
 
-def _plan(recipe: Recipe, model: RewardModel, units: Sequence[Unit], world: int) -> _StepPlan:
-    trees = [unit.tree for unit in units]
-    packs = model.plan(trees, recipe.train.tokens_per_pack, world)
+def _plan(recipe: Recipe, model: RewardModel, units: Sequence[BatchItem], world_size: int) -> _StepPlan:
+    groups = [unit.group for unit in units]
+    packs = model.plan(groups, recipe.train.tokens_per_pack, world_size)
     padded = not model.shares_prompts
-    filled = [[trees[item] for item in items] for items in packs]
+    filled = [[groups[item] for item in items] for items in packs]
     sizes = [_tokens_and_keys(pack, padded) for pack in filled]
     costs = [tokens + model.key_cost * keys for tokens, keys in sizes]
     return _StepPlan(
-        costs=tuple(sum(costs[rank::world]) for rank in range(world)),
+        costs=tuple(sum(costs[rank::world_size]) for rank in range(world_size)),
         tokens=sum(tokens for tokens, _ in sizes),
-        packs=len(packs) // world,
+        packs=len(packs) // world_size,
         # Trees of one pack share what they begin with, too.
         largest=max(tokens if padded else pack_tokens(pack) for pack, (tokens, _) in zip(filled, sizes, strict=True)),
     )
 
 
-def _tokens_and_keys(trees: Sequence[TokenTree], padded: bool) -> tuple[int, int]:
+def _tokens_and_keys(groups: Sequence[ResponseGroup], padded: bool) -> tuple[int, int]:
     """Of one pack. A padded row asks as many keys as the longest."""
     if not padded:
-        return sum(tree.unique_tokens for tree in trees), sum(map(key_count, trees))
-    rows, longest = sum(len(tree.responses) for tree in trees), max((tree.longest for tree in trees), default=0)
+        return sum(group.unique_tokens for group in groups), sum(map(key_count, groups))
+    rows, longest = sum(len(group.responses) for group in groups), max((group.longest for group in groups), default=0)
     return rows * longest, rows * longest * (longest + 1) // 2

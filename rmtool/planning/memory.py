@@ -1,7 +1,7 @@
 """The memory that training takes on one device, by part, worked out before anything is loaded.
 
 In: a recipe, a folder with a config.json, and the tokens of a pack. Out: a `Memory`.
-Weights, gradients and optimiser states are counted. What a forward and backward add is seen: the model runs once on
+Weights, gradients and optimizer states are counted. What a forward and backward add is seen: the model runs once on
 tensors that have shapes and no memory, while everything that is alive is added up.
 Cost: some seconds for 32 layers; no weights are read.
 """
@@ -29,7 +29,7 @@ from rmtool.packing import prefix_sharing as compat
 from rmtool.packing.attention import UnsupportedAttentionError
 from rmtool.packing.layers import decoder_layers, keep_first_layers
 from rmtool.recipe import engine_of, world_size
-from rmtool.tokenization.response_group import TokenTree, build_tree
+from rmtool.tokenization.response_group import ResponseGroup, build_group
 from rmtool.training.engine import LIVE_PARAMETERS, PERSISTENT_PARAMETERS, REDUCE_BUCKET
 
 MOST_PAIRS = 8  # in the pack that is tried: each takes time, and many need hardly more than few
@@ -40,7 +40,7 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a byte for 64 and
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, and in the node's own memory (`host`) per process, where optimiser states wait there.
+    """Bytes on one device, and in the node's own memory (`host`) per process, where optimizer states wait there.
 
     optimizer:   both moments, and the copy of the weights that ZeRO steps
     activations: what a pack's forward and backward hold at most, beside the parts named here
@@ -68,19 +68,19 @@ def plan_memory(recipe: Recipe, folder: Path, tokens: int, per_pair: int = 512) 
 
     Counted with torch's own kernels: Liger's hold less.
     """
-    engine, world = engine_of(recipe.launch), world_size(recipe.launch)
+    engine, processes = engine_of(recipe.launch), world_size(recipe.launch)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = hollow_model(recipe, folder)
+        model = fake_model(recipe, folder)
         sizes = [p.numel() for p in model.parameters()]
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
         frozen = _frozen_bytes(recipe, model)
         activations = _activations(recipe, folder, model, tokens, per_pair)
     whole, some = sum(sizes), sum(trained)
-    part = world if engine.startswith("zero") else 1
+    part = processes if engine.startswith("zero") else 1
     weights, buffers = frozen + FP32 * some, _buckets(recipe, some)
     if engine == "zero3":
         kept = FP32 * sum(size for size in sizes if size <= PERSISTENT_PARAMETERS)
-        weights = kept + weights // world
+        weights = kept + weights // processes
         sent = BF16 if recipe.train.precision == "bf16" else FP32
         buffers += max(sent * min(whole, LIVE_PARAMETERS), FP32 * max(sizes))
     gradients, optimizer = FP32 * some // part, 2 * FP32 * some // part
@@ -103,7 +103,7 @@ def _buckets(recipe: Recipe, trainable: int) -> int:
     return (2 if engine == "zero2" else 1) * sizes * min(REDUCE_BUCKET, trainable)
 
 
-def hollow_model(recipe: Recipe, folder: Path, depth: int | None = None) -> RewardModel:
+def fake_model(recipe: Recipe, folder: Path, depth: int | None = None) -> RewardModel:
     """The model that training builds, or its first `depth` layers; to be called in a FakeTensorMode, and run in it."""
     with unset_fake_temporarily(), torch.device("meta"):  # peft moves what it adds, which fake tensors forbid
         classifier, _ = build_classifier(folder, dtype=torch.float32, random_weights=True)
@@ -158,17 +158,17 @@ def _activations(recipe: Recipe, folder: Path, model: RewardModel, tokens: int, 
     They grow evenly with the layers, but for the gradient of the embedding, which is there when they are gone.
     """
     pairs = min(max(1, tokens // per_pair), MOST_PAIRS)
-    trees = [_pair(tokens // pairs, first, not model.shares_prompts) for first in range(pairs)]
+    groups = [_pair(tokens // pairs, first, not model.shares_prompts) for first in range(pairs)]
     depth, (few, more) = len(decoder_layers(model.backbone)), TRIED_LAYERS
     embedding = _embedding(model)
     gradient = FP32 * embedding.numel() if embedding.requires_grad else 0
     if depth <= more:
-        return max(_most_alive(recipe, model, trees), gradient)
-    less, most = (_most_alive(recipe, hollow_model(recipe, folder, layers), trees) for layers in TRIED_LAYERS)
+        return max(_most_alive(recipe, model, groups), gradient)
+    less, most = (_most_alive(recipe, fake_model(recipe, folder, layers), groups) for layers in TRIED_LAYERS)
     return max(less + (most - less) * (depth - few) // (more - few), gradient)
 
 
-def _most_alive(recipe: Recipe, model: RewardModel, trees: Sequence[TokenTree]) -> int:
+def _most_alive(recipe: Recipe, model: RewardModel, groups: Sequence[ResponseGroup]) -> int:
     _embedding(model).requires_grad_(False)
     frees = engine_of(recipe.launch).startswith("zero")
     for parameter in model.parameters():
@@ -177,8 +177,8 @@ def _most_alive(recipe: Recipe, model: RewardModel, trees: Sequence[TokenTree]) 
         if parameter.requires_grad and frees:
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
     known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    with _Alive(known) as alive:
-        model(model.collate(trees)).sum().backward()
+    with LiveTensorTracker(known) as alive:
+        model(model.collate(groups)).sum().backward()
     return alive.most
 
 
@@ -188,18 +188,18 @@ def _embedding(model: RewardModel) -> torch.Tensor:
     return embedding.weight
 
 
-def _pair(tokens: int, first: int, padded: bool) -> TokenTree:
+def _pair(tokens: int, first: int, padded: bool) -> ResponseGroup:
     """A pair of so many tokens: half of them its prompt, or a quarter and a quarter where it is computed twice."""
     response = max(1, tokens // 4)
     prompt = [first] * (response if padded else 2 * response)
-    return build_tree([prompt + [1] * response, prompt + [2] * response])
+    return build_group([prompt + [1] * response, prompt + [2] * response])
 
 
 def _forget_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None  # it has gone into the bucket
 
 
-class _Alive(TorchDispatchMode):
+class LiveTensorTracker(TorchDispatchMode):
     """Bytes of the tensors made inside of the block that are still alive, and how many they were at `most`."""
 
     def __init__(self, known: list[torch.Tensor]) -> None:

@@ -63,13 +63,25 @@ class Plan:
         unknown = "known when the dataset is loaded"
         weights = f"LoRA rank {recipe.lora.rank}" if recipe.lora.rank else "all weights"
         weights = "the score head alone" if train.freeze == "backbone" else weights
-        kept = "the last step's weights" if train.keep == "last" else f"the weights with the best eval {train.best_by}"
-        stop = f"; stops after {train.patience} evaluations without a better one" if train.patience else ""
+        kept = (
+            "the last step's weights"
+            if train.keep == "last"
+            else f"the weights with the best eval {train.metric_for_best}"
+        )
+        stop = (
+            f"; stops after {train.early_stopping_patience} evaluations without a better one"
+            if train.early_stopping_patience
+            else ""
+        )
         smooth = f", labels smoothed by {train.label_smoothing:g}" if train.label_smoothing else ""
-        centre = f", plus {train.center:g} (chosen + rejected)^2" if train.center else ""
+        centering = (
+            f", plus {train.center_rewards_coefficient:g} (chosen + rejected)^2"
+            if train.center_rewards_coefficient
+            else ""
+        )
         held_out = f"{_held(data.holdout)} held out" if data.holdout else "none"
         when = f"every {train.eval_every} steps and at the end" if train.eval_every else "at the end"
-        nodes = f"{launch.nodes} node{'s' * (launch.nodes > 1)} x {launch.processes_per_node}"
+        nodes = f"{launch.nodes} node{'s' * (launch.nodes > 1)} x {launch.gpus_per_node}"
         told = f" (from {self.told_by})" if self.told_by else ""
         limit = f", at most {train.max_steps}" if train.max_steps else ""
         betas = " and ".join(f"{beta:g}" for beta in train.betas)
@@ -87,9 +99,9 @@ class Plan:
             ("pairs per step", f"{train.batch_size:,} over all processes ({share})"),
             ("tokens per pack", f"at most {train.tokens_per_pack:,} unique tokens per forward and process"),
             ("steps", f"{unknown if self.steps is None else f'{self.steps:,}'} (epochs: {train.epochs}{limit})"),
-            ("loss", f"{train.loss.replace('_', '-')}{smooth}{centre}"),
+            ("loss", f"{train.loss.replace('_', '-')}{smooth}{centering}"),
             ("learning rate", f"{train.learning_rate:g}, {train.schedule}, {train.warmup_steps} warm-up steps"),
-            ("optimiser", f"AdamW, betas {betas}, eps {train.eps:g}, weight decay {train.weight_decay:g}"),
+            ("optimizer", f"AdamW, betas {betas}, eps {train.eps:g}, weight decay {train.weight_decay:g}"),
             ("gradients", f"clipped at norm {train.max_grad_norm}" + ", checkpointed" * train.gradient_checkpointing),
             ("seed", str(train.seed)),
             ("tracking", f"wandb project {recipe.track.project}" if recipe.track.wandb else "the run folder only"),
@@ -173,7 +185,7 @@ def _count_pairs(recipe: Recipe) -> int | None:
         train = [_count_source(source, number, recipe, rejects) for number, source in enumerate(sources_of(data.train))]
         for number, source in enumerate(sources_of(data.eval)):
             _count_source(source, number, recipe, rejects)
-        rejects.settle()
+        rejects.raise_if_any()
     return None if None in train else sum(count or 0 for count in train)
 
 
@@ -187,11 +199,11 @@ def _count_source(source: Source, number: int, recipe: Recipe, rejects: Rejects)
 
 def launch_command(recipe: Recipe, output: Path, node: int) -> list[str]:
     """The `accelerate launch` command of one node."""
-    launch, world = recipe.launch, world_size(recipe.launch)
+    launch, processes = recipe.launch, world_size(recipe.launch)
     folder = node_folder(output, node)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / ACCELERATE_FILE)]
-    command += ["--num_machines", str(launch.nodes), "--num_processes", str(world), "--machine_rank", str(node)]
-    command += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", str(_threads(launch.processes_per_node))]
+    command += ["--num_machines", str(launch.nodes), "--num_processes", str(processes), "--machine_rank", str(node)]
+    command += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", str(_threads(launch.gpus_per_node))]
     if launch.nodes > 1:
         command += ["--main_process_ip", launch.main_address or ADDRESS]
     if engine_of(launch) != "single":
@@ -207,8 +219,8 @@ def launch_command(recipe: Recipe, output: Path, node: int) -> list[str]:
 def _engine_arguments(engine: str) -> list[str]:
     if engine == "ddp":
         return ["--multi_gpu"]
-    initialised = "true" if engine == "zero3" else "false"  # whether weights are sharded while they are loaded
-    return ["--use_deepspeed", "--zero_stage", engine[-1], "--zero3_init_flag", initialised,
+    initialized = "true" if engine == "zero3" else "false"  # whether weights are sharded while they are loaded
+    return ["--use_deepspeed", "--zero_stage", engine[-1], "--zero3_init_flag", initialized,
             "--deepspeed_multinode_launcher", "standard"]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 In: rows with prompt and response(s), or messages. Out: the same rows with "reward" added; a row with N responses gets
 "rewards" and "best", the index of the highest. A reward that is not a finite number is null, with an "error" field.
-The file is read twice: once to check and tokenise every row, so that a bad last row shows before the first forward;
+The file is read twice: once to check and tokenize every row, so that a bad last row shows before the first forward;
 then to write the rows with their rewards. The output appears under its name when it is whole.
 Cost: one forward over the tokens that are distinct in the whole file (`compute_rewards`); 4 bytes of disk per token
 beside the output while it runs; in memory less than 1 KB per response while it is planned.
@@ -23,16 +23,16 @@ from rmtool.data.record import Record
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row, read_rows
 from rmtool.errors import Place, RmtoolError
-from rmtool.model.loading import Loaded
+from rmtool.model.loading import LoadedModel
 from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.encoder import Encoder
-from rmtool.tokenization.token_store import TreeSpool
+from rmtool.tokenization.token_store import TokenStore
 from rmtool.ui import Ui
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """`nonfinite` responses have a null reward; `truncated` ones lost the left side of their prompt; `rejected` rows
+class ScoreSummary:
+    """`nonfinite` responses have a null reward; `truncated` ones lost the left side of their prompt; `skipped_rows`
     were set aside.
     """
 
@@ -40,10 +40,12 @@ class Outcome:
     responses: int
     nonfinite: int
     truncated: int
-    rejected: int
+    skipped_rows: int
 
 
-def score_file(source: Path, output: Path, loaded: Loaded, budget: int, rejects: Rejects, ui: Ui) -> Outcome:
+def score_file(
+    source: Path, output: Path, loaded: LoadedModel, max_tokens: int, rejects: Rejects, ui: Ui
+) -> ScoreSummary:
     """Score every row of `source` into `output`.
 
     Raises:
@@ -52,11 +54,11 @@ def score_file(source: Path, output: Path, loaded: Loaded, budget: int, rejects:
     """
     temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
     try:
-        with TreeSpool(output.parent) as trees:
+        with TokenStore(output.parent) as groups:
             before = _signature(source)
-            truncated, left_out = _read_trees(source, loaded.encoder, trees, rejects, ui)
-            with ui.progress("Scoring", len(trees), "rows") as bar:
-                rewards = compute_rewards(loaded.model, trees, budget, bar)
+            truncated, left_out = _read_trees(source, loaded.encoder, groups, rejects, ui)
+            with ui.progress("Scoring", len(groups), "rows") as bar:
+                rewards = compute_rewards(loaded.model, groups, max_tokens, bar)
         with open(temporary, "w", encoding="utf-8") as file, ui.progress("Writing", len(rewards), "rows") as bar:
             _require_unchanged(source, before)
             for row, values in zip(_kept_rows(source, left_out), rewards, strict=False):
@@ -74,7 +76,7 @@ def score_file(source: Path, output: Path, loaded: Loaded, budget: int, rejects:
         temporary.unlink(missing_ok=True)
     flat = [value for values in rewards for value in values]
     nonfinite = sum(not math.isfinite(value) for value in flat)
-    return Outcome(len(rewards), len(flat), nonfinite, truncated, rejects.count)
+    return ScoreSummary(len(rewards), len(flat), nonfinite, truncated, rejects.count)
 
 
 def _signature(source: Path) -> tuple[int, int] | None:
@@ -91,8 +93,8 @@ def _require_unchanged(source: Path, before: tuple[int, int] | None) -> None:
         raise RmtoolError("E0301", "the file changed while it was scored", "score it again", Place(str(source)))
 
 
-def _read_trees(source: Path, encoder: Encoder, trees: TreeSpool, rejects: Rejects, ui: Ui) -> tuple[int, set[Place]]:
-    """Check and tokenise every row; returns how many lost the left side of their prompt, and where the rows stand that
+def _read_trees(source: Path, encoder: Encoder, groups: TokenStore, rejects: Rejects, ui: Ui) -> tuple[int, set[Place]]:
+    """Check and tokenize every row; returns how many lost the left side of their prompt, and where the rows stand that
     are JSON and were rejected all the same.
     """
     truncated, left_out = 0, set[Place]()
@@ -115,11 +117,11 @@ def _read_trees(source: Path, encoder: Encoder, trees: TreeSpool, rejects: Rejec
             if outcome.error:
                 leave_out(outcome.error, outcome.record.place, outcome.record.row)
                 continue
-            assert outcome.tree is not None, "dropping rows is no choice when scoring"
-            trees.append(outcome.tree)
+            assert outcome.group is not None, "dropping rows is no choice when scoring"
+            groups.append(outcome.group)
             truncated += outcome.event == "truncated"
-    rejects.settle()
-    if not len(trees):
+    rejects.raise_if_any()
+    if not len(groups):
         raise RmtoolError(
             "E0302", "no row is left to score", "look at the rows that were set aside", Place(str(source))
         )
@@ -127,7 +129,7 @@ def _read_trees(source: Path, encoder: Encoder, trees: TreeSpool, rejects: Rejec
 
 
 def _kept_rows(source: Path, left_out: set[Place]) -> Iterator[Row]:
-    """The rows that have trees, once more."""
+    """The rows that have groups, once more."""
     with Rejects(Path(os.devnull)) as again:
         yield from (row for row in read_rows(str(source), again) if row.place not in left_out)
 

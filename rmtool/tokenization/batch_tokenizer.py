@@ -3,8 +3,8 @@
 In: groups of conversations that share a beginning (the responses of one prompt), and a transformers tokenizer with a
 chat template. Out: int32 ids of each, or the exception of one that cannot be read: what
 `apply_chat_template(..., sanitize_control_tokens=True)` gives, where added tokens inside messages are only text.
-Cost: one rendering per conversation. A group's common beginning is tokenised once, where the template writes a special
-token at its end; all texts of a call are tokenised together, by the tokenizer's own threads.
+Cost: one rendering per conversation. A group's common beginning is tokenized once, where the template writes a special
+token at its end; all texts of a call are tokenized together, by the tokenizer's own threads.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def refusals() -> tuple[type[Exception], ...]:
     return TemplateError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, ValueError
 
 
-class Tokeniser:
+class BatchTokenizer:
     """Reads conversations as one tokenizer does; the tokenizer must not be changed afterwards."""
 
     def __init__(self, tokenizer: Any):
@@ -78,7 +78,7 @@ class Tokeniser:
 
     def read(self, groups: Iterable[Sequence[Conversation]]) -> list[list[Result]]:
         """The ids of every conversation."""
-        return self.tokenise(self.render(groups))
+        return self.tokenize(self.render(groups))
 
     def written(self) -> list[Any] | None:
         """All that ids depend on, as JSON takes it; None where the tokenizer has no such form."""
@@ -87,13 +87,13 @@ class Tokeniser:
         return [self._backend.to_str(), self.tokenizer.chat_template, self.tokenizer.special_tokens_map]
 
     def render(self, groups: Iterable[Sequence[Conversation]]) -> list[Draft]:
-        """The groups as text. Computes in Python, beside `tokenise` in another thread."""
+        """The groups as text. Computes in Python, beside `tokenize` in another thread."""
         groups = list(groups)
         flat = [conversation for group in groups for conversation in group]
         texts = iter(self._render_all(flat))
         return [self._draft([next(texts) for _ in group]) for group in groups]
 
-    def tokenise(self, drafts: Sequence[Draft]) -> list[list[Result]]:
+    def tokenize(self, drafts: Sequence[Draft]) -> list[list[Result]]:
         """The ids of drafts; most of the time other Python threads may run."""
         texts = [text for draft in drafts for text in (draft.head, *draft.tails) if isinstance(text, str)]
         with self._lock:
@@ -150,7 +150,7 @@ class Tokeniser:
 
     def _sanitised(self, conversation: Conversation) -> Result:
         if self._folded and any(self._hides(message.content) for message in conversation.messages):
-            return ValueError("once normalised, its text holds a control token of the tokenizer")
+            return ValueError("once normalized, its text holds a control token of the tokenizer")
         try:
             ids = self.tokenizer.apply_chat_template(
                 [message.as_dict() for message in conversation.messages],
@@ -193,7 +193,7 @@ class Tokeniser:
         )
 
     def _find_folded(self) -> re.Pattern[str] | None:
-        """What added tokens look like that the tokenizer looks for in normalised text only."""
+        """What added tokens look like that the tokenizer looks for in normalized text only."""
         if self._backend is None or self._backend.normalizer is None:
             return None
         added = self._backend.get_added_tokens_decoder().values()

@@ -1,6 +1,6 @@
 """Sequences of token ids as one forest, in which every distinct prefix is stored once.
 
-In: id sequences. Out: an order in which sequences with the same beginning are neighbours, or the `Forest` itself:
+In: id sequences. Out: an order in which sequences with the same beginning are neighbors, or the `Forest` itself:
 nodes, each a run of tokens with a parent whose tokens (and those of its own parents) come before.
 Cost: O(tokens) and one sort. `build_forest` is for packs and holds all tokens; `prefix_order` is for whole files and
 holds a window of each sequence at a time.
@@ -101,7 +101,7 @@ def _shared(a: bytes, b: bytes) -> int:
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbours in the order. Open: they agree on `start` ids, and the first one shares `shared` with the item before
+    """Neighbors in the order. Open: they agree on `start` ids, and the first one shares `shared` with the item before
     it. With `shares`, one number per item, their own order is known.
     """
 
@@ -144,7 +144,7 @@ def _cut(run: _Run, read: Window) -> list[_Run]:
             parts.append(_Run(items, end, shared))
             continue
         if not parts or parts[-1].shares is None:
-            parts.append(_Run(array("q"), shares=array("q")))  # one for all settled neighbours: there may be millions
+            parts.append(_Run(array("q"), shares=array("q")))  # one for all settled neighbors: there may be millions
         settled = parts[-1]
         assert isinstance(settled.items, array)
         assert settled.shares is not None

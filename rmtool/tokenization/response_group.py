@@ -1,6 +1,6 @@
 """A prompt and its responses as token ids, each token stored once.
 
-In: one id sequence per response, every one starting with the same prompt. Out: a `TokenTree`, the longest common
+In: one id sequence per response, every one starting with the same prompt. Out: a `ResponseGroup`, the longest common
 prefix and what follows it in each response. The prefix is taken on ids, never on text: a tokenizer may merge the last
 prompt characters with the first response characters, and then the two texts share more than their ids do.
 Cost: linear in the tokens of the shortest sequence.
@@ -18,10 +18,10 @@ Ids = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class TokenTree:
+class ResponseGroup:
     """`prompt` int32[P] and `responses` int32[R_i] each, R_i >= 1: each response owns the token its reward is read at.
 
-    A tree with one response has an empty prompt: there is nothing to share.
+    A group with one response has an empty prompt: there is nothing to share.
     """
 
     prompt: Ids
@@ -55,25 +55,25 @@ class TokenTree:
             return response[start - cut : stop - cut]
         return np.concatenate((prompt[start:], response[: stop - cut]))
 
-    def drop_left(self, count: int) -> TokenTree:
-        """The tree without the first `count` tokens of its prompt."""
+    def truncate_prompt(self, count: int) -> ResponseGroup:
+        """The group without the first `count` tokens of its prompt."""
         assert 0 <= count <= len(self.prompt)
-        return TokenTree(self.prompt[count:], self.responses)
+        return ResponseGroup(self.prompt[count:], self.responses)
 
-    def keep(self, responses: Sequence[int]) -> TokenTree:
-        """The tree with only these responses, in this order."""
-        return TokenTree(self.prompt, tuple(self.responses[index] for index in responses))
+    def keep(self, responses: Sequence[int]) -> ResponseGroup:
+        """The group with only these responses, in this order."""
+        return ResponseGroup(self.prompt, tuple(self.responses[index] for index in responses))
 
 
-def build_tree(sequences: Sequence[Sequence[int] | Ids]) -> TokenTree:
+def build_group(sequences: Sequence[Sequence[int] | Ids]) -> ResponseGroup:
     """Share the longest common prefix of `sequences`; every sequence keeps at least its last token for itself."""
     arrays = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
     assert arrays
     assert all(len(array) for array in arrays)
     if len(arrays) == 1:
-        return TokenTree(arrays[0][:0], tuple(arrays))
+        return ResponseGroup(arrays[0][:0], tuple(arrays))
     prefix = common_prefix(arrays)
-    return TokenTree(arrays[0][:prefix], tuple(array[prefix:] for array in arrays))
+    return ResponseGroup(arrays[0][:prefix], tuple(array[prefix:] for array in arrays))
 
 
 def common_prefix(arrays: Sequence[Ids]) -> int:

@@ -1,7 +1,7 @@
-"""Token trees in a file, for inputs that do not fit into memory.
+"""Token groups in a file, for inputs that do not fit into memory.
 
-In: trees, appended one by one. Out: a sequence of the same trees, each read from the file when it is asked for.
-Cost: 4 bytes of disk per token; in memory 16 bytes per tree and 8 per response.
+In: groups, appended one by one. Out: a sequence of the same groups, each read from the file when it is asked for.
+Cost: 4 bytes of disk per token; in memory 16 bytes per group and 8 per response.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import IO, overload
 
 import numpy as np
 
-from rmtool.tokenization.response_group import Ids, TokenTree
+from rmtool.tokenization.response_group import Ids, ResponseGroup
 
 
-class TreeSpool(Sequence[TokenTree]):
+class TokenStore(Sequence[ResponseGroup]):
     """Append all, then read; use as a context, or leave it open to the end of the process.
 
     Args:
@@ -32,14 +32,14 @@ class TreeSpool(Sequence[TokenTree]):
 
     def __init__(self, path: Path):
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=path) if path.is_dir() else open(path, "w+b")  # noqa: SIM115
-        self._lengths = array("q")  # of each tree: its prompt, then its responses
-        self._first = array("q", [0])  # where each tree's lengths begin, and the end
-        self._start = array("q", [0])  # where each tree's tokens begin, and the end
+        self._lengths = array("q")  # of each group: its prompt, then its responses
+        self._first = array("q", [0])  # where each group's lengths begin, and the end
+        self._start = array("q", [0])  # where each group's tokens begin, and the end
         self._tokens: Ids | None = None
         self.crc = 0  # of the file
 
     @classmethod
-    def reopen(cls, path: Path, layout: dict[str, np.ndarray]) -> TreeSpool:
+    def reopen(cls, path: Path, layout: dict[str, np.ndarray]) -> TokenStore:
         """The spool that was written to `path`, with what its `layout()` was.
 
         Raises:
@@ -61,16 +61,16 @@ class TreeSpool(Sequence[TokenTree]):
         """What must be known beside the file to read it."""
         return {"lengths": np.array(self._lengths, dtype=np.int32), "pieces": np.diff(self._first).astype(np.int32)}
 
-    def __enter__(self) -> TreeSpool:
+    def __enter__(self) -> TokenStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._tokens = None
         self._file.close()
 
-    def append(self, tree: TokenTree) -> None:
-        assert self._tokens is None, "append all trees before reading one"
-        pieces = (tree.prompt, *tree.responses)
+    def append(self, group: ResponseGroup) -> None:
+        assert self._tokens is None, "append all groups before reading one"
+        pieces = (group.prompt, *group.responses)
         content = np.concatenate(pieces).astype(np.int32, copy=False).tobytes()
         self._file.write(content)
         self.crc = zlib.crc32(content, self.crc)
@@ -85,10 +85,10 @@ class TreeSpool(Sequence[TokenTree]):
         return len(self._start) - 1
 
     @overload
-    def __getitem__(self, index: int) -> TokenTree: ...
+    def __getitem__(self, index: int) -> ResponseGroup: ...
     @overload
-    def __getitem__(self, index: slice) -> list[TokenTree]: ...
-    def __getitem__(self, index: int | slice) -> TokenTree | list[TokenTree]:
+    def __getitem__(self, index: slice) -> list[ResponseGroup]: ...
+    def __getitem__(self, index: int | slice) -> ResponseGroup | list[ResponseGroup]:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
@@ -99,7 +99,7 @@ class TreeSpool(Sequence[TokenTree]):
         for length in self._lengths[self._first[index] : self._first[index + 1]]:
             pieces.append(self._tokens[start : start + length])
             start += length
-        return TokenTree(pieces[0], tuple(pieces[1:]))
+        return ResponseGroup(pieces[0], tuple(pieces[1:]))
 
     def _map(self) -> Ids:
         if not self._start[-1]:

@@ -59,7 +59,7 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
             "give one: --set model.chat_template=tulu (or a .jinja file) to train, --chat-template to eval or score",
             Place(str(folder)),
         )
-    tokenizer.chat_template = _without_clock(tokenizer.chat_template, Place(chat_template or str(folder)))
+    tokenizer.chat_template = _pin_template_date(tokenizer.chat_template, Place(chat_template or str(folder)))
     name_control_tokens(tokenizer)
     return tokenizer
 
@@ -87,7 +87,7 @@ def _rendered(tokenizer: Any) -> Iterator[str]:
             yield tokenizer.apply_chat_template(chat, tokenize=False)
 
 
-def _without_clock(template: str, place: Place) -> str:
+def _pin_template_date(template: str, place: Place) -> str:
     """Some templates (Llama 3.2, SmolLM3) write today's date: the same text would get another reward tomorrow, and the
     saved checkpoint in another tool another one still. The date is written into the template instead.
 

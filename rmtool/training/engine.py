@@ -2,7 +2,7 @@
 
 In: a `RewardModel`, its recipe and accelerate's `Accelerator`. Out: an `Engine`, the same calls for one process, DDP
 and DeepSpeed's ZeRO-2 and ZeRO-3; what shards, reduces and gathers is theirs.
-Weights, gradients and optimiser states are fp32 on every engine, and autocast is the model's own: an engine changes no
+Weights, gradients and optimizer states are fp32 on every engine, and autocast is the model's own: an engine changes no
 step. Under ZeRO with bf16, weights and gradients travel in bf16, but for the score head's.
 Cost: of `weights`, one gather per parameter, and the model once in the main process's memory.
 """
@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 
 from rmtool.config import Recipe
-from rmtool.dist import Ranks
+from rmtool.dist import DistInfo
 from rmtool.errors import RmtoolError
 from rmtool.model.reward_model import RewardModel
 from rmtool.model.weights import whole_weights
@@ -55,7 +55,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": train.max_grad_norm or 0.0,
         "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # one optimiser everywhere: torch's AdamW
+        "zero_force_ds_cpu_optimizer": False,  # one optimizer everywhere: torch's AdamW
         "torch_autocast": {
             "enabled": train.precision == "bf16",
             "dtype": "bfloat16",
@@ -118,7 +118,7 @@ def require_agreement(common: dict[str, str]) -> None:
 
 @dataclass
 class Engine:
-    """`model` in `wrapped`, as accelerate prepared it, and its optimiser."""
+    """`model` in `wrapped`, as accelerate prepared it, and its optimizer."""
 
     accelerator: Accelerator
     model: RewardModel
@@ -138,9 +138,9 @@ class Engine:
         return hasattr(self.wrapped, "set_gradient_accumulation_boundary")
 
     @property
-    def ranks(self) -> Ranks:
+    def dist(self) -> DistInfo:
         """This process's place among the ranks, for work that is shared out."""
-        return Ranks(self.accelerator.process_index, self.accelerator.num_processes, self.sum)
+        return DistInfo(self.accelerator.process_index, self.accelerator.num_processes, self.sum)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, on the CPU."""
@@ -162,7 +162,7 @@ class Engine:
         return self.accelerator.no_sync(self.wrapped) if waits else contextlib.nullcontext()
 
     def update(self, rate: float, require: Callable[[float], None]) -> float:
-        """Clip the gradients and take the optimiser's step at this learning rate; returns their norm before.
+        """Clip the gradients and take the optimizer's step at this learning rate; returns their norm before.
 
         `require` gets that norm, and raises where there must be no step; DeepSpeed tells it only after the step.
         """

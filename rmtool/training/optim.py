@@ -1,4 +1,4 @@
-"""The optimiser and its learning-rate schedule, counted in optimiser steps.
+"""The optimizer and its learning-rate schedule, counted in optimizer steps.
 
 In: a model and a `TrainConfig`. Out: AdamW, and for each step a factor on the learning rate.
 """
@@ -25,7 +25,7 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, fused=True)
 
 
-def schedule_factor(train: TrainConfig, step: int, total: int) -> float:
+def lr_multiplier(train: TrainConfig, step: int, total: int) -> float:
     """The factor on the learning rate of `step` (from 0) of `total`.
 
     Warm-up rises from 1/warmup to 1; linear and cosine then fall to 0, reached after the last step.

@@ -30,7 +30,7 @@ class Tracker:
         self.run = _start_wandb(folder, track, config, ui) if track.wandb else None
 
     def log(self, numbers: Mapping[str, float | int]) -> None:
-        """One step's numbers; `step` counts optimiser steps."""
+        """One step's numbers; `step` counts optimizer steps."""
         self.file.write(json.dumps(dict(numbers), allow_nan=False) + "\n")
         self.file.flush()
         if self.run is not None:
@@ -81,7 +81,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def draw_curves(folder: Path) -> Path:
-    """Loss, accuracy and margin over optimiser steps, training and held out, as a PNG."""
+    """Loss, accuracy and margin over optimizer steps, training and held out, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -98,7 +98,7 @@ def draw_curves(folder: Path) -> Path:
         if held:
             axis.plot(*zip(*held, strict=True), color="#d1602b", marker="o", markersize=4, label="held out")
         axis.set_title(title)
-        axis.set_xlabel("optimiser step")
+        axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.25)
     figure.axes[0].legend(fontsize=8)
     figure.suptitle(folder.resolve().name)

@@ -41,7 +41,7 @@ from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import training_encoder, training_model
 from rmtool.model.reward_model import PRECISIONS, RewardModel
 from rmtool.model.rewards import out_of_memory
-from rmtool.model.weights import empty_twin
+from rmtool.model.weights import meta_copy
 from rmtool.packing.layers import compile_layers
 from rmtool.packing.prefix_sharing import describe_sharing
 from rmtool.recipe import CONFIG_FILE, as_dict, as_source, engine_of, load_recipe, recipe_hash, resolve
@@ -53,7 +53,11 @@ from rmtool.training.trainer import Best, Trainer, train_loop
 from rmtool.training.worker_status import DATA_READ_FILE, begin, end
 from rmtool.ui import Ui, worker_ui
 
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words, of no type of its own
+CONNECTION_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+)  # gloo's words, of no type of its own
 BEST = "best-step-"  # the best checkpoint so far, until the run ends
 
 
@@ -63,7 +67,7 @@ def save_model(trainer: Trainer, encoder: Encoder, manifest: Manifest, folder: P
     weights = trainer.engine.weights(dtype)
     if weights is None:
         return
-    classifier = empty_twin(model.classifier, dtype)
+    classifier = meta_copy(model.classifier, dtype)
 
     def fill(target: Path) -> None:
         classifier.save_pretrained(target, state_dict=weights)
@@ -106,7 +110,7 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     encoder, notices = training_encoder(recipe, source)
     fingerprint = encoder.fingerprint()
     main = accelerator.is_main_process
-    with _one_after_the_other(recipe, folder, accelerator):
+    with _local_main_first(recipe, folder, accelerator):
         split = _read(recipe, folder, encoder, main, ui)
     require_agreement(_common(recipe, source, fingerprint, split))
     model, more = training_model(recipe, source, encoder)
@@ -154,16 +158,16 @@ def _read(recipe: Recipe, folder: Path, encoder: Encoder, main: bool, ui: Ui) ->
     if main:
         report = build_report(split, recipe.train.batch_size, recipe.train.seed)
         ui.facts("Data", report.rows())
-        ui.say(f"an example: {example(encoder, split.train.labels[0], split.train.trees[0])}")
+        ui.say(f"an example: {example(encoder, split.train.metadata[0], split.train.groups[0])}")
         write_report(report, split.train, folder)
     return split
 
 
 @contextlib.contextmanager
-def _one_after_the_other(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Iterator[None]:
+def _local_main_first(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """A node's first process before its others, which find its token ids in the cache.
 
-    By a file: others that wait in a collective call would be taken for hanging while a million rows are tokenised.
+    By a file: others that wait in a collective call would be taken for hanging while a million rows are tokenized.
     """
     if accelerator.is_local_main_process or not recipe.data.cache:
         yield
@@ -178,9 +182,9 @@ def _common(recipe: Recipe, source: Path, fingerprint: str, split: Split) -> dic
     """What must be the same on every rank, by name."""
     data = hashlib.sha256()
     for part in (split.train, split.held_out):
-        for labels, tree in zip(part.labels, part.trees, strict=True):
-            data.update(repr((labels.preferences, labels.margins, labels.weight)).encode())
-            for ids in tree.sequences():
+        for each, group in zip(part.metadata, part.groups, strict=True):
+            data.update(repr((each.preferences, each.margins, each.weight)).encode())
+            for ids in group.sequences():
                 data.update(ids.tobytes())
     packages = ("rmtool", "torch", "transformers", "accelerate", "deepspeed")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
@@ -198,7 +202,7 @@ def _lost_others(error: Exception) -> RmtoolError | None:
     """What to say where this process failed only because another one is gone; None if that is not why."""
     told = first_line(error)
     by_type = isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError)
-    if not by_type and not any(words in told for words in GONE):
+    if not by_type and not any(words in told for words in CONNECTION_LOST):
         return None
     hint = "look at what the other nodes say: the first process that failed knows why"
     return RmtoolError("E0805", "lost the connection to another process", hint, found=told)

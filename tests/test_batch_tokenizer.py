@@ -24,11 +24,11 @@ from rmtool.data.record import PLAIN
 from rmtool.data.rejects import Rejects
 from rmtool.data.sources import select
 from rmtool.dataset import cache
-from rmtool.dataset.split import encode_selection
+from rmtool.dataset.split import tokenize_subset
 from rmtool.errors import RmtoolError
 from rmtool.tokenization import encoder as encode
-from rmtool.tokenization.batch_tokenizer import Conversation, Tokeniser
-from rmtool.tokenization.encoder import Encoded, Encoder
+from rmtool.tokenization.batch_tokenizer import BatchTokenizer, Conversation
+from rmtool.tokenization.encoder import Encoder, TokenizedDataset
 from rmtool.ui import SilentUi
 
 TEXT = st.text(alphabet=st.sampled_from("ab \n\tü你👋'<|im_startend>.,1"), max_size=25)
@@ -49,18 +49,18 @@ def test_ids_are_those_of_transformers(tokenizer: Any, name: str, kind: str, gro
     reader = with_template(KINDS[kind](tokenizer), name)
     prompt = (Message("user", "Hello, 你."), Message("assistant", " a "), Message("user", groups[0][0]))
     conversations = [[Conversation((*prompt, Message("assistant", text))) for text in group] for group in groups]
-    for group, results in zip(conversations, Tokeniser(reader).read(conversations), strict=True):
+    for group, results in zip(conversations, BatchTokenizer(reader).read(conversations), strict=True):
         for conversation, ids in zip(group, results, strict=True):
             assert list(ids) == slow(reader, conversation)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_common_beginning_is_tokenised_once(tokenizer: Any, name: str) -> None:
-    tokeniser = Tokeniser(with_template(KINDS["byte-level BPE"](tokenizer), name))
+def test_a_common_beginning_is_tokenized_once(tokenizer: Any, name: str) -> None:
+    batch_tokenizer = BatchTokenizer(with_template(KINDS["byte-level BPE"](tokenizer), name))
     prompt = (Message("user", "a " * 50), Message("assistant", "b " * 50), Message("user", "c " * 50))
     group = [Conversation((*prompt, Message("assistant", text))) for text in ("yes", "no")]
-    (draft,) = tokeniser.render([group])
-    assert sum(map(len, (draft.head, *draft.tails))) < 1.8 * len(tokeniser.tokenizer.apply_chat_template(
+    (draft,) = batch_tokenizer.render([group])
+    assert sum(map(len, (draft.head, *draft.tails))) < 1.8 * len(batch_tokenizer.tokenizer.apply_chat_template(
         [message.as_dict() for message in group[0].messages], tokenize=False
     ))  # fmt: skip
 
@@ -84,7 +84,7 @@ def test_text_is_cut_only_where_the_tokenizer_would(tokenizer: Any, token: Added
     prompt = (Message("user", "Hello q"), Message("assistant", "q \n"), Message("user", " more q"))
     for count in (1, 2, 3):
         group = [Conversation((*prompt[:count], Message("assistant", text))) for text in (" yes", " no")]
-        for conversation, ids in zip(group, Tokeniser(reader).read([group])[0], strict=True):
+        for conversation, ids in zip(group, BatchTokenizer(reader).read([group])[0], strict=True):
             assert list(ids) == slow(reader, conversation)
 
 
@@ -102,21 +102,21 @@ def test_batches_end_anywhere_and_errors_stay_in_their_place(
     assert [outcome.record.place.line for outcome in outcomes] == list(range(1, 71))
     assert [at for at, outcome in enumerate(outcomes) if outcome.error] == [33]
     for outcome in outcomes[:33] + outcomes[34:]:
-        assert outcome.tree is not None
+        assert outcome.group is not None
         alone, _ = encoder.encode(outcome.record)
         assert alone is not None
-        assert all(map(np.array_equal, outcome.tree.sequences(), alone.sequences()))
+        assert all(map(np.array_equal, outcome.group.sequences(), alone.sequences()))
 
 
 # ------------------------------------------------------------------------------------------------------ kept
 
 
-def tokenised(
+def tokenized(
     path: Path, encoder: Encoder, rejects: Rejects | None = None, on_identical: str = "drop", kept: bool = True
-) -> Encoded:
+) -> TokenizedDataset:
     rejects = rejects or Rejects()
     selection = select([Source(str(path))], PLAIN, 0, rejects, lambda: None)
-    return encode_selection(
+    return tokenize_subset(
         encoder, selection, on_identical=on_identical, kept=kept, label="training", rejects=rejects, ui=SilentUi()
     )
 
@@ -126,9 +126,9 @@ def entries() -> list[Path]:
     return sorted(folder.iterdir()) if folder.exists() else []
 
 
-def same(a: Encoded, b: Encoded) -> bool:
-    equal = (a.labels, list(a.kept), a.counts, a.failed) == (b.labels, list(b.kept), b.counts, b.failed)
-    pairs = zip(a.trees, b.trees, strict=True)
+def same(a: TokenizedDataset, b: TokenizedDataset) -> bool:
+    equal = (a.metadata, list(a.kept), a.counts, a.failed) == (b.metadata, list(b.kept), b.counts, b.failed)
+    pairs = zip(a.groups, b.groups, strict=True)
     return equal and all(all(map(np.array_equal, x.sequences(), y.sequences())) for x, y in pairs)
 
 
@@ -141,27 +141,27 @@ def write_rows(path: Path) -> Path:
     return write_jsonl(path, rows)
 
 
-def test_what_was_tokenised_is_taken_from_the_cache(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_was_tokenized_is_taken_from_the_cache(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
     path, encoder = write_rows(tmp_path / "p.jsonl"), Encoder(tokenizer, 64, "drop", "drop")
-    first = tokenised(path, encoder)
-    assert first.counts == {"identical": 1, "long": 1, "empty": 1}
+    first = tokenized(path, encoder)
+    assert first.counts == {"identical_text": 1, "too_long": 1, "empty_response": 1}
     monkeypatch.setattr(Encoder, "encode_many", None)
-    second = tokenised(path, encoder)
+    second = tokenized(path, encoder)
     assert same(first, second)
     assert len(entries()) == 1
     copy = path.rename(tmp_path / "elsewhere.jsonl")  # what counts is content, not a name or a time
-    assert len(tokenised(copy, encoder).labels) == len(first.labels)
-    assert tokenised(copy, encoder).labels[0].place.file == str(copy)
+    assert len(tokenized(copy, encoder).metadata) == len(first.metadata)
+    assert tokenized(copy, encoder).metadata[0].place.file == str(copy)
 
 
 def test_bad_rows_are_refused_from_the_cache_too(tokenizer: Any, tmp_path: Path) -> None:
     path, encoder = write_rows(tmp_path / "p.jsonl"), Encoder(tokenizer, 64)
     for _ in range(2):
         rejects = Rejects()
-        found = tokenised(path, encoder, rejects, "error")
+        found = tokenized(path, encoder, rejects, "error")
         assert (found.failed, rejects.count) == ([2, 4, 6], 3)
         with pytest.raises(RmtoolError) as caught:
-            rejects.settle()
+            rejects.raise_if_any()
         assert [row.partition(": ")[0] for row in caught.value.rows] == [f"{path}:{line}" for line in (3, 5, 7)]
     assert len(entries()) == 1
 
@@ -171,22 +171,22 @@ def test_nothing_else_is_taken_for_it(tokenizer: Any, tmp_path: Path) -> None:
     import copy
 
     path, base = write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64)
-    tokenised(path, base)
+    tokenized(path, base)
     template, vocabulary = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
     template.chat_template = tokenizer.chat_template + " "
     vocabulary.add_tokens(["indeed"])
     others = [Encoder(template, 64), Encoder(vocabulary, 64), Encoder(tokenizer, 65), Encoder(tokenizer, 64, "drop")]
-    others += [Encoder(tokenizer, 64, on_empty="keep"), Encoder(tokenizer, 64, drop_tail=2)]
+    others += [Encoder(tokenizer, 64, on_empty="keep"), Encoder(tokenizer, 64, strip_trailing_id=2)]
     for count, other in enumerate(others, 2):
-        tokenised(path, other)
+        tokenized(path, other)
         assert len(entries()) == count
-    tokenised(path, base, on_identical="error")
+    tokenized(path, base, on_identical="error")
     rows = pair_rows(5)
     rows[4]["rejected"] += "."
-    tokenised(write_jsonl(path, rows), base)
-    tokenised(write_jsonl(path, pair_rows(4)), base)
+    tokenized(write_jsonl(path, rows), base)
+    tokenized(write_jsonl(path, pair_rows(4)), base)
     swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in pair_rows(5)]
-    tokenised(write_jsonl(path, swapped), base)
+    tokenized(write_jsonl(path, swapped), base)
     assert len(entries()) == len(others) + 5
 
 
@@ -194,9 +194,9 @@ def test_nothing_else_is_taken_for_it(tokenizer: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("harm", ["cut", "flipped", "gone", "empty", "[]", '{"counts": 5}', "[" * 10**5])
 def test_a_damaged_entry_is_made_again(tokenizer: Any, tmp_path: Path, file: str, harm: str) -> None:
     path, encoder = write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64)
-    first = tokenised(path, encoder, kept=False)
+    first = tokenized(path, encoder, kept=False)
     assert not entries()
-    tokenised(path, encoder)
+    tokenized(path, encoder)
     target = entries()[0] / file
     content = bytearray(target.read_bytes())
     if harm == "gone":
@@ -210,11 +210,11 @@ def test_a_damaged_entry_is_made_again(tokenizer: Any, tmp_path: Path, file: str
     said = list[str]()
     assert cache.get(entries()[0].name, said.append) is None
     assert "is damaged" in said[0]
-    assert same(tokenised(path, encoder), first)
+    assert same(tokenized(path, encoder), first)
 
 
 def test_every_flipped_bit_of_an_entry_is_seen(tokenizer: Any, tmp_path: Path) -> None:
-    tokenised(write_jsonl(tmp_path / "p.jsonl", pair_rows(3)), Encoder(tokenizer, 64))
+    tokenized(write_jsonl(tmp_path / "p.jsonl", pair_rows(3)), Encoder(tokenizer, 64))
     (entry,) = entries()
     saved = shutil.copytree(entry, tmp_path / "saved")
     places = [(file.name, at) for file in saved.iterdir() for at in range(file.stat().st_size)]
@@ -228,7 +228,7 @@ def test_every_flipped_bit_of_an_entry_is_seen(tokenizer: Any, tmp_path: Path) -
 
 def test_old_entries_go_and_nothing_else(tokenizer: Any, tmp_path: Path) -> None:
     path, encoder = write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64)
-    tokenised(path, encoder)
+    tokenized(path, encoder)
     root, now, day = cache.cache_folder(), time.time(), 24 * 3600
     ages = {
         entries()[0]: 31,
@@ -245,7 +245,7 @@ def test_old_entries_go_and_nothing_else(tokenizer: Any, tmp_path: Path) -> None
         for each in (folder / "ids.bin", folder):
             os.utime(each, (now - days * day, now - days * day))
     (root / ".tmp-at_work/ids.bin").write_bytes(b"grows")
-    tokenised(path, Encoder(tokenizer, 65))
+    tokenized(path, Encoder(tokenizer, 65))
     gone = {folder for folder in ages if not folder.exists()}
     assert gone == set(list(ages)[:2])
 
@@ -257,8 +257,8 @@ def test_entries_may_be_written_at_the_same_time() -> None:
     def write(mine: int) -> int:
         for at in range(rounds):
             together.wait(20)
-            cache.put(f"{at:032x}", lambda trees: Encoded(trees=trees))
-            cache.put(f"{mine}{at:031x}", lambda trees: Encoded(trees=trees))
+            cache.put(f"{at:032x}", lambda groups: TokenizedDataset(groups=groups))
+            cache.put(f"{mine}{at:031x}", lambda groups: TokenizedDataset(groups=groups))
         return rounds
 
     with ThreadPoolExecutor(2) as pool:
@@ -269,7 +269,7 @@ def test_entries_may_be_written_at_the_same_time() -> None:
 
 def test_a_cache_that_may_only_be_read_is_not_damaged(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
     path, encoder = write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64)
-    first = tokenised(path, encoder)
+    first = tokenized(path, encoder)
 
     def refuse(path: Path) -> None:
         raise PermissionError(1, "Operation not permitted")
@@ -284,7 +284,7 @@ def test_a_cache_that_cannot_be_written_says_so(tokenizer: Any, tmp_path: Path, 
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("RMTOOL_CACHE", str(tmp_path / "file"))
     with pytest.raises(RmtoolError) as caught:
-        tokenised(write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64))
+        tokenized(write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64))
     assert caught.value.id == "E0502"
     # eval has no --set
     assert caught.value.hint.endswith("another folder in $RMTOOL_CACHE; train also has --set data.cache=false")
