@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,7 @@ if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1")
 
-ROOT = Path(__file__).parent.parent
-DEBUG_MODEL = ROOT / "recipes" / "debug" / "model"
-SHARED = ROOT.parent / "shared"
+from helpers import DEBUG_MODEL, Shown, save_reward_model, tiny_config
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -44,33 +39,6 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RMTOOL_CACHE", str(tmp_path / "cache"))
     for name in ("RMTOOL_MODEL", "RMTOOL_EVENTS", "RMTOOL_DEBUG", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def read_pairs(path: Path) -> list[Any]:
-    """The records of a file with preferences; the first bad row raises."""
-    from rmtool.data.formats import preference_record
-    from rmtool.data.rows import read_rows
-
-    return [preference_record(row) for row in read_rows(str(path))]
-
-
-def pair_rows(count: int) -> list[dict[str, Any]]:
-    """Small preference rows with different lengths, every one with a prompt of its own."""
-    words = ["red", "green", "blue", "apple", "pear", "plum", "river", "stone", "cloud", "lamp"]
-    return [
-        {
-            "prompt": f"Question {index}: tell me about {words[index % 10]} and {words[index * 3 % 10]}.",
-            "chosen": " ".join(words[: 2 + index % 5]) + " indeed.",
-            "rejected": " ".join(words[5 : 7 + index % 4]),
-            "subset": "even" if index % 2 == 0 else "odd",
-        }
-        for index in range(count)
-    ]
 
 
 @pytest.fixture(scope="session")
@@ -101,23 +69,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path
     return save_reward_model(tmp_path_factory.mktemp("checkpoint"), LlamaConfig, tokenizer, seed=1)
 
 
-def save_reward_model(folder: Path, config_class: Any, tokenizer: Any, seed: int) -> Path:
-    """A tiny model of this family with random weights, as transformers saves it."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    from rmtool.model.classifier import init_score_head
-
-    torch.manual_seed(seed)
-    config = config_class(**tiny_config(len(tokenizer)), num_labels=1)
-    model = AutoModelForSequenceClassification.from_config(config)
-    init_score_head(model, 0)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(params=[False, True], ids=["as the CPU rounds", "every part rounded"])
 def rounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Half precision as this CPU computes it, and with products that are rounded as coarsely on every CPU."""
@@ -126,34 +77,6 @@ def rounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
         monkeypatch.setattr("rmtool.model.reward_model.wide_products", rounded_products)
     return bool(request.param)
-
-
-def tiny_config(vocabulary: int) -> dict[str, Any]:
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 512,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-
-
-@dataclass(frozen=True)
-class Shown:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str | None:
-        found = re.search(r"error\[(E\d{4})\]", self.err)
-        return found and found.group(1)
 
 
 @pytest.fixture
@@ -178,10 +101,6 @@ def rmtool(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytes
 @pytest.fixture
 def model(checkpoint: Path, tmp_path: Path) -> Path:
     return shutil.copytree(checkpoint, tmp_path / "m")
-
-
-def scored(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 hypothesis_settings.register_profile("rmtool", deadline=None)  # machines that run tests are shared and noisy

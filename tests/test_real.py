@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, read_pairs
-from test_invariance import Draw, Pool, alone, check
+from helpers import SHARED, read_pairs
+from random_batches import Draw, Pool, alone, check
 
 from rmtool.data.messages import Message
 from rmtool.model.classifier import build_classifier, init_score_head

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 PACKAGE = ROOT / "rmtool"
 # README's drawing, from the roof down. A folder imports only from those below it; folders on one line stay apart.
@@ -83,6 +84,14 @@ def test_imports_go_downwards_and_siblings_stay_apart() -> None:
 
 def test_every_folder_stands_in_the_house() -> None:
     assert {room(path) for path in modules()} == set(FLOOR)
+
+
+def test_tests_lie_in_the_folders_of_what_they_test() -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
+    assert folders <= {*FLOOR, "scripts"}
+    for path in (ROOT / "tests").rglob("*.py"):
+        shared = re.findall(r"^from (test_\w+|conftest) import", path.read_text(), re.MULTILINE)
+        assert not shared, f"{path} imports from {shared}: what tests share is in helpers.py"
 
 
 def test_no_two_modules_import_each_other() -> None:

@@ -2,9 +2,9 @@
 
 In: the operations that torch runs inside a `wide_products` block, with gradients or under no_grad (under inference_mode
 torch hands on larger operations, which are left alone). Out: the same matrix products; torch would compute them in
-loops, some ten times slower than in fp32 (scripts/SPEED.md). A product of two bfloat16 numbers is exact in fp32, and
-hardware adds such products up in fp32 too: only the order of the sums can differ. Attention keeps its probabilities in
-fp32 and rounds its result.
+loops, some ten times slower than in fp32 (scripts/bench/SPEED.md). A product of two bfloat16 numbers is exact in fp32,
+and hardware adds such products up in fp32 too: only the order of the sums can differ. Attention keeps its
+probabilities in fp32 and rounds its result.
 Cost: a copy of both factors in fp32 while a product runs; about 10 us of Python per operation.
 """
 

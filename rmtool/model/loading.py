@@ -115,8 +115,8 @@ def slow_precision(precision: str) -> list[str]:
 
 def tune_malloc() -> None:
     """Let glibc keep what is freed, on a CPU: it would give blocks over 32 MB back to the system, and each layer then
-    pays for clearing fresh ones (10 to 20 % of a forward of 8,192 tokens, scripts/SPEED.md). Holds until the process
-    ends; nothing is done where another C library runs, or where MALLOC_ variables say what the user wants.
+    pays for clearing fresh ones (10 to 20% of a forward of 8,192 tokens, scripts/bench/SPEED.md). Holds until the
+    process ends; nothing is done where another C library runs, or where MALLOC_ variables say what the user wants.
     """
     library = ctypes.CDLL(None)
     if default_device().type == "cpu" and hasattr(library, "gnu_get_libc_version") and not _MALLOC & os.environ.keys():

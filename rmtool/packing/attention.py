@@ -114,7 +114,7 @@ def _varlen(
     window: int | None,
     packed: PackLayout,
 ) -> torch.Tensor:
-    """One kernel call for the whole pack; its causal mask is aligned with the last key (`tests/test_gpu.py`)."""
+    """One kernel call for the pack; its causal mask ends at the last key (tests/packing/test_attention_gpu.py)."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))

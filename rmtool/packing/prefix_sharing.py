@@ -26,14 +26,15 @@ from rmtool.tokenization.response_group import ResponseGroup, build_group
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 BATCH_DEPENDENT_ROPE = {"longrope", "dynamic"}
 # Largest differences allowed between fp32 states, relative to how far they lie apart. Between shared and one-by-one
-# sequences, sound models of 2 to 80 layers were within 2.2e-5 and mistakes above 5e-4 (scripts/measure_probe.py). Where
-# a padded batch alone moves them by more than a tenth of that, the model's own rounding is larger, and so is the bound.
+# sequences, sound models of 2 to 80 layers were within 2.2e-5 and mistakes above 5e-4 (scripts/bench/measure_probe.py).
+# Where a padded batch alone moves them by more than a tenth of that, the model's own rounding is larger, and so is
+# the bound.
 TOLERANCE, NOISE_FACTOR = 5e-5, 10.0
 # The same between padded and one-by-one sequences. Beyond it the model is refused, so it has room for what recurrent
 # layers and experts make of rounding: a token whose two best experts are nearly level may go to either.
 PADDED_TOLERANCE = 1e-3
 # Largest error of half-precision attention allowed, in units of its rounding (`KernelCheck.worst`): sound kernels were
-# within 0.92, and mistakes in nothing but the kernel above 8 (scripts/measure_probe.py).
+# within 0.92, and mistakes in nothing but the kernel above 8 (scripts/bench/measure_probe.py).
 KERNEL_TOLERANCE = 3.0
 
 

@@ -1,0 +1,121 @@
+"""A model that cannot share prompts: said in the plan, in the result and in the last line, not only in passing."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROOT, pair_rows, save_reward_model, write_jsonl
+from transformers import Gemma2Config
+
+from rmtool.checkpoint import Manifest
+from rmtool.cli.train import print_result
+from rmtool.model import bf16_emulation as products
+from rmtool.packing.prefix_sharing import describe_sharing
+from rmtool.planning.estimate import forecast
+from rmtool.planning.plan import make_plan
+from rmtool.recipe import load_recipe
+from rmtool.ui import TerminalUi
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import bench_score
+import benchlib
+
+OFF = "prefix sharing: off, using padded batches (its attention takes softcap)"
+
+
+@pytest.fixture(scope="module")
+def gemma2(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A reward model whose attention has a soft cap."""
+    return save_reward_model(tmp_path_factory.mktemp("gemma2"), Gemma2Config, tokenizer, seed=0)
+
+
+def test_eval_ends_with_it(rmtool: Any, gemma2: Path, checkpoint: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(3))
+    shown = rmtool("eval", gemma2, "--data", data, "--samples", 0)
+    assert shown.err.splitlines()[-1] == f"note: {OFF}"
+    found = json.loads(rmtool("eval", gemma2, "--data", data, "--json").out)
+    assert (found["prefix_sharing"], found["padded_reason"]) == (False, "its attention takes softcap")
+    shared = rmtool("eval", checkpoint, "--data", data, "--json")
+    assert "prefix sharing" not in shared.err
+    found = json.loads(shared.out)
+    assert (found["prefix_sharing"], found["padded_reason"]) == (True, None)
+
+
+def test_score_ends_with_it(rmtool: Any, gemma2: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "a", "response": "b"}])
+    shown = rmtool("score", data, "--model", gemma2)
+    assert shown.err.splitlines()[-1] == f"note: {OFF}"
+    found = json.loads(rmtool("score", data, "--model", gemma2, "--json", "--overwrite").out)
+    assert (found["prefix_sharing"], found["padded_reason"]) == (False, "its attention takes softcap")
+
+
+@pytest.mark.parametrize(
+    ("layout", "line"), [("padded: its attention takes softcap", OFF), ("shared", "prefix sharing: on")]
+)
+def test_the_result_of_training_ends_with_it(
+    layout: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = Manifest("", 1, "fp32", "error", "error", "r", "m", [], layout=layout)
+    print_result(tmp_path, {"eval/rm/accuracy": 0.5}, manifest.padded_reason, TerminalUi())
+    assert capsys.readouterr().out.splitlines()[-1] == line
+
+
+def test_a_dry_run_foresees_it(gemma2: Path, checkpoint: Path) -> None:
+    recipe = load_recipe("smollm2-135m")
+    for folder, reason in ((gemma2, "its attention takes softcap"), (checkpoint, None)):
+        seen = forecast(recipe, folder, None, None)
+        row = dict(seen.rows())["prefix sharing"]
+        assert row == (describe_sharing(reason) if reason else "on (verified when the model is loaded)")
+        assert (seen.as_dict()["prefix_sharing"], seen.as_dict()["padded_reason"]) == (reason is None, reason)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("device", [None, "this CPU"])
+def test_the_plan_says_where_bf16_is_faster(
+    precision: Any, device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "fast_bf16_device", lambda: device)
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
+    recipe = load_recipe("debug", [("data.train", [str(data)]), ("data.holdout", 2)])
+    recipe = replace(recipe, train=replace(recipe.train, precision=precision))
+    row = dict(make_plan(recipe, tmp_path / "run").rows()).get("precision", "")
+    told = "fp32 (bf16 is several times faster on this CPU: --set train.precision=bf16)"
+    assert row == (told if device and precision == "fp32" else "")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "device"),
+    [
+        (0, {"amx_bf16": True, "avx512_bf16": True}, "this CPU"),
+        (0, {"avx512_bf16": True}, None),
+        (0, {}, None),
+        (1, {"amx_bf16": True}, "GPUs since NVIDIA's Ampere"),
+    ],
+)
+def test_what_multiplies_bf16_fast(
+    gpus: int, flags: dict[str, bool], device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **flags})
+    assert products.fast_bf16_device() == device
+
+
+def test_a_benchmark_measures_it_and_says_so(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("rows", "sample"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "a b c", "responses": ["b", "c d"]}])
+    (tmp_path / "model").symlink_to(gemma2)
+    monkeypatch.setattr(benchlib, "_events", events := io.StringIO())
+    spec = {"device": "cpu", "folder": str(tmp_path), "scratch": str(tmp_path), "precision": "fp32", "max_length": 64}
+    bench_score.WORKERS["rmtool"]({**spec, "tokens_per_pack": 512, "size": None})
+    told = [json.loads(line) for line in events.getvalue().splitlines()]
+    assert [event["event"] for event in told] == ["padded", "scored"]
+    [note] = benchlib.layout_notes(benchlib.padded_reason(told))
+    assert note.startswith(OFF)
+    assert benchlib.layout_notes(benchlib.padded_reason(told[1:])) == []

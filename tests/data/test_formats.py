@@ -1,0 +1,410 @@
+"""Every format of preference data that we say we read, as its authors publish it, and how it becomes pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import SHARED, pair_rows, write_jsonl
+
+from rmtool.config import Source
+from rmtool.data.formats import FORMATS, preference_record, preference_records, recognize
+from rmtool.data.messages import Message
+from rmtool.data.record import Record, RowOptions
+from rmtool.data.rejects import Rejects
+from rmtool.data.rows import Row, read_rows
+from rmtool.data.sources import draw_share, select
+from rmtool.errors import Place, RmtoolError
+
+Q, GOOD, BAD, WORSE = "What is 2 + 2?", "It is 4.", "It is 5.", "It is blue."
+U, A = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
+
+
+def row(data: dict[str, Any], line: int = 1) -> Row:
+    return Row(Place("f.jsonl", line), data)
+
+
+def texts(record: Record) -> set[tuple[str, str, str]]:
+    """(last message of the prompt, winner, loser) of every preference."""
+    prompt = record.prompt[-1].content
+    return {(prompt, record.responses[w][-1].content, record.responses[x][-1].content) for w, x in record.preferences}
+
+
+ONE = {(Q, GOOD, BAD)}
+EXAMPLES: dict[str, tuple[str, dict[str, Any], set[tuple[str, str, str]]]] = {
+    "RewardBench": (
+        "pairs of chosen and rejected",
+        {"prompt": Q, "chosen": GOOD, "chosen_model": "a", "rejected": BAD, "rejected_model": "b", "subset": "x"},
+        ONE,
+    ),
+    "Tulu 3 mixture": (
+        "pairs of chosen and rejected",
+        {"id": "1", "prompt": Q, "chosen": [U(Q), A(GOOD)], "rejected": [U(Q), A(BAD)], "chosen_model": "a"},
+        ONE,
+    ),
+    "UltraFeedback binarized": (
+        "pairs of chosen and rejected",
+        {"prompt": Q, "chosen": [U(Q), A(GOOD)], "rejected": [U(Q), A(BAD)], "messages": [U(Q), A(GOOD)],
+         "score_chosen": 9.0, "score_rejected": 4.0},
+        ONE,
+    ),
+    "ShareGPT messages": (
+        "pairs of chosen and rejected",
+        {"prompt": [{"from": "human", "value": Q}], "chosen": {"from": "gpt", "value": GOOD},
+         "rejected": {"from": "gpt", "value": BAD}},
+        ONE,
+    ),
+    "RewardBench 2": (
+        "lists of chosen and rejected responses",
+        {"prompt": Q, "chosen": [GOOD], "rejected": [BAD, WORSE], "num_correct": 1, "subset": "Math"},
+        {(Q, GOOD, BAD), (Q, GOOD, WORSE)},
+    ),
+    "RMB pair": (
+        "RMB, pairs",
+        {"conversation_input": [U(Q) | {"language": "English"}], "chosen": {"answer": GOOD, "llm_name": "a"},
+         "reject": {"answer": BAD, "llm_name": "b"}, "category_path": "Pairwise_set/x"},
+        ONE,
+    ),
+    "RMB best of N": (
+        "RMB, best of N",
+        {"conversation_input": [U(Q)], "bon_best": {"answer": GOOD},
+         "loser_list": [{"answer": BAD}, {"answer": WORSE}]},
+        {(Q, GOOD, BAD), (Q, GOOD, WORSE)},
+    ),
+    "HelpSteer3": (
+        "HelpSteer3 preference",
+        {"context": [U(Q)], "response1": BAD, "response2": GOOD, "overall_preference": 2, "domain": "stem"},
+        ONE,
+    ),
+    "HelpSteer2 preference": (
+        "HelpSteer2 preference",
+        {"prompt": Q, "response_1": GOOD, "response_2": BAD, "preference_strength": -3, "split": "train"},
+        ONE,
+    ),
+    "PKU-SafeRLHF": (
+        "PKU-SafeRLHF",
+        {"prompt": Q, "response_0": BAD, "response_1": GOOD, "better_response_id": 1, "safer_response_id": 0},
+        ONE,
+    ),
+    "Chatbot Arena": (
+        "Chatbot Arena, conversations",
+        {"conversation_a": [U(Q), A(BAD)], "conversation_b": [U(Q), A(GOOD)], "winner": "model_b", "turn": 1},
+        ONE,
+    ),
+    "LMSYS arena, 55k": (
+        "Chatbot Arena, responses",
+        {"prompt": json.dumps(["a", Q]), "response_a": json.dumps(["b", GOOD]), "response_b": json.dumps(["b", BAD]),
+         "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0},
+        ONE,
+    ),
+    "JudgeBench": (
+        "JudgeBench",
+        {"pair_id": "1", "question": Q, "response_A": BAD, "response_B": GOOD, "label": "B>A", "source": "mmlu"},
+        ONE,
+    ),
+    "Nectar": (
+        "Nectar",
+        {"prompt": f"\n\nHuman: {Q}\n\nAssistant: ", "answers": [
+            {"answer": BAD, "rank": 2.0}, {"answer": GOOD, "rank": 1.0}, {"answer": WORSE, "rank": 2.0}]},
+        {(Q, GOOD, BAD), (Q, GOOD, WORSE)},
+    ),
+    "UltraFeedback": (
+        "UltraFeedback, completions",
+        {"instruction": Q, "completions": [
+            {"response": WORSE, "overall_score": 1.0}, {"response": GOOD, "overall_score": 8.5},
+            {"response": BAD, "overall_score": 4.0}]},
+        {(Q, GOOD, BAD), (Q, GOOD, WORSE), (Q, BAD, WORSE)},
+    ),
+    "ranked": ("ranked responses", {"prompt": Q, "responses": [BAD, GOOD], "ranks": [2, 1]}, ONE),
+    "rated": ("rated responses", {"prompt": Q, "responses": [BAD, GOOD], "ratings": [0.1, 0.9]}, ONE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_format_is_recognized_and_gives_its_pairs(name: str) -> None:
+    format, data, expected = EXAMPLES[name]
+    assert recognize(row(data)).name == format
+    assert texts(preference_record(row(data))) == expected
+
+
+def test_every_format_of_the_table_has_an_example() -> None:
+    assert {format.name for format in FORMATS} == {name for name, *_ in EXAMPLES.values()} | {
+        "rated rows, put together by prompt"
+    }
+
+
+def test_rm_bench_prefers_each_chosen_style_to_each_rejected_one() -> None:
+    record = preference_record(row({"prompt": Q, "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]}))
+    assert len(record.responses) == 6
+    assert record.preferences == tuple((w, x) for w in range(3) for x in range(3, 6))
+
+
+TIES = {
+    "HelpSteer3": EXAMPLES["HelpSteer3"][1] | {"overall_preference": 0},
+    "Chatbot Arena": EXAMPLES["Chatbot Arena"][1] | {"winner": "tie (bothbad)"},
+    "LMSYS": EXAMPLES["LMSYS arena, 55k"][1] | {"winner_model_a": 0, "winner_tie": 1},
+    "rated": {"prompt": Q, "responses": [BAD, GOOD], "ratings": [1, 1.0]},
+}
+
+
+@pytest.mark.parametrize("name", TIES)
+def test_ties_give_no_pair(name: str) -> None:
+    assert preference_record(row(TIES[name])).preferences == ()
+
+
+def test_margins_come_from_ratings_when_asked() -> None:
+    rating = RowOptions(rating_margins=True)
+    record = preference_record(row(EXAMPLES["UltraFeedback"][1]), rating)
+    found = dict(zip(record.preferences, record.margins, strict=True))
+    assert found == {(1, 0): 7.5, (2, 0): 3.0, (1, 2): 4.5}
+    assert preference_record(row(EXAMPLES["HelpSteer2 preference"][1]), rating).margins == (3.0,)
+    assert preference_record(row(EXAMPLES["UltraFeedback"][1])).margins == (None,) * 3
+
+
+def test_margins_of_pairs_come_from_their_scores_when_asked() -> None:
+    rating, pair = RowOptions(rating_margins=True), {"prompt": Q, "chosen": GOOD, "rejected": BAD}
+    scores = {"score_chosen": 8.5, "score_rejected": 6}
+    assert preference_record(row(pair | scores), rating).margins == (2.5,)
+    assert preference_record(row(pair | scores)).margins == (None,)
+    assert preference_record(row(pair | {"margin": 3}), rating).margins == (3.0,)
+    for wrong in ({"score_chosen": 8}, {"score_rejected": 8}, {"score_chosen": 5, "score_rejected": 6}):
+        with pytest.raises(RmtoolError, match=r"data\.rating_margins") as caught:
+            preference_record(row(pair | wrong), rating)
+        assert caught.value.id == "E0303"
+        assert caught.value.what.startswith(
+            '"score_rejected" is m' if wrong == {"score_chosen": 8} else '"score_chosen"'
+        )
+
+
+def read(rows: list[dict[str, Any]]) -> list[Record]:
+    numbered = [row(data, line) for line, data in enumerate(rows, 1)]
+    rejects = Rejects()
+    records = list(preference_records(numbered, RowOptions(), rejects, lambda format: None))
+    rejects.raise_if_any()
+    return records
+
+
+def test_rated_rows_of_one_prompt_become_one_record() -> None:
+    """HelpSteer2: a response a row, two rows to a prompt, several turns in one string."""
+    several = "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc"
+    rows = [
+        {"prompt": Q, "response": BAD, "helpfulness": 1, "correctness": 4},
+        {"prompt": several, "response": "d", "helpfulness": 3},
+        {"prompt": Q, "response": GOOD, "helpfulness": 4},
+        {"prompt": Q, "response": WORSE, "helpfulness": 1},
+    ]
+    records = read(rows)
+    assert [texts(record) for record in records] == [{(Q, GOOD, BAD), (Q, GOOD, WORSE)}, set()]
+    assert [message.content for message in records[1].prompt] == ["a", "b", "c"]
+    assert str(records[0].place) == "f.jsonl:1"
+    assert records[1].preferences == ()
+
+
+def test_columns_map_what_is_not_known() -> None:
+    data = {"question": Q, "answers": {"good": GOOD, "bad": BAD}, "how_sure": 2}
+    columns = (("prompt", "question"), ("chosen", "answers.good"), ("rejected", "answers.bad"), ("margin", "how_sure"))
+    record = preference_record(row(data), RowOptions(columns))
+    assert (texts(record), record.margins) == (ONE, (2.0,))
+    with pytest.raises(RmtoolError, match=r'"answers.best", which data.columns.chosen names, is missing'):
+        preference_record(row(data), RowOptions((("chosen", "answers.best"),)))
+    assert preference_record(
+        row(EXAMPLES["PKU-SafeRLHF"][1]), RowOptions((("better_response_id", "safer_response_id"),))
+    )
+
+
+def test_system_prompts_tools_and_weights_are_read() -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    data = {"system": "Be brief.", "prompt": Q, "chosen": [call, {"role": "tool", "content": "4"}, A(GOOD)],
+            "rejected": BAD, "tools": json.dumps(tools), "weight": 0.5}  # fmt: skip
+    record = preference_record(row(data))
+    assert record.prompt == (Message("system", "Be brief."), Message("user", Q))
+    assert record.responses[0][0].as_dict() == {**call, "content": ""}
+    assert (json.loads(record.tools), record.weight) == (tools, 0.5)
+    with pytest.raises(RmtoolError, match="a system message in the prompt"):
+        preference_record(row({**data, "prompt": [{"role": "system", "content": "x"}, U(Q)]}))
+
+
+def test_a_row_of_another_format_is_refused() -> None:
+    with pytest.raises(RmtoolError) as caught:
+        read([EXAMPLES["RewardBench"][1], EXAMPLES["JudgeBench"][1]])
+    assert "another format (JudgeBench) than the first (pairs" in caught.value.what
+    assert str(caught.value.place) == "f.jsonl:2"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "what"),
+    [
+        ("HelpSteer3", {"overall_preference": None}, '"overall_preference" is a number'),
+        ("PKU-SafeRLHF", {"better_response_id": True}, '"better_response_id" is one of 0, 1'),
+        ("Chatbot Arena", {"winner": "a"}, '"winner" is one of model_a, model_b'),
+        ("LMSYS arena, 55k", {"winner_tie": 1}, "exactly one of"),
+        ("LMSYS arena, 55k", {"prompt": "[1]"}, '"prompt" is a string'),
+        ("JudgeBench", {"label": "A=B"}, '"label" is one of A>B, B>A'),
+        ("Nectar", {"answers": []}, '"answers" is a list with at least one item'),
+        ("Nectar", {"answers": [{"answer": "x"}]}, "answers[0].rank is missing"),
+        ("UltraFeedback", {"completions": [{"text": "x"}]}, 'completions[0] is an object with a "response"'),
+        ("rated", {"ratings": [1]}, "equally many items"),
+        ("rated", {"ratings": [1, "2"]}, '"ratings[1]" is a finite number'),
+        ("RMB best of N", {"loser_list": [{}]}, '"loser_list[0]" is an object with an "answer"'),
+        ("RewardBench 2", {"rejected": [BAD, 3]}, '"rejected[1]" is a string or a list'),
+    ],
+)
+def test_a_wrong_value_is_named(name: str, change: dict[str, Any], what: str) -> None:
+    with pytest.raises(RmtoolError) as caught:
+        preference_record(row(EXAMPLES[name][1] | change, 9))
+    assert what in caught.value.what
+    assert str(caught.value.place) == "f.jsonl:9"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("path", "format"),
+    [
+        ("hh-rlhf-harmless-base.test.jsonl.gz", "pairs of chosen and rejected"),
+        ("train/rmb-preferences.jsonl.gz", "pairs of chosen and rejected"),
+        ("rm-bench/chat_filtered.json", "lists of chosen and rejected responses"),
+        ("rmb/RMB_dataset/Pairwise_set/Harmlessness/S1.json", "RMB, pairs"),
+        ("rmb/RMB_dataset/BoN_set/Harmlessness/S1.json", "RMB, best of N"),
+    ],
+)
+def test_real_files_are_read_whole(path: str, format: str) -> None:
+    rows, names, rejects = list(read_rows(str(SHARED / "data" / path))), list[str](), Rejects()
+    records = list(preference_records(rows, RowOptions(), rejects, lambda found: names.append(found.name)))
+    assert (len(records), rejects.count, names) == (len(rows), 0, [format])
+
+
+# ------------------------------------------------------------------------------------------- bad rows, mixtures
+
+
+def test_bad_rows_are_listed_together_or_set_aside(tmp_path: Path) -> None:
+    lines = [json.dumps(data) for data in pair_rows(60)]
+    for at in range(3, 60, 2):
+        lines[at] = ('{"prompt": 1', '{"chosen": "x"}', '{"prompt": "x", "chosen": NaN, "rejected": "y"}')[at % 3]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(lines))
+    rejects = Rejects()
+    assert len(list(preference_records(read_rows(str(path), rejects), RowOptions(), rejects, lambda _: None))) == 31
+    with pytest.raises(RmtoolError) as caught:
+        rejects.raise_if_any()
+    error = caught.value
+    assert (error.what, len(error.rows), error.more) == ("29 rows cannot be used", 20, 9)
+    assert error.rows[0].startswith(f"{path}:4:13: a comma or }} was expected")
+    assert RmtoolError.from_dict(error.as_dict()).rows == error.rows
+    with Rejects(tmp_path / "rejects.jsonl") as aside:
+        assert len(list(preference_records(read_rows(str(path), aside), RowOptions(), aside, lambda _: None))) == 31
+        aside.raise_if_any()
+    written = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert [item["line"] for item in written] == list(range(4, 61, 2))
+    assert {item["code"] for item in written} == {"E0301", "E0303"}
+    assert all(item["reason"] and item["row"] for item in written)
+
+
+def mixed(tmp_path: Path, *sources: Source, seed: int = 0) -> list[str]:
+    records = select(sources, RowOptions(), seed, Rejects(), lambda: None).records()
+    return [f"{Path(record.place.file).stem}{record.place.line}" for record in records]
+
+
+def test_a_mixture_takes_its_shares_and_is_the_same_every_time(tmp_path: Path) -> None:
+    a, b = (str(write_jsonl(tmp_path / f"{name}.jsonl", pair_rows(40))) for name in "ab")
+    taken = mixed(tmp_path, Source(a, fraction=0.5), Source(b, rows=7))
+    assert [sum(name[0] == letter for name in taken) for letter in "ab"] == [20, 7]
+    assert len(set(taken)) == 27
+    assert taken == mixed(tmp_path, Source(a, fraction=0.5), Source(b, rows=7))
+    assert taken != mixed(tmp_path, Source(a, fraction=0.5), Source(b, rows=7), seed=1)
+    twice = mixed(tmp_path, Source(a, fraction=1.5))
+    assert len(twice) == 60
+    assert set(twice) == set(mixed(tmp_path, Source(a)))
+    with pytest.raises(RmtoolError, match=r"41 rows of .* are asked for, and it has 40"):
+        mixed(tmp_path, Source(a, rows=41))
+    assert draw_share(Source("x", fraction=0.1), 0, 0, 0).tolist() == []
+    with pytest.raises(RmtoolError, match=r"0\.01 of .* is none of its 40 rows"):
+        mixed(tmp_path, Source(a, fraction=0.01))
+    assert len(mixed(tmp_path, Source(a, fraction=0.02))) == 1
+
+
+def rendered(data: dict[str, Any]) -> list[tuple[str, str]]:
+    record = preference_record(row(data))
+    return [(message.role, message.content) for message in record.prompt + record.responses[0]]
+
+
+TURNS = [("user", "hi"), ("assistant", "hello"), ("user", "bye"), ("assistant", "good")]
+TALK = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"system": "S", "prompt": "bye", "chosen": [U("hi"), A("hello"), U("bye"), A("good")],
+         "rejected": [U("hi"), A("hello"), U("bye"), A("bad")]},
+        {"system": "S", "chosen": f"{TALK}good", "rejected": f"{TALK}bad"},
+        {"system": "S", "prompt": "hi ", "chosen": f"{TALK}good", "rejected": f"{TALK}bad"},
+        {"prompt": [{"role": "system", "content": "S"}, U("hi")],
+         "chosen": [U("hi"), A("hello"), U("bye"), A("good")], "rejected": [U("hi"), A("hello"), U("bye"), A("bad")]},
+    ],
+)  # fmt: skip
+def test_a_system_prompt_and_transcripts_keep_their_turns(data: dict[str, Any]) -> None:
+    assert rendered(data) == [("system", "S"), *TURNS]
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        ({"prompt": [U("a"), A("b"), U("ok")], "chosen": [U("x"), A("y"), U("ok"), A("c")], "rejected": "r"},
+         "does not contain the"),
+        ({"prompt": "other", "chosen": f"{TALK}good", "rejected": f"{TALK}bad"}, "does not contain the"),
+        ({"system": "S", "chosen": [{"role": "system", "content": "T"}, U("u"), A("c")], "rejected": "r"},
+         "another system prompt"),
+        ({"prompt": None, "chosen": "c", "rejected": "r"}, '"prompt" is null'),
+        ({"prompt": "p", "tools": "[" * 20_000, "chosen": "c", "rejected": "r"}, '"tools" is a list'),
+    ],
+)  # fmt: skip
+def test_a_prompt_is_never_lost(data: dict[str, Any], what: str) -> None:
+    with pytest.raises(RmtoolError, match=what) as caught:
+        preference_record(row(data))
+    assert caught.value.id == "E0303"
+
+
+def read_file(path: Path, columns: tuple[tuple[str, str], ...] = ()) -> tuple[list[Record], list[RmtoolError]]:
+    aside = Rejects()
+    records = list(preference_records(read_rows(str(path), aside), RowOptions(columns), aside, lambda _: None))
+    return records, aside._listed
+
+
+def test_a_row_without_a_prompt_among_others_is_bad(tmp_path: Path) -> None:
+    rows = [*pair_rows(2), {"chosen": "c", "rejected": "r"}]
+    records, errors = read_file(write_jsonl(tmp_path / "p.jsonl", rows))
+    assert len(records) == 2
+    assert [(error.place.line if error.place else 0, error.what) for error in errors] == [
+        (3, "this row has no prompt, and the first has one")
+    ]
+
+
+def test_columns_are_fields_that_something_reads(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", [{"question": "q", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(RmtoolError, match=r"no format has a field promt") as caught:
+        read_file(path, (("promt", "question"),))
+    assert (caught.value.id, caught.value.hint) == ("E0204", "did you mean prompt?")
+    swapped, _ = read_file(path, (("chosen", "rejected"), ("rejected", "chosen"), ("prompt", "question")))
+    assert texts(swapped[0]) == {("q", "b", "a")}
+
+
+def test_rated_rows_keep_their_places_and_must_agree(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": prompt, "response": f"r{line}", "rating": line} for line, prompt in enumerate("zazza")
+    ]
+    rows[3]["weight"] = 0
+    records, errors = read_file(write_jsonl(tmp_path / "r.jsonl", rows))
+    assert [[place.line for place in record.places] for record in records] == [[1, 3], [2, 5]]
+    assert [error.place.line for error in errors if error.place] == [4]
+    assert "another weight or subset than" in errors[0].what
+    assert records[0].row == {"rows": [rows[0], rows[2]]}
+    assert Record.unpack(records[0].pack()) == records[0]
+
+
+def test_half_a_surrogate_pair_in_inner_json_is_text() -> None:
+    said = '["hi \\ud800"]'
+    arena = {"prompt": said, "response_a": "[" * 20_000, "response_b": "b", "winner": "model_a"}
+    assert preference_record(row(arena)).prompt[0].content == said

@@ -1,0 +1,294 @@
+"""Whole runs as a user types them: the debug recipe, and processes that fail, die or are stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import PROGRAM, ROOT, group_members, pair_rows, until, write_jsonl
+
+from rmtool import checkpoint, recipe
+from rmtool.data import rejects
+from rmtool.dataset import report
+from rmtool.launch import supervise as launch
+from rmtool.launch.run_folder import LOG_FILE, _set_aside
+from rmtool.launch.watch import FailureMonitor, clear, started
+from rmtool.training import tracking
+from rmtool.training import worker_status as status
+
+
+def shell(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def debug_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("debug")
+    return folder, shell("train", "--recipe", "debug", cwd=folder)
+
+
+def test_the_debug_recipe_learns_what_depends_on_the_prompt(
+    debug_run: Any, rmtool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, shown = debug_run
+    assert shown.returncode == 0, shown.stderr
+    assert "Traceback" not in shown.stderr
+    assert all(word in shown.stderr for word in ("Plan: debug", "Training: ", "eval/rm: accuracy"))
+    assert "checkpoint: runs/debug/model" in shown.stdout
+    result = json.loads(shell("eval", "runs/debug", "--json", cwd=folder).stdout)
+    assert result["pairs"] == 200
+    assert result["eval/rm/accuracy"] >= 0.90
+    rows = [json.loads(line) for line in (folder / "runs/debug/held_out.jsonl").read_text().splitlines()]
+    prompts = [row["chosen"][:-1] for row in rows]
+    shuffled = [
+        {side: prompts[(index + 1) % len(rows)] + [row[side][-1]] for side in ("chosen", "rejected")}
+        for index, row in enumerate(rows)
+    ]
+    # Rows are in the file's order, which is mixed; a shift by one gives every pair another pair's prompt.
+    data = write_jsonl(folder / "shuffled.jsonl", shuffled)
+    monkeypatch.chdir(folder)
+    assert json.loads(rmtool("eval", "runs/debug", "--data", data, "--json").out)["eval/rm/accuracy"] <= 0.60
+
+
+def test_a_finished_run_is_not_overwritten(debug_run: Any, rmtool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = debug_run
+    before = (folder / "runs/debug/model/model.safetensors").stat().st_mtime_ns
+    monkeypatch.chdir(folder)
+    shown = rmtool("train", "--recipe", "debug")
+    assert (shown.code, shown.error) == (6, "E0601")
+    assert (folder / "runs/debug/model/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_score_after_training_needs_no_model_named(debug_run: Any) -> None:
+    folder, _ = debug_run
+    source = shutil.copy(ROOT / "recipes/debug/responses.jsonl", folder / "responses.jsonl")
+    shown = shell("score", source, cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stderr.startswith("model: runs/debug/model")
+    rows = [json.loads(line) for line in (folder / "responses.scored.jsonl").read_text().splitlines()]
+    best = [row for row in rows if str(row["id"]).endswith("best-is-first")]
+    assert best
+    assert all(row["best"] == 0 for row in best)
+
+
+def test_what_was_trained_can_be_pushed(debug_run: Any) -> None:
+    folder, _ = debug_run
+    shown = shell("push", "runs/debug", "me/rm", "--dry-run", cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    sent = {line.split()[0] for line in (shown.stdout + shown.stderr).splitlines() if line.startswith("  ")}
+    assert sent == {path.name for path in (folder / "runs/debug/model").iterdir()}
+
+
+def test_a_worker_that_fails_or_dies_is_reported_by_the_launcher(causal_lm: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
+    flags = ["--recipe", "smollm2-135m", "--model", causal_lm, "--data", data, "--set", "data.holdout=0"]
+    failed = shell("train", *flags, "--set", "data.max_length=5", cwd=tmp_path)
+    assert (failed.returncode, "error[E0305]" in failed.stderr) == (3, True)
+    assert "pairs.jsonl:" in failed.stderr
+    assert not (tmp_path / "runs/smollm2-135m/model").exists()
+    # A module of the same name in front of the real one makes the process die without a word.
+    (tmp_path / "liger_kernel.py").write_text("")
+    (tmp_path / "accelerate.py").write_text("import os\nos._exit(9)\n")
+    died = shell("train", *flags, cwd=tmp_path)
+    assert died.returncode == 8
+    assert "error[E0801]" in died.stderr
+    assert "train.log" in died.stderr
+
+
+def children(pid: int) -> list[int]:
+    """Child processes, each of which leads a session of its own."""
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child for child in found if group_members(child)]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_run_leaves_no_process_and_can_be_run_again(number: int, code: int, tmp_path: Path) -> None:
+    command = [PROGRAM, "train", "--recipe", "debug", "--set", "train.epochs=100"]
+    # A shell that runs the tests in the background has them ignore Ctrl-C, and every program they start.
+    running = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    metrics = tmp_path / "runs/debug/metrics.jsonl"
+    until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
+    if number == signal.SIGTERM:
+        second = shell("train", "--recipe", "debug", cwd=tmp_path)
+        assert (second.returncode, "error[E0602]" in second.stderr) == (6, True)
+    sessions = children(running.pid)
+    assert sessions
+    running.send_signal(number)
+    assert running.wait(30) == code
+    until(lambda: not any(group_members(session) for session in sessions))
+    assert b"Traceback" not in running.stdout.read()
+    assert not (tmp_path / "runs/debug/model").exists()
+    if number == signal.SIGKILL:
+        again = shell("train", "--recipe", "debug", "--set", "train.max_steps=2", cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_a_launcher_killed_at_once_leaves_no_process(tmp_path: Path) -> None:
+    running = subprocess.Popen([PROGRAM, "train", "--recipe", "debug"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    until(lambda: (tmp_path / "runs/debug/.events").exists())
+    until(lambda: bool(children(running.pid)))
+    sessions = children(running.pid)
+    running.kill()
+    running.wait()
+    until(lambda: not any(group_members(session) for session in sessions))
+
+
+@pytest.mark.slow
+def test_overwriting_sets_the_old_run_aside_and_other_programs_settings_do_not_matter(debug_run: Any) -> None:
+    folder, _ = debug_run
+    shutil.copytree(folder / "runs/debug", folder / "runs/other", ignore=shutil.ignore_patterns(".*"))
+    old = (folder / "runs/other/model/model.safetensors").read_bytes()
+    environment = {**os.environ, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    command = [
+        PROGRAM,
+        "train",
+        "--recipe",
+        "debug",
+        "--output",
+        "runs/other",
+        "--overwrite",
+        "--set",
+        "train.max_steps=1",
+    ]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "runs/other/previous/model/model.safetensors").read_bytes() == old
+    first, again = (
+        json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[0])
+        for name in ("runs/debug", "runs/other")
+    )
+    assert again["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
+
+
+def test_all_of_a_finished_run_is_set_aside(tmp_path: Path) -> None:
+    """Every file that a run writes; an older rejects.jsonl must not look like this run's."""
+    files = [tracking.METRICS_FILE, tracking.CURVES_FILE, report.REPORT_FILE, report.LENGTHS_FILE]
+    files += [checkpoint.HELD_OUT_FILE, rejects.REJECTS_FILE, recipe.CONFIG_FILE, LOG_FILE]
+    for name in ("model/model.safetensors", *files, "mine.txt", "previous/old"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    _set_aside(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "previous"]
+    moved = tmp_path / "previous"
+    assert sorted(path.name for path in moved.iterdir()) == sorted(["model", *files])
+    assert all((moved / name).read_text() == name for name in files)
+    (tmp_path / rejects.REJECTS_FILE).write_text("of a run that failed")
+    (tmp_path / "best-step-7").mkdir()
+    _set_aside(tmp_path)
+    assert (moved / "best-step-7").is_dir()  # of a run that was interrupted: days may have gone into it
+    assert not (tmp_path / rejects.REJECTS_FILE).exists()
+    assert (moved / rejects.REJECTS_FILE).read_text() == rejects.REJECTS_FILE
+
+
+def run_later(script: str, **variables: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, **variables}
+    return subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_what_a_launcher_started_is_found_whoever_its_parent_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "GRACE_S", 1.0)
+    mark = {status.LAUNCHER: str(os.getpid())}
+    forks = "import os, time\nif os.fork(): os._exit(0)\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
+    orphan, other = run_later(forks, **mark), run_later("import time; time.sleep(60)", **{status.LAUNCHER: "1"})
+    assert orphan.stdout
+    pid = int(orphan.stdout.readline())
+    orphan.wait()
+    assert [process.pid for process in started()] == [pid]
+    os.kill(pid, signal.SIGSTOP)  # it takes no SIGTERM now
+    launch._stop(orphan)
+    assert started() == []
+    other.kill()
+    other.wait()
+
+
+def test_a_process_that_stands_still_before_it_has_begun_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rmtool.launch.watch.HANG_S", 0.5)
+    sleeper = run_later("import time; time.sleep(60)", **{status.LAUNCHER: str(os.getpid())})
+    watch = FailureMonitor(tmp_path, 1)
+    try:
+        started = time.monotonic()
+        until(lambda: watch.look() is not None or time.monotonic() - started > 3)
+        assert watch.look() is None
+        sleeper.send_signal(signal.SIGSTOP)
+        until(lambda: watch.look() is not None, 10)
+        failure = watch.look()
+        assert failure
+        assert (failure.status, failure.what) == (None, "stands still")
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_a_process_begins_only_while_its_launcher_lives(tmp_path: Path) -> None:
+    script = (
+        f"from pathlib import Path; from rmtool.training.worker_status import begin; begin(Path({str(tmp_path)!r}), 0)"
+    )
+    gone = run_later("")
+    gone.wait()
+    late = run_later(script, **{status.LAUNCHER: str(gone.pid)})
+    assert late.wait() == 1
+    assert not list(tmp_path.iterdir())
+    assert run_later(script, **{status.LAUNCHER: str(os.getpid())}).wait() == 0
+    assert (tmp_path / "rank-0.json").exists()
+
+
+def test_an_earlier_runs_traces_are_removed(tmp_path: Path) -> None:
+    """The mark that the data has been read, too: else a node's other processes would read while the first writes."""
+    for name in ("rank-0.json", "rank-3.log", status.DATA_READ_FILE, "mine.txt"):
+        (tmp_path / name).write_text("{}")
+    clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+COMPILED = ("train", "--recipe", "debug", "--set", "train.compile=true", "--set", "train.max_steps=3")
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_others_do(tmp_path: Path) -> None:
+    """Inductor's own kernels, on the debug recipe: the same metrics."""
+    losses = []
+    for arguments in (COMPILED, (*COMPILED, "--set", "train.compile=false")):
+        folder = tmp_path / str(len(losses))
+        folder.mkdir()
+        shown = shell(*arguments, cwd=folder)
+        assert shown.returncode == 0, shown.stderr
+        assert ("compiled layers: " in shown.stderr) == (not losses)
+        rows = [json.loads(line) for line in (folder / "runs/debug/metrics.jsonl").read_text().splitlines()]
+        losses.append([[row["train/rm/loss"], row["grad_norm"]] for row in rows])
+    assert len(losses[0]) == 3
+    for one, other in zip(*losses, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    shown = shell(*COMPILED, cwd=tmp_path)
+    assert shown.returncode == 5
+    assert "E0504" in shown.stderr
+    assert "train.compile=false" in shown.stderr

@@ -1,0 +1,243 @@
+"""The packed, prefix-shared forward against its obvious twin: every response alone, with stock attention."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from helpers import FAMILIES, TINY, TREES, VOCABULARY, WINDOW, alone, build, gradients, random_trees, relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification
+
+from rmtool.errors import RmtoolError
+from rmtool.model.layout_choice import choose_layout
+from rmtool.model.reward_model import RewardModel
+from rmtool.packing import prefix_sharing as compat
+from rmtool.packing.attention import _one_node, packed_attention
+from rmtool.packing.last_layer import read_last_layer_sparsely
+from rmtool.packing.layers import compile_layers
+from rmtool.packing.pack_layout import pack
+from rmtool.tokenization.prefix_forest import NO_PARENT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_packed_rewards_and_gradients_equal_one_by_one(family: str, checkpointing: bool) -> None:
+    model = build(FAMILIES[family])
+    expected = alone(model, TREES)
+    expected_gradients = gradients(model, expected)
+    if checkpointing:
+        model.classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    model.share_prompts(True)
+    rewards = model(pack(TREES))
+    assert relative(rewards, expected) < 1e-5
+    for name, gradient in gradients(model, rewards).items():
+        assert relative(gradient, expected_gradients[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3"])
+def test_the_last_layer_computes_only_the_tokens_that_are_read(family: str) -> None:
+    model = build(FAMILIES[family])
+    layer = model.backbone.layers[-1]
+    rows: list[int] = []
+    layer.mlp.register_forward_pre_hook(lambda part, args: rows.append(args[0].shape[-2]))
+    model.share_prompts(True)
+    batch = pack(TREES)
+    model(batch)
+    assert rows == [len(batch.reward_index)]
+    model.share_prompts(False)
+    padded = model.collate(TREES)
+    model(padded)
+    assert rows[1:] == [padded.input_ids.shape[1]]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_layer_is_recomputed_with_the_rows_of_its_own_pack(reentrant: bool) -> None:
+    """Two packs of one size, the second forward before the first backward."""
+    shapes = (((20, (9, 6)),), ((11, (12, 12)),))
+    first, second = (random_trees(seed, shape) for seed, shape in enumerate(shapes))
+    model = build(FAMILIES["llama"])
+    expected = gradients(model, alone(model, first))
+    model.classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    model.share_prompts(True)
+    rewards = model(pack(first))
+    assert len(model(pack(second))) == len(rewards)
+    for name, gradient in gradients(model, rewards).items():
+        assert relative(gradient, expected[name]) < 1e-5, name
+
+
+def test_a_classifier_may_be_wrapped_twice() -> None:
+    first = build(FAMILIES["llama"])
+    again = RewardModel(first.classifier, pad_id=0)
+    expected = alone(again, TREES)
+    again.share_prompts(True)
+    assert relative(again(pack(TREES)), expected) < 1e-5
+
+
+def test_a_mixture_of_experts_runs_its_last_layer_whole() -> None:
+    config = hf.Qwen3MoeConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    backbone = AutoModelForSequenceClassification.from_config(config).model
+    assert read_last_layer_sparsely(backbone) == ["self_attn.o_proj"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gate_lets_these_families_share(family: str) -> None:
+    model = build(FAMILIES[family])
+    assert choose_layout(model, model, 512) is None
+    assert model.shares_prompts
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gpt_neox"])
+def test_padded_rewards_and_gradients_equal_one_by_one(family: str) -> None:
+    model = build(FAMILIES[family])
+    expected = alone(model, TREES)
+    expected_gradients = gradients(model, expected)
+    rewards = model(model.collate(TREES))
+    assert relative(rewards, expected) < 1e-5
+    for name, gradient in gradients(model, rewards).items():
+        assert relative(gradient, expected_gradients[name]) < 1e-5, name
+
+
+def test_a_model_with_soft_capped_attention_runs_padded_and_says_why() -> None:
+    model = build(hf.Gemma2Config(**TINY, sliding_window=WINDOW, query_pre_attn_scalar=8))
+    reason = choose_layout(model, model, 512)
+    assert reason is not None
+    assert "softcap" in reason
+    assert relative(model(model.collate(TREES)), alone(model, TREES)) < 1e-5
+
+
+def test_the_probe_refuses_a_model_whose_positions_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third gate alone: nothing is declared wrong, but every response starts one position late."""
+    model = build(FAMILIES["llama"])
+    real = RewardModel._last_states
+
+    def shifted(self: RewardModel, batch: Any) -> torch.Tensor:
+        if hasattr(batch, "position_ids"):
+            late = batch.position_ids.clone()
+            late[0, 40:] += 1
+            batch = type(batch)(batch.input_ids, late, batch.reward_index, batch.layout)
+        return real(self, batch)
+
+    monkeypatch.setattr(RewardModel, "_last_states", shifted)
+    assert "prefix sharing changes" in (choose_layout(model, model, 512) or "")
+
+
+def test_bidirectional_attention_is_declared() -> None:
+    model = build(FAMILIES["llama"])
+    model.backbone.layers[0].self_attn.is_causal = False
+    assert "not causal" in (compat.declared_reason(model.backbone) or "")
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_that_depend_on_the_batch_are_refused_beyond_their_limit(kind: str) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {"factor": 2.0}
+    rope = {"rope_type": kind, "rope_theta": 1e4, **factors}
+    if kind == "longrope":
+        rope |= {"original_max_position_embeddings": 64, "factor": 2.0}
+    model = build(hf.LlamaConfig(**(TINY | {"max_position_embeddings": 64}), rope_parameters=rope))
+    with pytest.raises(RmtoolError) as caught:
+        choose_layout(model, model, 65)
+    assert caught.value.id == "E0410"
+    assert choose_layout(model, model, 64) is None
+
+
+def subtree_ends(layout: Any) -> torch.Tensor:
+    """For each token, where the last node that has the token's node on its path ends, by definition."""
+    paths: list[set[int]] = []
+    for node, parent in enumerate(layout.parents):
+        paths.append({node} | (paths[parent] if parent != NO_PARENT else set()))
+    ends = [
+        max(int(layout.cu_seqlens_q[other + 1]) for other in range(len(paths)) if node in paths[other])
+        for node in range(len(paths))
+    ]
+    return torch.repeat_interleave(torch.tensor(ends), torch.tensor(layout.lengths))
+
+
+def dense_oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Any, window: int | None) -> torch.Tensor:
+    """One dense mask over the whole pack: a token sees what lies before it and is on its path."""
+    at = torch.arange(batch.input_ids.shape[1])
+    allowed = (at[None, :] <= at[:, None]) & (at[:, None] < subtree_ends(batch.layout)[None, :])
+    if window is not None:
+        position = batch.position_ids[0]
+        allowed &= position[None, :] > position[:, None] - window
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(-1, -2)) * 0.3
+    return (scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+
+
+SHAPES = st.lists(
+    st.tuples(st.integers(0, 9), st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.sampled_from([None, 1, 2, 5]), st.integers(0, 2**31), st.sampled_from([4, 5, VOCABULARY]))
+def test_packed_attention_equals_a_dense_mask(shapes: Any, window: int | None, seed: int, last: int) -> None:
+    batch = pack(
+        random_trees(seed, tuple(shapes), last)
+    )  # few different ids: groups share beginnings, forests are deep
+    torch.manual_seed(seed)
+    tokens = batch.input_ids.shape[1]
+    q = torch.randn(1, 4, tokens, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 1, 2, tokens, 8, dtype=torch.float64)
+    got, _ = packed_attention(
+        torch.nn.Identity(), q, k, v, None, scaling=0.3, sliding_window=window, packed=batch.layout
+    )
+    torch.testing.assert_close(got, dense_oracle(q, k, v, batch, window))
+
+
+def test_fewer_queries_than_keys_see_the_last_keys() -> None:
+    q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64)
+    whole = _one_node(q, k, v, None, None)
+    torch.testing.assert_close(_one_node(q[:, :, 3:], k, v, None, None), whole[:, :, 3:])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.permutations(range(6)), st.integers(8, 400), st.booleans())
+def test_a_reward_does_not_depend_on_its_batch(seed: int, order: list[int], max_tokens: int, shared: bool) -> None:
+    from rmtool.model.rewards import compute_rewards
+    from rmtool.ui import SilentUi
+
+    rng = np.random.default_rng(seed)
+    shapes = tuple((int(rng.integers(0, 30)), tuple(rng.integers(1, 20, rng.integers(1, 4)))) for _ in range(6))
+    groups = random_trees(seed, shapes)
+    model = MODEL
+    model.share_prompts(shared)
+    together = compute_rewards(model, [groups[index] for index in order], max_tokens, SilentUi())
+    model.share_prompts(False)
+    for position, index in enumerate(order):
+        single = alone(model, [groups[index]])
+        torch.testing.assert_close(torch.tensor(together[position]), single.detach(), atol=1e-6, rtol=1e-6)
+
+
+MODEL = build(FAMILIES["llama"])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_compiled_layers_are_exact_and_compiled_once_for_all_lengths(family: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = copy.deepcopy(FAMILIES[family])
+    config.update({"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2})
+    model = build(config)
+    model.share_prompts(True)
+    expected = model(model.collate(TREES))
+    expected_gradients = gradients(model, expected)
+    assert compile_layers(model.backbone, "aot_eager") == 3
+    rewards = model(model.collate(TREES))
+    assert relative(rewards, expected) < 1e-6
+    for name, gradient in gradients(model, rewards).items():
+        assert relative(gradient, expected_gradients[name]) < 1e-6, name
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for seed in range(4):
+        model(model.collate(random_trees(seed, ((9 + seed, (3 + 2 * seed, 4)),) * (seed + 1))))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
