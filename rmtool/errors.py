@@ -107,3 +107,8 @@ def format_error(error: RmtoolError) -> str:
         lines.append(f"  found: {error.found}")
     lines.append(f"  do: {error.hint}")
     return "\n".join(lines)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a different library's message, to quote it in ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from rmtool.model import reward_model as models
 from rmtool.packing import attention
 from rmtool.packing.pack_layout import PackedBatch, PackLayout, pack
-from rmtool.tokenization.prefix_forest import NO_PARENT
+from rmtool.tokenization.response_group import NO_PARENT
 
 Mutate = Callable[[PackedBatch], PackedBatch]
 Patch = pytest.MonkeyPatch

@@ -18,7 +18,8 @@ from rmtool.model.classifier import build_classifier, init_score_head
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import load_for_inference
 from rmtool.model.rewards import compute_rewards
-from rmtool.tokenization.encoder import Encoder, encode_all
+from rmtool.tokenization.encoder import Encoder
+from rmtool.tokenization.tokenized_dataset import tokenize_records
 from rmtool.tokenization.tokenizer import load_tokenizer
 from rmtool.ui import SilentUi
 
@@ -45,13 +46,13 @@ def test_every_real_row_is_read_and_tokenized(smollm2: Path) -> None:
     encoder = Encoder(load_tokenizer(smollm2), 2**15, on_empty="keep")
     hh = read_pairs(HH)
     assert len(hh) == 2312
-    encoded = encode_all(encoder, hh, "error", lambda: None)
+    encoded = tokenize_records(encoder, hh, "error", lambda: None)
     whole = sum(len(ids) for group in encoded.groups for ids in group.sequences())
     assert sum(group.unique_tokens for group in encoded.groups) < 0.65 * whole
     rmb = read_pairs(RMB)
     assert len(rmb) == 6975
     assert {record.subset is not None for record in rmb} == {True}
-    encode_all(encoder, rmb[:300], "error", lambda: None)
+    tokenize_records(encoder, rmb[:300], "error", lambda: None)
 
 
 def test_the_real_model_shares_prompts_exactly_on_real_pairs(smollm2: Path) -> None:
@@ -63,7 +64,7 @@ def test_the_real_model_shares_prompts_exactly_on_real_pairs(smollm2: Path) -> N
     model = RewardModel(classifier, pad_id=0).eval()
     assert choose_layout(model, model, 2048) is None
     encoder = Encoder(load_tokenizer(smollm2), 2048, on_empty="keep")
-    groups = encode_all(encoder, read_pairs(HH)[:6], "error", lambda: None).groups
+    groups = tokenize_records(encoder, read_pairs(HH)[:6], "error", lambda: None).groups
     shared = compute_rewards(model, groups, 2048, SilentUi())
     model.share_prompts(False)
     alone = [
@@ -82,7 +83,7 @@ def test_the_real_model_shares_prompts_in_bf16(smollm2: Path) -> None:
     model = RewardModel(classifier, pad_id=0, precision="bf16").eval()
     assert choose_layout(model, model, 2048) is None
     encoder = Encoder(load_tokenizer(smollm2), 2048, on_empty="keep")
-    groups = encode_all(encoder, read_pairs(HH)[:60], "error", lambda: None).groups
+    groups = tokenize_records(encoder, read_pairs(HH)[:60], "error", lambda: None).groups
     groups = sorted(groups, key=lambda group: group.longest)[:24]
     rewards = {}
     for precision, shares in (("fp32", True), ("bf16", True), ("bf16", False)):
@@ -103,7 +104,7 @@ def test_the_real_model_gives_one_reward_in_any_batch(smollm2: Path) -> None:
     classifier, _ = build_classifier(smollm2, dtype=torch.float32)
     init_score_head(classifier.eval(), 0)
     encoder = Encoder(load_tokenizer(smollm2), 2048, on_empty="keep")
-    groups = encode_all(encoder, read_pairs(HH), "error", lambda: None).groups
+    groups = tokenize_records(encoder, read_pairs(HH), "error", lambda: None).groups
     shortest = sorted(groups, key=lambda group: group.longest)[:8]
     prompts = tuple(tuple(group.sequences()) for group in shortest)
     classifier.score.weight.data /= max(abs(alone(classifier, ids)) for responses in prompts for ids in responses)
@@ -122,7 +123,7 @@ def test_the_smollm2_recipe_trains_saves_and_scores(smollm2: Path, tmp_path: Pat
     command = [program, "train", "--recipe", "smollm2-135m", "--model", smollm2, "--data", HH, *flags]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
-    assert "<|pad|> (id 49152) is added as the pad token; it was <|im_end|>" in shown.stderr
+    assert "pad token: added <|pad|> (id 49152) instead of <|im_end|>, which also ends responses" in shown.stderr
     run = tmp_path / "runs" / "smollm2-135m"
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     result = subprocess.run([program, "eval", run, "--json"], capture_output=True, text=True, check=True)

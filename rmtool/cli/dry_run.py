@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rmtool.errors import ExitCode, RmtoolError
+from rmtool.errors import ExitCode, RmtoolError, first_line
 from rmtool.ui import SilentUi, TerminalUi, Ui, print_json
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rmtool.dataset.report import DataReport
     from rmtool.planning.estimate import Forecast
     from rmtool.planning.plan import Plan
-    from rmtool.tokenization.encoder import TokenizedDataset
+    from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 
 
 def print_dry_run(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:
@@ -110,7 +110,6 @@ def _estimate_memory(
     recipe: Recipe, source: Path, data: TokenizedDataset | None, steps: int | None
 ) -> tuple[Forecast | None, str]:
     """The forecast, or why there is none."""
-    from rmtool.model.classifier import first_line
     from rmtool.planning.estimate import forecast
 
     try:

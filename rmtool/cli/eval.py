@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rmtool.data.sources import RecordSubset
     from rmtool.evaluation.evaluate import EvalResult
     from rmtool.model.loading import LoadedModel
-    from rmtool.tokenization.encoder import TokenizedDataset
+    from rmtool.tokenization.tokenized_dataset import TokenizedDataset
     from rmtool.ui import TerminalUi
 
 DEFAULT_EVAL_DATA = "allenai/reward-bench:filtered"
@@ -144,7 +144,7 @@ def _evaluate(folder: Path, sources: list[str], samples: int, options: Inference
 
 def _samples(selection: RecordSubset, tokenized: TokenizedDataset, result: EvalResult) -> list[Sample]:
     """The text and the rewards of each sampled record's first pair."""
-    places = [tokenized.kept[at] for at, _ in result.samples]
+    places = [tokenized.indices[at] for at, _ in result.samples]
     records, samples = selection.take(places).records(), list[Sample]()
     for record, (at, rewards) in zip(records, result.samples, strict=True):
         winner, loser = tokenized.metadata[at].preferences[0]

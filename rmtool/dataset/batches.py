@@ -65,7 +65,7 @@ def batch_item(metadata: PairMetadata, group: ResponseGroup, which: Sequence[int
     place = {response: position for position, response in enumerate(used)}
     return BatchItem(
         metadata,
-        group if len(used) == len(group.responses) else group.keep(used),
+        group if len(used) == len(group.responses) else group.select(used),
         tuple(
             (place[metadata.preferences[i][0]], place[metadata.preferences[i][1]], metadata.margins[i] or 0.0)
             for i in which

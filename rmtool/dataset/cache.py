@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from rmtool.errors import RmtoolError
-from rmtool.tokenization.encoder import TokenizedDataset
 from rmtool.tokenization.token_store import TokenStore
+from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 
 KEPT = 30
 _DAY = 24 * 3600
@@ -62,7 +62,9 @@ def get(key: str, say: Callable[[str], None]) -> TokenizedDataset | None:
     with contextlib.suppress(OSError):  # the files are open: the entry may be gone by now, or not be ours to change
         os.utime(folder)
     kept = array("q", index["kept"].astype(np.int64).tobytes())
-    return TokenizedDataset(groups=groups, kept=kept, counts=Counter(facts["counts"]), failed=index["failed"].tolist())
+    return TokenizedDataset(
+        groups=groups, indices=kept, counts=Counter(facts["counts"]), failed=index["failed"].tolist()
+    )
 
 
 def _checked(folder: Path) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def _checked(folder: Path) -> dict[str, Any]:
 def _finish(folder: Path, tokenized: TokenizedDataset, groups: TokenStore) -> None:
     """Write what belongs to the ids."""
     groups.flush()
-    places = {"kept": np.array(tokenized.kept), "failed": np.array(tokenized.failed, dtype=np.int64)}
+    places = {"kept": np.array(tokenized.indices), "failed": np.array(tokenized.failed, dtype=np.int64)}
     np.savez(folder / _INDEX, allow_pickle=False, **places, **groups.layout())
     facts = {"ids": groups.crc, "index": zlib.crc32((folder / _INDEX).read_bytes()), "counts": tokenized.counts}
     text = json.dumps(facts).encode()

@@ -22,8 +22,9 @@ from rmtool.data.sources import SourceCount
 from rmtool.dataset.batches import count_pairs, epoch_steps
 from rmtool.dataset.split import DROP_REASONS, Split
 from rmtool.packing.pack_layout import pack
-from rmtool.tokenization.encoder import Encoder, TokenizedDataset
+from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.response_group import ResponseGroup
+from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 
 LENGTHS_FILE = "lengths.png"
 REPORT_FILE = "report.json"

@@ -27,8 +27,9 @@ from rmtool.dataset import cache
 from rmtool.dataset.batches import count_pairs
 from rmtool.errors import RmtoolError
 from rmtool.recipe import as_source, resolve
-from rmtool.tokenization.encoder import Encoder, TokenizedDataset, encode_all, without_identical
+from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.token_store import TokenStore
+from rmtool.tokenization.tokenized_dataset import TokenizedDataset, tokenize_records, without_identical
 from rmtool.ui import Ui
 
 
@@ -77,7 +78,7 @@ def load_split(recipe: Recipe, encoder: Encoder, rejects: Rejects, ui: Ui) -> Sp
     rejects.raise_if_any()
     if not trained_on.metadata:
         raise RmtoolError("E0302", "no training pairs are left", "check data.holdout, data.on_long and data.max_length")
-    return Split(trained_on, held_out, counts, rejects.count, held.take(held_out.kept))
+    return Split(trained_on, held_out, counts, rejects.count, held.take(held_out.indices))
 
 
 def _say_without_margins(selection: RecordSubset, ui: Ui) -> None:
@@ -117,7 +118,9 @@ def tokenize_subset(
 
             def encode(groups: TokenStore) -> TokenizedDataset:
                 known = selection.metadata()
-                result = encode_all(encoder, selection.records(), on_identical, bar.advance, rejects, groups, known)
+                result = tokenize_records(
+                    encoder, selection.records(), on_identical, bar.advance, rejects, groups, known
+                )
                 result.groups = groups
                 return result
 
@@ -132,8 +135,8 @@ def tokenize_subset(
 
 
 def _labels_of(selection: RecordSubset, tokenized: TokenizedDataset, on_identical: str) -> list[PairMetadata]:
-    """The labels of kept records, as `encode_all` gives them."""
-    metadata = list(selection.take(tokenized.kept).metadata())
+    """The labels of kept records, as `tokenize_records` gives them."""
+    metadata = list(selection.take(tokenized.indices).metadata())
     if on_identical != "drop" or not tokenized.counts["identical_text"] + tokenized.counts["identical_after_rendering"]:
         return metadata
     pairs = zip(metadata, tokenized.groups, strict=True)
@@ -142,7 +145,7 @@ def _labels_of(selection: RecordSubset, tokenized: TokenizedDataset, on_identica
 
 def _reject_again(encoder: Encoder, failed: RecordSubset, on_identical: str, rejects: Rejects) -> None:
     if len(failed):
-        again = encode_all(encoder, failed.records(), on_identical, lambda: None, rejects)
+        again = tokenize_records(encoder, failed.records(), on_identical, lambda: None, rejects)
         assert not again.metadata, "records that fail and do not"
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
-from rmtool.errors import RmtoolError
+from rmtool.errors import RmtoolError, first_line
 
 HEAD = "score"  # transformers' name for the last-token head of every decoder-only *ForSequenceClassification
 
@@ -141,11 +141,6 @@ def _load(folder: Path, config: Any, dtype: torch.dtype, quantized: bool) -> tup
             "download or save the checkpoint again",
         )
     return classifier, f"{HEAD}.weight" not in info["missing_keys"]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of another library's message, for ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def init_score_head(classifier: PreTrainedModel, seed: int) -> None:

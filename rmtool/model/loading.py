@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rmtool.checkpoint import Manifest, read_manifest
 from rmtool.config import LoraConfig, Recipe
-from rmtool.errors import Place, RmtoolError
+from rmtool.errors import Place, RmtoolError, first_line
 from rmtool.model.bf16_emulation import lacks_bf16
 from rmtool.model.classifier import (
     HEAD,
@@ -26,7 +26,6 @@ from rmtool.model.classifier import (
     backbone_parameters,
     build_classifier,
     disable_dropout,
-    first_line,
     init_score_head,
     read_config,
     set_pad_token,

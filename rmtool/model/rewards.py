@@ -75,7 +75,7 @@ def compute_rewards(
             values[items] = rewards
         before, done = done, min(first + dist.world_size, len(plan.packs))
         bar.advance(len(groups) * done // len(plan.packs) - len(groups) * before // len(plan.packs))
-    values = dist.sum(torch.from_numpy(values)).numpy()[plan.same]
+    values = dist.sum(torch.from_numpy(values)).numpy()[plan.representative]
     return [values[start:end].tolist() for start, end in itertools.pairwise(starts)]
 
 

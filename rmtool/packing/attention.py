@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from rmtool.packing.pack_layout import PackLayout
-from rmtool.tokenization.prefix_forest import NO_PARENT
+from rmtool.tokenization.response_group import NO_PARENT
 
 NAME = "rmtool_packed"
 HALF = (torch.float16, torch.bfloat16)

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rmtool.packing import attention
 from rmtool.packing.pack_layout import PackLayout
-from rmtool.tokenization.prefix_forest import NO_PARENT
+from rmtool.tokenization.response_group import NO_PARENT
 
 NAME = "rmtool_packed_check"
 QUERIES = 256  # rows of attention scores held at a time

@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from rmtool.tokenization.prefix_forest import NO_PARENT, Forest, build_forest
-from rmtool.tokenization.response_group import ResponseGroup
+from rmtool.tokenization.response_group import NO_PARENT, Forest, ResponseGroup, build_forest
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from rmtool.model.reward_model import RewardModel
 from rmtool.packing.prefix_sharing import describe_sharing
 from rmtool.planning.memory import Memory, fake_model, padded_reason, plan_memory
 from rmtool.recipe import world_size
-from rmtool.tokenization.encoder import TokenizedDataset
 from rmtool.tokenization.pack_plan import key_count, pack_tokens
 from rmtool.tokenization.response_group import ResponseGroup
+from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 
 PARTS = {name: name for name in ("weights", "gradients")} | {
     "optimizer": "optimizer states",

@@ -1,10 +1,11 @@
-"""Conversations to token ids, many at once.
+"""Batched tokenization of conversations, with special tokens in message text tokenized as plain text.
 
-In: groups of conversations that share a beginning (the responses of one prompt), and a transformers tokenizer with a
-chat template. Out: int32 ids of each, or the exception of one that cannot be read: what
-`apply_chat_template(..., sanitize_control_tokens=True)` gives, where added tokens inside messages are only text.
-Cost: one rendering per conversation. A group's common beginning is tokenized once, where the template writes a special
-token at its end; all texts of a call are tokenized together, by the tokenizer's own threads.
+In: groups of conversations with a common prefix (the responses to one prompt), and a transformers tokenizer with a chat
+template. Out: int32 ids of each, the same as `apply_chat_template(..., sanitize_control_tokens=True)` returns one by
+one, or the exception of a conversation that cannot be tokenized.
+Cost: one rendering per conversation; all texts of a call are tokenized together, by the tokenizer's own threads. The
+common prefix of a group is tokenized once, up to its last special token: that makes tokenizing 1.25 times as fast for
+pairs (1.0 to 1.65) and 1.7 to 2.0 times for 16 responses per prompt (hh-rlhf and RMB, 6 alternating runs each).
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from rmtool.data.messages import Message, Messages
-from rmtool.tokenization.response_group import Ids
+from rmtool.tokenization.response_group import Ids, common_prefix
 
-Result = Ids | Exception  # a jinja2.TemplateError, or a ValueError where text cannot be told from a control token
+Result = Ids | Exception  # jinja2.TemplateError, or ValueError where text cannot be distinguished from a control token
 
-# transformers' marks around control tokens in messages; it takes them out of what users write.
+# transformers' marks around control tokens in messages; it removes them from what users write.
 _NONE = np.zeros(0, dtype=np.int32)
 _MARKS = "\U000f0000\U000f0001"
 _PLAIN: tuple[Messages, ...] = tuple(
@@ -36,7 +37,7 @@ _PLAIN: tuple[Messages, ...] = tuple(
 
 @dataclass(frozen=True)
 class Conversation:
-    """`tools` is JSON of a list, or empty."""
+    """Messages, and the tools that the chat template gets: JSON of a list, or empty."""
 
     messages: Messages
     tools: str = ""
@@ -44,15 +45,17 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Draft:
-    """A rendered group: what follows `head` in each text; or an error; or a conversation that is read by itself."""
+    """A rendered group: the text after `head` of each conversation, its error, or the conversation itself if it must be
+    tokenized alone.
+    """
 
     head: str
     tails: tuple[str | Conversation | Exception, ...]
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What a chat template raises for a conversation that it was not written for: its own refusal, or what an
-    expression in it does to a value of another kind.
+    """Return the exceptions that a chat template raises for a conversation that it does not support: its own, or those
+    of an expression in it on a value of a different type.
     """
     from jinja2 import TemplateError
 
@@ -60,41 +63,44 @@ def refusals() -> tuple[type[Exception], ...]:
 
 
 class BatchTokenizer:
-    """Reads conversations as one tokenizer does; the tokenizer must not be changed afterwards."""
+    """Tokenizes batches of conversations.
+
+    In: a transformers tokenizer, which must not be changed afterwards. Out: see `read`.
+    """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self._lock = threading.Lock()  # settings of the tokenizer change while it reads
+        self._lock = threading.Lock()  # tokenizing changes settings of the tokenizer
         self._suspect = _any_of([token for token in tokenizer.get_added_vocab() if not token.isspace()], *_MARKS)
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._folded = self._find_folded()
-        self._cuts: tuple[str, ...] = ()
+        self._normalized_tokens = self._find_normalized()
+        self._split_tokens: tuple[str, ...] = ()
         if self._backend is not None and not self._agrees():
             self._backend = None
         if self._backend is not None:
-            self._cuts = self._find_cuts()
+            self._split_tokens = self._find_split_tokens()
             if not self._agrees():
-                self._cuts = ()
+                self._split_tokens = ()
 
     def read(self, groups: Iterable[Sequence[Conversation]]) -> list[list[Result]]:
-        """The ids of every conversation."""
+        """Return the ids of every conversation, group by group."""
         return self.tokenize(self.render(groups))
 
-    def written(self) -> list[Any] | None:
-        """All that ids depend on, as JSON takes it; None where the tokenizer has no such form."""
+    def serialized(self) -> list[Any] | None:
+        """Return everything that the ids depend on, as JSON values; None if the tokenizer cannot be serialized."""
         if self._backend is None:
             return None
         return [self._backend.to_str(), self.tokenizer.chat_template, self.tokenizer.special_tokens_map]
 
     def render(self, groups: Iterable[Sequence[Conversation]]) -> list[Draft]:
-        """The groups as text. Computes in Python, beside `tokenize` in another thread."""
+        """Render groups as text. Computes in Python, and may run in parallel with `tokenize` in a different thread."""
         groups = list(groups)
         flat = [conversation for group in groups for conversation in group]
         texts = iter(self._render_all(flat))
         return [self._draft([next(texts) for _ in group]) for group in groups]
 
     def tokenize(self, drafts: Sequence[Draft]) -> list[list[Result]]:
-        """The ids of drafts; most of the time other Python threads may run."""
+        """Return the ids of rendered groups; releases the GIL most of the time."""
         texts = [text for draft in drafts for text in (draft.head, *draft.tails) if isinstance(text, str)]
         with self._lock:
             known = iter(self._ids(texts))
@@ -106,7 +112,7 @@ class BatchTokenizer:
             if isinstance(tail, str):
                 results.append(np.concatenate((head, next(known))))
             else:
-                results.append(self._sanitised(tail) if isinstance(tail, Conversation) else tail)
+                results.append(self._sanitized(tail) if isinstance(tail, Conversation) else tail)
         return results
 
     def _ids(self, texts: list[str]) -> list[Ids]:
@@ -122,15 +128,15 @@ class BatchTokenizer:
     def _render_all(self, conversations: Sequence[Conversation]) -> list[str | Conversation | Exception]:
         plain = [conversation for conversation in conversations if self._is_plain(conversation)]
         texts = iter(self._render_plain(plain))
-        kept = {id(conversation) for conversation in plain}
-        return [next(texts) if id(conversation) in kept else conversation for conversation in conversations]
+        rendered = {id(conversation) for conversation in plain}
+        return [next(texts) if id(conversation) in rendered else conversation for conversation in conversations]
 
     def _is_plain(self, conversation: Conversation) -> bool:
-        """Whether nothing in it could be taken for a control token."""
+        """Return whether no text in the conversation could be taken for a control token."""
         messages = conversation.messages
         return (
             self._backend is not None
-            and not self._folded
+            and not self._normalized_tokens
             and not conversation.tools
             and not any(message.extra for message in messages)
             and not self._suspect.search("\n".join([message.content for message in messages]))
@@ -142,15 +148,15 @@ class BatchTokenizer:
             return []
         try:
             return list(self.tokenizer.apply_chat_template(chats, tokenize=False))
-        except refusals() as error:  # one of them; the others are rendered all the same
+        except refusals() as error:  # raised by one of them; render the others
             if len(chats) == 1:
                 return [error]
             middle = len(chats) // 2
             return self._render_plain(conversations[:middle]) + self._render_plain(conversations[middle:])
 
-    def _sanitised(self, conversation: Conversation) -> Result:
-        if self._folded and any(self._hides(message.content) for message in conversation.messages):
-            return ValueError("once normalized, its text holds a control token of the tokenizer")
+    def _sanitized(self, conversation: Conversation) -> Result:
+        if self._normalized_tokens and any(self._hides(message.content) for message in conversation.messages):
+            return ValueError("after normalization, its text contains a control token of the tokenizer")
         try:
             ids = self.tokenizer.apply_chat_template(
                 [message.as_dict() for message in conversation.messages],
@@ -159,21 +165,21 @@ class BatchTokenizer:
                 return_dict=False,
                 sanitize_control_tokens=True,
             )
-        except refusals() as error:  # or a ValueError, where text cannot be told from a control token
+        except refusals() as error:
             return error
         return np.array(ids, dtype=np.int32)
 
     def _draft(self, texts: list[str | Conversation | Exception]) -> Draft:
         plain = [text for text in texts if isinstance(text, str)]
-        if len(plain) < len(texts) or len(texts) < 2 or not self._cuts:
+        if len(plain) < len(texts) or len(texts) < 2 or not self._split_tokens:
             return Draft("", tuple(texts))
-        shared = functools.reduce(lambda length, text: _common(plain[0], text, length), plain[1:], len(plain[0]))
-        cut = max(plain[0].rfind(token, 0, shared) for token in self._cuts)
+        shared = functools.reduce(lambda length, text: common_prefix(plain[0], text, length), plain[1:], len(plain[0]))
+        cut = max(plain[0].rfind(token, 0, shared) for token in self._split_tokens)
         return Draft(plain[0][:cut], tuple(text[cut:] for text in plain)) if cut > 0 else Draft("", tuple(texts))
 
-    def _find_cuts(self) -> tuple[str, ...]:
-        """Special tokens that the template writes and at which text may be cut without another reading of either part:
-        the tokenizer looks for them first, in the text as it is, and reads what lies between them by itself.
+    def _find_split_tokens(self) -> tuple[str, ...]:
+        """Return the special tokens of the template at which text can be split without changing the ids of either part:
+        the tokenizer finds them first, in the raw text, and tokenizes the text between them separately.
         """
         assert self._backend is not None
         every = self._backend.get_added_tokens_decoder()
@@ -192,8 +198,8 @@ class BatchTokenizer:
             and not any(_overlap(other, token.content) for other in contents)
         )
 
-    def _find_folded(self) -> re.Pattern[str] | None:
-        """What added tokens look like that the tokenizer looks for in normalized text only."""
+    def _find_normalized(self) -> re.Pattern[str] | None:
+        """Return a pattern of the added tokens that the tokenizer matches in normalized text only."""
         if self._backend is None or self._backend.normalizer is None:
             return None
         added = self._backend.get_added_tokens_decoder().values()
@@ -201,18 +207,18 @@ class BatchTokenizer:
         return _any_of(hidden) if (hidden := [token for token in folded if token and not token.isspace()]) else None
 
     def _hides(self, text: str) -> bool:
-        """Whether text holds such a token though not in its own letters, so that transformers would miss it."""
+        """Return whether text contains such a token after normalization only, so that transformers would miss it."""
         assert self._backend is not None
-        assert self._folded
+        assert self._normalized_tokens
         visible = self._suspect.sub("\n", text)
-        return bool(self._folded.search(self._backend.normalizer.normalize_str(visible)))
+        return bool(self._normalized_tokens.search(self._backend.normalizer.normalize_str(visible)))
 
     def _agrees(self) -> bool:
-        """Whether plain conversations have the ids that transformers gives them one by one."""
+        """Return whether plain conversations have the ids that transformers returns one by one."""
         groups = [[Conversation(messages), Conversation((*messages[:-1], messages[0]))] for messages in _PLAIN]
         for group, found in zip(groups, self.read(groups), strict=True):
             for conversation, ids in zip(group, found, strict=True):
-                expected = self._sanitised(conversation)
+                expected = self._sanitized(conversation)
                 if isinstance(expected, Exception):
                     continue
                 if isinstance(ids, Exception) or not np.array_equal(expected, ids):
@@ -221,24 +227,12 @@ class BatchTokenizer:
 
 
 def _any_of(texts: Sequence[str], *more: str) -> re.Pattern[str]:
-    """Finds the longest of the texts; without any, nothing."""
+    """Return a pattern that finds the longest of the texts; without texts, nothing."""
     return re.compile("|".join(map(re.escape, [*sorted(texts, key=len, reverse=True), *more])) or "(?!)")
 
 
-def _common(a: str, b: str, limit: int) -> int:
-    """Length of the longest common prefix, at most `limit`."""
-    low, high = 0, min(limit, len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
 def _overlap(other: str, token: str) -> bool:
-    """Whether a match of `other` can cover a part of a match of `token`."""
+    """Return whether a match of `other` can cover a part of a match of `token`."""
     if other == token:
         return any(token.endswith(token[:size]) for size in range(1, len(token)))
     return token in other or any(other.endswith(token[:size]) for size in range(1, len(token)))

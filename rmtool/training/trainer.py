@@ -22,7 +22,7 @@ from rmtool.evaluation import evaluate as evaluation
 from rmtool.evaluation.metrics import PairSums
 from rmtool.model.loss import pair_losses
 from rmtool.model.reward_model import RewardModel
-from rmtool.tokenization.encoder import TokenizedDataset
+from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 from rmtool.training.engine import Engine, peak_memory
 from rmtool.training.optim import lr_multiplier
 from rmtool.training.tracking import Tracker

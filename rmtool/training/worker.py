@@ -35,8 +35,7 @@ from rmtool.config import Recipe
 from rmtool.data.rejects import REJECTS_FILE, Rejects
 from rmtool.dataset.report import build_report, example, write_report
 from rmtool.dataset.split import Split, load_split, write_held_out
-from rmtool.errors import ExitCode, RmtoolError
-from rmtool.model.classifier import first_line
+from rmtool.errors import ExitCode, RmtoolError, first_line
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import training_encoder, training_model
 from rmtool.model.reward_model import PRECISIONS, RewardModel

@@ -380,7 +380,7 @@ def train_with_rmtool(spec: Event) -> None:
     from rmtool.data.rejects import Rejects
     from rmtool.dataset.split import Split, load_split
     from rmtool.model.loading import training_encoder, training_model
-    from rmtool.tokenization.encoder import TokenizedDataset
+    from rmtool.tokenization.tokenized_dataset import TokenizedDataset
     from rmtool.training.engine import Engine
     from rmtool.training.optim import build_optimizer
     from rmtool.training.trainer import Trainer, train_loop

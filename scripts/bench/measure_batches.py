@@ -21,7 +21,7 @@ from rmtool.data.formats import preference_record
 from rmtool.data.rows import read_rows
 from rmtool.model.loading import load_for_inference
 from rmtool.model.rewards import compute_rewards
-from rmtool.tokenization.encoder import encode_all
+from rmtool.tokenization.tokenized_dataset import tokenize_records
 from rmtool.ui import SilentUi
 
 # Precision, prefix sharing, tokens of a pack.
@@ -40,7 +40,7 @@ def measure(folder: Path, pairs: int) -> dict[str, np.ndarray]:
     """Rewards of the first pairs that the run held out, float[pairs, 2], by way."""
     loaded = load_for_inference(folder / "model", precision="bf16", on_long="error")
     rows = [row for row, _ in zip(read_rows(str(folder / "held_out.jsonl")), range(pairs), strict=False)]
-    trees = encode_all(loaded.encoder, [preference_record(row) for row in rows], "error", lambda: None).groups
+    trees = tokenize_records(loaded.encoder, [preference_record(row) for row in rows], "error", lambda: None).groups
     rewards = {}
     for name, (precision, shares, max_tokens) in WAYS.items():
         loaded.model.precision = precision

@@ -24,7 +24,8 @@ from rmtool.data.record import RowOptions
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row, read_rows
 from rmtool.errors import Place, RmtoolError
-from rmtool.tokenization.encoder import Encoder, encode_all
+from rmtool.tokenization.encoder import Encoder
+from rmtool.tokenization.tokenized_dataset import tokenize_records
 
 PROMPT, GOOD, BAD = "What is 2 + 2?", "It is 4.", "It is 5."
 U, A = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
@@ -354,7 +355,7 @@ def test_a_pair_over_the_limit_is_an_error_by_default(tokenizer: Any) -> None:
     with pytest.raises(RmtoolError) as caught:
         encoder(tokenizer, max_length=32).encode(preference_record(LONG))
     assert (caught.value.id, str(caught.value.place)) == ("E0305", "f.jsonl:7")
-    assert "the limit is 32" in caught.value.what
+    assert "exceed the max length of 32" in caught.value.what
 
 
 def test_a_pair_over_the_limit_is_dropped_or_cut_on_request(tokenizer: Any) -> None:
@@ -377,9 +378,9 @@ def test_a_single_response_is_cut_only_within_its_prompt(tokenizer: Any) -> None
     own = len(pair.responses[0])
     single = score_record(row({"prompt": "a", "response": "many words here"}))
     assert replace(cutter, max_length=own).encode(single)[1] == "truncated"
-    with pytest.raises(RmtoolError, match=f"the limit is {own - 1}"):
+    with pytest.raises(RmtoolError, match=f"exceed the max length of {own - 1}"):
         replace(cutter, max_length=own - 1).encode(single)
-    with pytest.raises(RmtoolError, match="the limit is 32"):
+    with pytest.raises(RmtoolError, match="exceed the max length of 32"):
         cutter.encode(score_record(row({"prompt": "a", "response": "many words " * 40})))
 
 
@@ -396,11 +397,11 @@ def test_an_empty_response_is_an_error_dropped_or_kept(tokenizer: Any, empty: st
 def test_equal_responses_are_an_error_dropped_or_kept(tokenizer: Any) -> None:
     records = [preference_record(row({"prompt": PROMPT, "chosen": GOOD, "rejected": bad})) for bad in (BAD, GOOD)]
     with pytest.raises(RmtoolError) as caught:
-        encode_all(encoder(tokenizer), records, "error", lambda: None)
+        tokenize_records(encoder(tokenizer), records, "error", lambda: None)
     assert caught.value.id == "E0304"
-    dropped = encode_all(encoder(tokenizer), records, "drop", lambda: None)
+    dropped = tokenize_records(encoder(tokenizer), records, "drop", lambda: None)
     assert (len(dropped.groups), dropped.counts) == (1, {"identical_text": 1})
-    assert len(encode_all(encoder(tokenizer), records, "keep", lambda: None).groups) == 2
+    assert len(tokenize_records(encoder(tokenizer), records, "keep", lambda: None).groups) == 2
 
 
 def test_responses_that_only_rendering_makes_equal_are_counted_apart(tokenizer: Any) -> None:
@@ -412,11 +413,11 @@ def test_responses_that_only_rendering_makes_equal_are_counted_apart(tokenizer: 
     records = [
         preference_record(row({"prompt": PROMPT, "chosen": GOOD, "rejected": bad})) for bad in (GOOD, f" {GOOD}")
     ]
-    assert encode_all(encoder(trimming), records, "drop", lambda: None).counts == {
+    assert tokenize_records(encoder(trimming), records, "drop", lambda: None).counts == {
         "identical_text": 1,
         "identical_after_rendering": 1,
     }
-    assert encode_all(encoder(tokenizer), records, "drop", lambda: None).counts == {"identical_text": 1}
+    assert tokenize_records(encoder(tokenizer), records, "drop", lambda: None).counts == {"identical_text": 1}
 
 
 def test_the_fingerprint_sees_the_template_and_the_vocabulary(tokenizer: Any) -> None:
@@ -443,7 +444,7 @@ def test_a_template_that_fails_at_a_row_names_it(tokenizer: Any) -> None:
     broken.chat_template = "{% for m in messages %}{{ m.content + (1 if 'bad' in m.content else '') }}{% endfor %}"
     good, bad = (preference_record(row({"prompt": "p", "chosen": text, "rejected": "r"})) for text in ("c", "bad"))
     assert encoder(broken).encode(good)[0]
-    with pytest.raises(RmtoolError, match="the chat template refuses this conversation") as caught:
+    with pytest.raises(RmtoolError, match="the chat template does not support this conversation") as caught:
         encoder(broken).encode(bad)
     assert caught.value.id == "E0307"
 

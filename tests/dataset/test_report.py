@@ -14,12 +14,13 @@ from rmtool.data.sources import SourceCount
 from rmtool.dataset.report import build_report, draw_lengths, example
 from rmtool.dataset.split import Split
 from rmtool.errors import Place
-from rmtool.tokenization.encoder import Encoder, encode_all
+from rmtool.tokenization.encoder import Encoder
+from rmtool.tokenization.tokenized_dataset import tokenize_records
 
 
 def encoded(tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
     records = [preference_record(Row(Place("f.jsonl", line), data)) for line, data in enumerate(rows, 1)]
-    return encode_all(Encoder(tokenizer, 512), records, "drop", lambda: None)
+    return tokenize_records(Encoder(tokenizer, 512), records, "drop", lambda: None)
 
 
 def swapped(row: dict[str, Any]) -> dict[str, Any]:

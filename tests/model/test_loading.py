@@ -68,7 +68,7 @@ def test_a_reserved_pad_token_is_taken(tokenizer: Any) -> None:
     mine = copy.deepcopy(tokenizer)
     mine.pad_token = mine.eos_token
     size = len(mine)
-    assert "taken" in (ensure_pad_token(mine, last_id=7) or "")
+    assert "using" in (ensure_pad_token(mine, last_id=7) or "")
     assert (mine.pad_token, len(mine)) == ("<|pad|>", size)
     assert ensure_pad_token(mine, last_id=7) is None
     assert "added" in (ensure_pad_token(mine, last_id=mine.pad_token_id) or "")

@@ -23,7 +23,7 @@ from rmtool.model.classifier import init_score_head
 from rmtool.model.loading import load_for_inference
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.scoring.score import score_file
-from rmtool.tokenization.encoder import encode_all
+from rmtool.tokenization.tokenized_dataset import tokenize_records
 from rmtool.training import worker as train
 from rmtool.ui import SilentUi
 
@@ -199,7 +199,7 @@ def evaluated(checkpoint: Path, tmp_path: Path) -> dict[str, float]:
     """What `rmtool eval` reports on the pairs, in TRL's names."""
     loaded = load_for_inference(checkpoint)
     records = read_pairs(write_jsonl(tmp_path / "pairs.jsonl", pair_rows()))
-    encoded = encode_all(loaded.encoder, records, "error", lambda: None)
+    encoded = tokenize_records(loaded.encoder, records, "error", lambda: None)
     report = evaluate(loaded.model, encoded.metadata, encoded.groups, 2048, SilentUi()).as_dict()
     chosen, rejected = report["eval/rm/chosen_rewards"], report["eval/rm/rejected_rewards"]
     return {

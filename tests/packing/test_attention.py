@@ -22,7 +22,7 @@ from rmtool.packing.attention import _one_node, packed_attention
 from rmtool.packing.last_layer import read_last_layer_sparsely
 from rmtool.packing.layers import compile_layers
 from rmtool.packing.pack_layout import pack
-from rmtool.tokenization.prefix_forest import NO_PARENT
+from rmtool.tokenization.response_group import NO_PARENT
 
 
 @pytest.mark.parametrize("family", FAMILIES)

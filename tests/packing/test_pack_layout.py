@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from rmtool.packing.pack_layout import pack, pad
 from rmtool.tokenization.pack_plan import KEYS_PER_TOKEN, plan_inference_packs, plan_packs
-from rmtool.tokenization.prefix_forest import NO_PARENT, Window, prefix_order
-from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
+from rmtool.tokenization.response_group import NO_PARENT, Ids, ResponseGroup, Window, build_group, prefix_order
 from rmtool.tokenization.token_store import TokenStore
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=5)
@@ -82,8 +81,8 @@ def test_the_prefix_order_is_that_of_sorted_with_what_neighbors_share(
     lists = [arrays[item].tolist() for item in order]
     shared = [prefix_length(*two) for two in itertools.pairwise([[], *lists])]
     with (
-        patch("rmtool.tokenization.prefix_forest.SHORTEST_WINDOW", 1),
-        patch("rmtool.tokenization.prefix_forest.LONGEST_WINDOW", window),
+        patch("rmtool.tokenization.response_group.SHORTEST_WINDOW", 1),
+        patch("rmtool.tokenization.response_group.LONGEST_WINDOW", window),
     ):
         found = list(prefix_order(windows(arrays), len(arrays)))
     assert found == list(zip(order, shared, strict=True))
@@ -162,8 +161,8 @@ def test_every_distinct_sequence_is_read_once(sequences: list[list[int]], max_to
     plan = plan_inference_packs(windows(arrays), list(map(len, arrays)), max_tokens, padded)
     read = [item for items in plan.packs for item in items]
     assert sorted(sequences[item] for item in read) == sorted(map(list, {tuple(ids) for ids in sequences}))
-    assert [sequences[item] for item in plan.same] == sequences
-    assert set(plan.same.tolist()) == set(read)
+    assert [sequences[item] for item in plan.representative] == sequences
+    assert set(plan.representative.tolist()) == set(read)
     for items in plan.packs:
         assert len(items) == 1 or cost_of([build_group([sequences[item]]) for item in items], padded) <= max_tokens
 

@@ -28,7 +28,8 @@ from rmtool.dataset.split import tokenize_subset
 from rmtool.errors import RmtoolError
 from rmtool.tokenization import encoder as encode
 from rmtool.tokenization.batch_tokenizer import BatchTokenizer, Conversation
-from rmtool.tokenization.encoder import Encoder, TokenizedDataset
+from rmtool.tokenization.encoder import Encoder
+from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 from rmtool.ui import SilentUi
 
 TEXT = st.text(alphabet=st.sampled_from("ab \n\tü你👋'<|im_startend>.,1"), max_size=25)
@@ -127,7 +128,7 @@ def entries() -> list[Path]:
 
 
 def same(a: TokenizedDataset, b: TokenizedDataset) -> bool:
-    equal = (a.metadata, list(a.kept), a.counts, a.failed) == (b.metadata, list(b.kept), b.counts, b.failed)
+    equal = (a.metadata, list(a.indices), a.counts, a.failed) == (b.metadata, list(b.indices), b.counts, b.failed)
     pairs = zip(a.groups, b.groups, strict=True)
     return equal and all(all(map(np.array_equal, x.sequences(), y.sequences())) for x, y in pairs)
 
@@ -277,7 +278,7 @@ def test_a_cache_that_may_only_be_read_is_not_damaged(tokenizer: Any, tmp_path: 
     monkeypatch.setattr("rmtool.dataset.cache.os.utime", refuse)
     found = cache.get(entries()[0].name, pytest.fail)
     assert found is not None
-    assert found.kept == first.kept
+    assert found.indices == first.indices
 
 
 def test_a_cache_that_cannot_be_written_says_so(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -28,7 +28,7 @@ from rmtool.evaluation.evaluate import evaluate
 from rmtool.model.loading import load_for_inference, training_encoder, training_model
 from rmtool.model.loss import bradley_terry
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
-from rmtool.tokenization.encoder import encode_all
+from rmtool.tokenization.tokenized_dataset import tokenize_records
 from rmtool.training import worker as train
 from rmtool.training.engine import Engine
 from rmtool.training.optim import build_optimizer
@@ -109,7 +109,7 @@ def test_the_saved_checkpoint_gives_the_rewards_of_the_last_evaluation(trained: 
     loaded = load_for_inference(folder / "model")
     assert loaded.notices == ()
     records = [preference_record(row) for row in read_rows(str(folder / "held_out.jsonl"))]
-    encoded = encode_all(loaded.encoder, records, "error", lambda: None)
+    encoded = tokenize_records(loaded.encoder, records, "error", lambda: None)
     report = evaluate(loaded.model, encoded.metadata, encoded.groups, 300, SilentUi()).total.report("eval/rm")
     assert report == pytest.approx({name: lines(folder)[-1][name] for name in EVAL_NAMES}, abs=1e-6)
     assert loaded.manifest is not None
@@ -342,7 +342,7 @@ def test_four_bit_weights_are_saved_as_they_were_trained(
     loaded = load_for_inference(folder / "model")
     manifest = read_manifest(folder / "model")
     assert manifest
-    encoded = encode_all(
+    encoded = tokenize_records(
         loaded.encoder, (preference_record(row) for row in read_rows(str(folder / "held_out.jsonl"))), "keep", int
     )
     again = evaluate(loaded.model, encoded.metadata, encoded.groups, 300, SilentUi()).total.report("eval/rm")
