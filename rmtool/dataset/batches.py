@@ -29,8 +29,9 @@ class BatchItem:
         return self.metadata.weight
 
 
-def count_pairs(metadata: Iterable[PairMetadata]) -> int:
-    return sum(len(each.preferences) for each in metadata)
+def count_pairs(records: Iterable[PairMetadata | BatchItem]) -> int:
+    """Return the number of pairs of records, or of what a batch has of them."""
+    return sum(len(each.preferences) for each in records)
 
 
 def plan_steps(epochs: int, max_steps: int | None, pairs: int, batch_size: int) -> int:

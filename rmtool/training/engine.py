@@ -156,7 +156,7 @@ class Engine:
         with self.model.products():
             self.accelerator.backward(loss)
 
-    def holding(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+    def accumulating(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """A block for forward and backward: gradients wait for the step's last loss where an engine can wait."""
         waits = not last and not self.deepspeed
         return self.accelerator.no_sync(self.wrapped) if waits else contextlib.nullcontext()

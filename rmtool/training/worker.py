@@ -48,7 +48,7 @@ from rmtool.tokenization.encoder import Encoder
 from rmtool.training.engine import Engine, require_agreement, start_accelerator
 from rmtool.training.optim import build_optimizer
 from rmtool.training.tracking import Tracker, draw_curves
-from rmtool.training.trainer import Best, Trainer, train_loop
+from rmtool.training.trainer import BestCheckpoint, Trainer, train_loop
 from rmtool.training.worker_status import DATA_READ_FILE, begin, end
 from rmtool.ui import Ui, worker_ui
 
@@ -128,7 +128,7 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     def save(metrics: dict[str, float], name: str) -> None:
         save_model(trainer, encoder, _manifest(recipe, encoder, fingerprint, metrics, reason), folder / name)
 
-    def save_best(best: Best) -> None:
+    def save_best(best: BestCheckpoint) -> None:
         save(best.metrics, f"{BEST}{best.step}")
         if main:
             for worse in set(folder.glob(f"{BEST}*")) - {folder / f"{BEST}{best.step}"}:

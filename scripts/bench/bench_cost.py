@@ -167,16 +167,18 @@ def draw(path: Path, events: Sequence[Event], line: tuple[float, float]) -> None
 
 def time_steps(spec: Event) -> None:
     """Worker: seconds of one training step at each size, in turns, after one step of each size."""
+    from rmtool.training.trainer import training_step
+
     trainer, units = make_trainer(spec)
     count = benchlib.TokenCount(trainer.model)
     trainer.model.train()
+    trainer.engine.update = lambda lr, require: trainer.engine.clip()  # no update: every step has the same weights
     for repeat in range(spec["repeats"] + 1):
         for size in spec["sizes"]:
             taken = take_tokens(units, size)
             benchlib.synchronize(spec["device"])
             started = time.perf_counter()
-            trainer.gradients(taken)
-            trainer.engine.clip()
+            training_step(trainer, taken, 0.0, 1)
             benchlib.synchronize(spec["device"])
             seconds = time.perf_counter() - started
             trainer.engine.optimizer.zero_grad()
