@@ -1,7 +1,8 @@
-"""Which pairs make up which optimizer step: a pure function of the records, the seed, the epoch and the batch size.
+"""The pairs of each optimizer step: a pure function of the records, the seed, the epoch and the batch size.
 
-In: records with preferences. Out: per step, the units (a record's group and its preferences in this step).
-No number of processes and no memory budget enters here, so none can change what a step learns.
+In: records with preferences. Out: per step, its batch items (a record's group and its preferences in this step).
+Neither the number of processes nor the memory limit enters here, so neither can change what a step learns.
+Cost: one permutation per epoch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rmtool.tokenization.response_group import ResponseGroup
 
 @dataclass(frozen=True)
 class BatchItem:
-    """What one record gives to one step: the responses used, and (winner, loser, margin) by index among them."""
+    """A record's part of one batch: the responses used, and (winner, loser, margin) by index among them."""
 
     metadata: PairMetadata
     group: ResponseGroup
@@ -25,30 +26,30 @@ class BatchItem:
 
     @property
     def weight(self) -> float:
-        """What each of the preferences counts in the loss."""
+        """The weight of each of its pairs in the loss."""
         return self.metadata.weight
 
 
 def count_pairs(records: Iterable[PairMetadata | BatchItem]) -> int:
-    """Return the number of pairs of records, or of what a batch has of them."""
+    """Return the number of pairs of records or batch items."""
     return sum(len(each.preferences) for each in records)
 
 
 def plan_steps(epochs: int, max_steps: int | None, pairs: int, batch_size: int) -> int:
-    """Optimizer steps of a run. The last step of an epoch may have fewer pairs; its loss is divided by what it has."""
+    """Return the optimizer steps of a run; the last step of an epoch may have fewer pairs than the batch size."""
     total = epochs * -(-pairs // batch_size)
     return total if max_steps is None else min(total, max_steps)
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of `count` records in this epoch."""
+    """Return the order of `count` records in this epoch."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def epoch_steps(
     metadata: Sequence[PairMetadata], groups: Sequence[ResponseGroup], seed: int, epoch: int, batch_size: int
 ) -> Iterator[list[BatchItem]]:
-    """The steps of one epoch. A record with several preferences stays together unless a step boundary cuts it."""
+    """Yield the batches of one epoch. The pairs of a record stay together unless a step boundary splits them."""
     order = epoch_order(seed, epoch, len(metadata))
     sizes = np.fromiter((len(metadata[index].preferences) for index in order), dtype=np.int64, count=len(order))
     records = np.repeat(order, sizes)
@@ -61,7 +62,7 @@ def epoch_steps(
 
 
 def batch_item(metadata: PairMetadata, group: ResponseGroup, which: Sequence[int]) -> BatchItem:
-    """The unit of some of a record's preferences; only the responses they name are computed."""
+    """Return the item of some of a record's preferences, with only the responses in them."""
     used = sorted({response for index in which for response in metadata.preferences[index]})
     place = {response: position for position, response in enumerate(used)}
     return BatchItem(
