@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from rmtool.checkpoint import is_hub_id
 from rmtool.data.json_errors import MAX_DEPTH, find_fault
 from rmtool.data.rejects import Rejects
 from rmtool.errors import Place, RmtoolError
@@ -71,7 +72,7 @@ def _reader(source: str) -> Iterator[Row | BadRow]:
     if path.is_dir():
         raise RmtoolError("E0201", f"{source} is a folder", f"name a file in it ({', '.join(SUFFIXES)})")
     if not path.exists():
-        if _looks_local(source):
+        if not is_hub_source(source):
             raise RmtoolError("E0201", f"there is no file {source}", "check the path")
         return _hub(source)
     if not path.is_file():
@@ -98,14 +99,8 @@ def _is_no_path(path: Path) -> bool:
 
 
 def is_hub_source(source: str) -> bool:
-    """Whether `source` names a Hub dataset and no file."""
-    return not Path(source).exists() and not _looks_local(source)
-
-
-def _looks_local(source: str) -> bool:
-    """A Hub id is `name` or `owner/name`, without a data file's ending."""
-    name = source.partition(":")[0]
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(SUFFIXES)
+    """Decide whether `source` is a Hub dataset, `owner/name` or `owner/name:split`, and not a file."""
+    return not Path(source).exists() and is_hub_id(source.partition(":")[0])
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -1,8 +1,13 @@
-"""A checkpoint folder, published on the Hugging Face Hub as one commit.
+"""Push: publish a checkpoint folder on the Hugging Face Hub as one commit.
 
-In: a folder with a whole checkpoint and a repo id. Out: the commit's URL; the folder itself is not written to.
-Only files of `ALLOWED` leave this machine, so optimizer states, pickled arguments and `.env` files stay here.
-Cost: every safetensors header is read before the network is touched; then the files are hashed and sent, one at a time.
+In: a folder with a complete checkpoint, and a repo id. Out: the commit's URL; the folder is not modified.
+Only files that match `ALLOWED` are uploaded: never optimizer states, pickled arguments or `.env` files.
+Cost: all safetensors headers are read before the first request; then the files are hashed and uploaded, one at a time.
+
+Own code where huggingface_hub 2.4 was found unsafe: `upload_folder` follows symlinks to any file, can split one upload
+into several commits, and commits twice when the answer to the first commit is lost (so: `create_commit` of listed
+files); its requests have no timeout (`_limit`); `create_repo` repeats for ever on a conflict (`_fail_on_conflict`);
+`get_local_safetensors_metadata` accepts truncated files (`_check_weights`).
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from rmtool.ui import Ui
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-TIMEOUT_S = 30.0  # a request fails when the Hub neither takes nor sends a byte for this long
+TIMEOUT_S = 30.0  # without a byte sent or received
 CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 ALLOWED = (
@@ -39,29 +44,30 @@ ALLOWED = (
 
 @dataclass(frozen=True)
 class Upload:
-    """What a push sends, and what it leaves here."""
+    """Files to upload, files to leave out, and the facts for the card."""
 
     folder: Path
     files: Mapping[str, Path]  # path in the repo -> local file
     left_out: tuple[str, ...]
-    facts: Mapping[str, object]  # of the manifest; empty for somebody else's checkpoint
+    facts: Mapping[str, object]  # the manifest's fields; empty for a checkpoint without one
 
 
 def push_checkpoint(folder: Path, repo_id: str, *, private: bool, ui: Ui, dry_run: bool = False) -> str:
     """Publish `folder` as one commit on `repo_id`'s main branch and return the commit's URL.
 
-    A README.md in the folder is the user's and goes as it is; without one, a generated card goes in its place.
+    A README.md in the folder is uploaded as it is; without one, a model card is generated.
 
     Args:
-        private: create the repo private, and refuse one that is there and public.
-        dry_run: only say what would be sent; needs no token and no network. The URL is then empty.
+        private: create the repo private, and refuse an existing public one.
+        dry_run: only list the files; needs no token and no network. The URL is then empty.
 
     Raises:
-        RmtoolError: E0271 malformed repo id, E0272 a link leads out of the folder, E0273 no usable token, E0274 token
-            refused, E0275 token may not write there, E0276 the repo is public, E0277 the Hub refuses the card's
-            metadata, E0278 HF_HUB_OFFLINE is set, E0408 unreadable manifest, E0471 the checkpoint is incomplete,
-            E0472 it is damaged, E0570 a file here cannot be read, E0771 no connection, E0772 the Hub is silent,
-            E0773 the Hub answers with an error, E0774 its answer is not understood, E0775 an upload failed.
+        RmtoolError: E0271 when the repo id is malformed, E0272 when a symlink leads out of the folder, E0273 without a
+            usable token, E0274 when the Hub rejects the token, E0275 when it has no write access, E0276 when the repo
+            is public, E0277 when the card's metadata is invalid, E0278 with HF_HUB_OFFLINE, E0408 when the manifest is
+            corrupted, E0471 when the checkpoint is incomplete, E0472 when it is corrupted, E0570 when a local file
+            cannot be read, E0771 without a connection, E0772 after a timeout, E0773 when the Hub answers with an
+            error, E0774 when its answer is unexpected, E0775 when an upload fails.
     """
     check_repo_id(repo_id)
     try:
@@ -78,49 +84,50 @@ def push_checkpoint(folder: Path, repo_id: str, *, private: bool, ui: Ui, dry_ru
             raise explain(error, repo_id) from error
 
 
-# ---------------------------------------------------------------------------------------------------- this machine
-
-
 def check_repo_id(repo_id: str) -> None:
-    """Raises: RmtoolError: E0271 it is neither `name` nor `owner/name`."""
+    """Check that `repo_id` is `name` or `owner/name`.
+
+    Raises:
+        RmtoolError: E0271 when it is not.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        hint = "give owner/name, or only a name for a repo of your own"
-        raise RmtoolError("E0271", f"{repo_id!r} is not a repo id", hint, found=one_line(error)) from error
+        hint = "pass owner/name, or only a name for a repo of your own"
+        raise RmtoolError("E0271", f"invalid repo id: {repo_id!r}", hint, found=one_line(error)) from error
 
 
 def check_ready(repo_id: str) -> str:
-    """The token to push with. `train` asks before its first step: days later is late to miss it.
+    """Return the token to push with; `train` calls this before its first step.
 
     Raises:
-        RmtoolError: E0271, E0273 and E0278 of `push_checkpoint`.
+        RmtoolError: E0271, E0273 or E0278, as `push_checkpoint`.
     """
     from huggingface_hub import get_token, is_offline_mode
 
     check_repo_id(repo_id)
     if is_offline_mode():
-        raise RmtoolError("E0278", f"{repo_id} cannot be pushed while HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
+        raise RmtoolError("E0278", f"cannot push to {repo_id}: HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
     token = get_token()
     if token is None:
-        raise RmtoolError("E0273", "there is no token for the Hub", LOGIN)
+        raise RmtoolError("E0273", "Hub token not found", LOGIN)
     return token
 
 
 def plan_upload(folder: Path) -> Upload:
-    """Choose what is sent, and check that it is a whole checkpoint.
+    """Select the files to upload, and check that they are a complete checkpoint.
 
     Raises:
-        RmtoolError: E0272, E0408, E0471 and E0472 of `push_checkpoint`.
-        OSError: a file cannot be read.
+        RmtoolError: E0272, E0408, E0471 or E0472, as `push_checkpoint`.
+        OSError: when a file cannot be read.
     """
     files = _select(folder)
-    _check_whole(folder, files)
-    sent = {name.split("/")[0] for name in files}
-    left_out = tuple(sorted(path.name for path in folder.iterdir() if path.name not in sent))
+    _check_complete(folder, files)
+    uploaded = {name.split("/")[0] for name in files}
+    left_out = tuple(sorted(path.name for path in folder.iterdir() if path.name not in uploaded))
     manifest = read_manifest(folder)
     return Upload(folder, files, left_out, asdict(manifest) if manifest else {})
 
@@ -130,30 +137,28 @@ def _select(folder: Path) -> dict[str, Path]:
     found = {path.relative_to(folder).as_posix(): path for glob in ALLOWED for path in sorted(folder.glob(glob))}
     leading_out = [name for name, path in found.items() if not _stays_inside(path, root)]
     if leading_out:
-        what = f"links lead to files that a push does not send: {', '.join(leading_out)}"
-        raise RmtoolError(
-            "E0272", what, "put a copy of the file in the link's place", Place(str(folder / leading_out[0]))
-        )
+        what = f"symlinks point to files that are not uploaded: {', '.join(leading_out)}"
+        raise RmtoolError("E0272", what, "replace the symlink with a copy", Place(str(folder / leading_out[0])))
     return {name: path for name, path in found.items() if path.is_file()}
 
 
 def _stays_inside(path: Path, root: Path) -> bool:
-    """A link may lead only to another allowed file of the folder: `tokenizer.json -> .env` would send the secret."""
+    """Decide whether `path` is an allowed file of the folder, or a symlink to one: `tokenizer.json -> .env` is not."""
     try:
         target = path.resolve(strict=True)
-    except (OSError, RuntimeError):  # links that lead to each other (Python 3.13 says so only when strict), or nowhere
+    except (OSError, RuntimeError):  # a symlink loop or a dangling symlink
         return False
     return target.is_relative_to(root) and any(target.match(pattern) for pattern in ALLOWED)
 
 
-def _check_whole(folder: Path, files: Mapping[str, Path]) -> None:
+def _check_complete(folder: Path, files: Mapping[str, Path]) -> None:
     shards = _shards(files[INDEX]) if INDEX in files else {"model.safetensors"}
     missing = sorted(({"config.json"} | shards) - files.keys())
     if not {"tokenizer.json", "tokenizer_config.json"} & files.keys():
         missing.append("tokenizer.json")
     if missing:
-        what = f"the checkpoint is incomplete: it has no {', no '.join(missing)}"
-        hint = "name a folder that `rmtool train` or save_pretrained wrote to its end"
+        what = f"incomplete checkpoint: {', '.join(missing)} not found"
+        hint = "use a complete checkpoint from rmtool train or save_pretrained"
         raise RmtoolError("E0471", what, hint, Place(str(folder)))
     for path in files.values():
         if path.suffix == ".safetensors":
@@ -164,43 +169,40 @@ def _shards(index: Path) -> set[str]:
     try:
         return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(index, error) from error
+        raise _corrupted(index, error) from error
 
 
 def _check_weights(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="numpy"):  # compares the header with the file's length; reads no weights
+        with safe_open(path, framework="numpy"):  # compares the header with the file's length, reads no weights
             pass
     except SafetensorError as error:
-        raise _damaged(path, error) from error
+        raise _corrupted(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> RmtoolError:
+def _corrupted(path: Path, error: Exception) -> RmtoolError:
     hint = "save or copy the checkpoint again"
-    return RmtoolError("E0472", f"{path.name} is cut off or damaged", hint, Place(str(path)), one_line(error))
+    return RmtoolError("E0472", f"{path.name} is truncated or corrupted", hint, Place(str(path)), one_line(error))
 
 
 def _describe(upload: Upload, repo_id: str, private: bool, dry_run: bool, ui: Ui) -> None:
     sizes = {name: path.stat().st_size for name, path in upload.files.items()}
     verb, kind = "would push" if dry_run else "pushing", "private" if private else "public"
     card = "" if CARD in sizes else f" and a generated {CARD}"
-    ui.say(f"{verb} {len(sizes)} files ({sum(sizes.values()) / 1e6:,.1f} MB){card} to {repo_id}, {kind}")
+    ui.say(f"{verb} {len(sizes)} files ({sum(sizes.values()) / 1e6:,.1f} MB){card} to {repo_id} ({kind})")
     for name, size in sizes.items() if dry_run else ():
         ui.say(f"  {name}  {size:,} bytes")
     if upload.left_out:
-        ui.say(f"not sent: {', '.join(upload.left_out)}")
-
-
-# ---------------------------------------------------------------------------------------------------- the Hub
+        ui.say(f"not uploaded: {', '.join(upload.left_out)}")
 
 
 def _push(upload: Upload, repo_id: str, private: bool, ui: Ui) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi, set_client_factory
 
     token = check_ready(repo_id)
-    set_client_factory(_client)  # for the rest of the process: the library has no way back, and none is needed
+    set_client_factory(_client)  # for the rest of the process: the library cannot restore its own
     api = HfApi(token=token, library_name="rmtool")
     repo_id = _open_repo(api, repo_id, private, ui)
     additions = [CommitOperationAdd(name, path) for name, path in upload.files.items()]
@@ -208,33 +210,33 @@ def _push(upload: Upload, repo_id: str, private: bool, ui: Ui) -> str:
         additions.append(CommitOperationAdd(CARD, model_card(upload.folder, repo_id, upload.facts).encode()))
     with ui.progress(f"Pushing {repo_id}", len(additions), "files") as bar:
         for addition in additions:
-            # Sends contents only, so that the bar can move. Nothing shows in the repo before the one commit.
+            # Uploads contents only, to show progress. The repo does not change before the commit.
             api.preupload_lfs_files(repo_id, [addition], free_memory=False)
             bar.advance(note=addition.path_in_repo)
         return str(api.create_commit(repo_id, additions, commit_message="Upload checkpoint with rmtool").commit_url)
 
 
 def _open_repo(api: HfApi, repo_id: str, private: bool, ui: Ui) -> str:
-    """Create the repo unless it is there; returns its id, with the owner's name."""
+    """Create the repo if needed, and return its id with the owner."""
     full_id = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
     is_private = api.model_info(full_id).private
     if private and not is_private:
-        hint = "give --public if everybody may read the checkpoint, or another repo id"
-        raise RmtoolError("E0276", f"{full_id} is public and a private repo was asked for; nothing was sent", hint)
+        what = f"{full_id} already exists and is public, but the push is private; nothing was uploaded"
+        raise RmtoolError("E0276", what, "pass --public, or a different repo id")
     if is_private and not private:
-        ui.say(f"{full_id} is private and stays so")
+        ui.say(f"note: {full_id} already exists and is private; --public has no effect")
     return full_id
 
 
 def _client() -> Any:
-    """The library's HTTP client, made unable to wait for ever."""
+    """Return the library's HTTP client, with a timeout and without endless repeats."""
     import httpx2
 
     return httpx2.Client(follow_redirects=True, event_hooks={"request": [_limit], "response": [_fail_on_conflict]})
 
 
 def _limit(request: Any) -> None:
-    # Not the client's own timeout: some of the library's calls ask for none by name (repo_info), which outdoes it.
+    # Not the client's timeout: repo_info passes timeout=None, which overrides it.
     request.extensions = {
         **request.extensions,
         "timeout": dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT_S),
@@ -242,7 +244,7 @@ def _limit(request: Any) -> None:
 
 
 def _fail_on_conflict(response: Any) -> None:
-    """create_repo would ask again at once, and for ever, while the Hub is busy with another request of this owner."""
+    """Raise the conflict on which create_repo would repeat its request for ever, without a pause."""
     from huggingface_hub.utils import hf_raise_for_status
 
     if response.status_code == 409 and b"another conflicting operation" in response.read():
@@ -251,17 +253,17 @@ def _fail_on_conflict(response: Any) -> None:
 
 @contextlib.contextmanager
 def _route_hf_logs(ui: Ui) -> Iterator[None]:
-    """The library's bars off, its log and warnings shown by `ui`, without the signatures in its upload URLs."""
+    """Show the library's log and warnings on `ui`, without its progress bars and the signatures in upload URLs."""
     from huggingface_hub.utils import disable_progress_bars
 
     handler = logging.Handler()
     handler.emit = lambda record: ui.say(re.sub(r"\?\S+", "", record.getMessage()))  # type: ignore[method-assign]
     logger = logging.getLogger("huggingface_hub")
-    kept, logger.handlers = logger.handlers, [handler]
+    handlers, logger.handlers = logger.handlers, [handler]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: ui.say(str(message))
             with disable_progress_bars():
                 yield
     finally:
-        logger.handlers = kept
+        logger.handlers = handlers

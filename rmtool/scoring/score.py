@@ -1,11 +1,11 @@
-"""Rewards for a JSONL file of responses, in input order.
+"""Scoring: rewards for a file of responses, in input order.
 
 In: rows with prompt and response(s), or messages. Out: the same rows with "reward" added; a row with N responses gets
-"rewards" and "best", the index of the highest. A reward that is not a finite number is null, with an "error" field.
-The file is read twice: once to check and tokenize every row, so that a bad last row shows before the first forward;
-then to write the rows with their rewards. The output appears under its name when it is whole.
-Cost: one forward over the tokens that are distinct in the whole file (`compute_rewards`); 4 bytes of disk per token
-beside the output while it runs; in memory less than 1 KB per response while it is planned.
+"rewards" and "best", the index of the highest. A reward that is NaN or inf is null, with "error": "nonfinite".
+The file is read twice: first to check and tokenize every row, so that an invalid last row is reported before the first
+forward pass; then to write the rows with their rewards. The output is renamed into place when it is complete.
+Cost: one forward pass over the unique tokens of the file (`compute_rewards`); 4 bytes of disk per token next to the
+output while it runs; less than 1 KB of memory per response for the packs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rmtool.checkpoint import cannot_write
 from rmtool.data.formats import score_record
 from rmtool.data.record import Record
 from rmtool.data.rejects import Rejects
@@ -32,8 +33,12 @@ from rmtool.ui import Ui
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """`nonfinite` responses have a null reward; `truncated` ones lost the left side of their prompt; `skipped_rows`
-    were set aside.
+    """Counts of a finished `score`, as printed and in `--json`.
+
+    Attributes:
+        nonfinite: responses whose reward is null.
+        truncated: rows whose prompt was truncated to max length.
+        skipped_rows: invalid rows.
     """
 
     rows: int
@@ -48,30 +53,32 @@ def score_file(
 ) -> ScoreSummary:
     """Score every row of `source` into `output`.
 
+    Args:
+        max_tokens: unique tokens per forward pass.
+        rejects: skips invalid rows, or raises.
+
     Raises:
-        RmtoolError: E03xx a row is malformed, empty or too long (unless `rejects` sets such rows aside), or the file
-            changed meanwhile; E0502 the output cannot be written. No output is written in any case.
+        RmtoolError: E03xx when a row is invalid and `rejects` does not skip it, or the file changes while it is scored;
+            E0502 when the output cannot be written; E0503 when out of memory. No output is written then.
     """
     temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
     try:
         with TokenStore(output.parent) as groups:
-            before = _signature(source)
-            truncated, left_out = _read_trees(source, loaded.encoder, groups, rejects, ui)
+            signature = _signature(source)
+            truncated, skipped = _tokenize(source, loaded.encoder, groups, rejects, ui)
             with ui.progress("Scoring", len(groups), "rows") as bar:
                 rewards = compute_rewards(loaded.model, groups, max_tokens, bar)
         with open(temporary, "w", encoding="utf-8") as file, ui.progress("Writing", len(rewards), "rows") as bar:
-            _require_unchanged(source, before)
-            for row, values in zip(_kept_rows(source, left_out), rewards, strict=False):
+            _require_unchanged(source, signature)
+            for row, values in zip(_scored_rows(source, skipped), rewards, strict=False):
                 file.write(json.dumps(_with_rewards(row, values), ensure_ascii=False, allow_nan=False) + "\n")
                 bar.advance()
             file.flush()
             os.fsync(file.fileno())
-            _require_unchanged(source, before)
+            _require_unchanged(source, signature)
         os.replace(temporary, output)
     except OSError as error:
-        raise RmtoolError(
-            "E0502", f"{output} cannot be written: {error.strerror}", "free or change the disk"
-        ) from error
+        raise cannot_write(output, error) from error
     finally:
         temporary.unlink(missing_ok=True)
     flat = [value for values in rewards for value in values]
@@ -87,17 +94,15 @@ def _signature(source: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _require_unchanged(source: Path, before: tuple[int, int] | None) -> None:
-    """The file is read twice; rows of another file would get these rewards."""
-    if _signature(source) != before:
-        raise RmtoolError("E0301", "the file changed while it was scored", "score it again", Place(str(source)))
+def _require_unchanged(source: Path, signature: tuple[int, int] | None) -> None:
+    """Refuse a file that was changed between its two readings: other rows would get these rewards."""
+    if _signature(source) != signature:
+        raise RmtoolError("E0301", "the file changed while it was scored", "run rmtool score again", Place(str(source)))
 
 
-def _read_trees(source: Path, encoder: Encoder, groups: TokenStore, rejects: Rejects, ui: Ui) -> tuple[int, set[Place]]:
-    """Check and tokenize every row; returns how many lost the left side of their prompt, and where the rows stand that
-    are JSON and were rejected all the same.
-    """
-    truncated, left_out = 0, set[Place]()
+def _tokenize(source: Path, encoder: Encoder, groups: TokenStore, rejects: Rejects, ui: Ui) -> tuple[int, set[Place]]:
+    """Check and tokenize every row; return how many prompts were truncated, and the places of skipped JSON rows."""
+    truncated, skipped = 0, set[Place]()
 
     def records() -> Iterator[Record]:
         for row in read_rows(str(source), rejects):
@@ -106,42 +111,38 @@ def _read_trees(source: Path, encoder: Encoder, groups: TokenStore, rejects: Rej
                 _require_json(row)
                 yield score_record(row)
             except RmtoolError as error:
-                leave_out(error, row.place, row.data)
+                skip(error, row.place, row.data)
 
-    def leave_out(error: RmtoolError, place: Place, row: dict[str, Any]) -> None:
+    def skip(error: RmtoolError, place: Place, row: dict[str, Any]) -> None:
         rejects.add(error, row)
-        left_out.add(place)
+        skipped.add(place)
 
     with ui.progress(f"Reading {source.name}", None, "rows") as bar:
-        for outcome in encoder.encode_many(records()):
-            if outcome.error:
-                leave_out(outcome.error, outcome.record.place, outcome.record.row)
+        for result in encoder.encode_many(records()):
+            if result.error:
+                skip(result.error, result.record.place, result.record.row)
                 continue
-            assert outcome.group is not None, "dropping rows is no choice when scoring"
-            groups.append(outcome.group)
-            truncated += outcome.event == "truncated"
+            assert result.group is not None, "score drops no rows"
+            groups.append(result.group)
+            truncated += result.event == "truncated"
     rejects.raise_if_any()
     if not len(groups):
-        raise RmtoolError(
-            "E0302", "no row is left to score", "look at the rows that were set aside", Place(str(source))
-        )
-    return truncated, left_out
+        raise RmtoolError("E0302", "no valid rows to score", f"check the errors in {rejects.path}", Place(str(source)))
+    return truncated, skipped
 
 
-def _kept_rows(source: Path, left_out: set[Place]) -> Iterator[Row]:
-    """The rows that have groups, once more."""
-    with Rejects(Path(os.devnull)) as again:
-        yield from (row for row in read_rows(str(source), again) if row.place not in left_out)
+def _scored_rows(source: Path, skipped: set[Place]) -> Iterator[Row]:
+    """Read the file again, and yield the rows that have rewards."""
+    with Rejects(Path(os.devnull)) as ignored:
+        yield from (row for row in read_rows(str(source), ignored) if row.place not in skipped)
 
 
 def _require_json(row: Row) -> None:
-    """The row is written back as JSON: dates and bytes of a parquet file, and infinite numbers, have no form there."""
+    """Refuse values that the output cannot contain: dates and bytes of a parquet file, NaN and inf."""
     try:
         json.dumps(row.data, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise RmtoolError(
-            "E0303", f"a value of this row cannot be written as JSON: {error}", "remove that field", row.place
-        ) from error
+        raise RmtoolError("E0303", f"cannot write a value as JSON: {error}", "remove the field", row.place) from error
 
 
 def _with_rewards(row: Row, rewards: Sequence[float]) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from accelerate import Accelerator
 
 from rmtool.checkpoint import (
     HELD_OUT_FILE,
-    PADDED,
     Manifest,
     public_name,
     resolve_checkpoint,
@@ -89,7 +88,7 @@ def _manifest(
         recipe=recipe.name,
         base_model=public_name(recipe.model.path),
         train_data=[public_name(as_source(source).path) for source in recipe.data.train],
-        layout=f"{PADDED}{reason}" if reason else "shared",
+        padded_reason=reason,
         settings=as_dict(recipe)["train"] | {"lora": as_dict(recipe)["lora"]},
         metrics=metrics,
         versions={name: metadata.version(name) for name in packages},

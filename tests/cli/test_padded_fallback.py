@@ -56,13 +56,11 @@ def test_score_ends_with_it(rmtool: Any, gemma2: Path, tmp_path: Path) -> None:
     assert (found["prefix_sharing"], found["padded_reason"]) == (False, "its attention takes softcap")
 
 
-@pytest.mark.parametrize(
-    ("layout", "line"), [("padded: its attention takes softcap", OFF), ("shared", "prefix sharing: on")]
-)
+@pytest.mark.parametrize(("reason", "line"), [("its attention takes softcap", OFF), (None, "prefix sharing: on")])
 def test_the_result_of_training_ends_with_it(
-    layout: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    reason: str | None, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = Manifest("", 1, "fp32", "error", "error", "r", "m", [], layout=layout)
+    manifest = Manifest("", 1, "fp32", "error", "error", "r", "m", [], reason)
     print_result(tmp_path, {"eval/rm/accuracy": 0.5}, manifest.padded_reason, TerminalUi())
     assert capsys.readouterr().out.splitlines()[-1] == line
 

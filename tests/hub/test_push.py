@@ -134,7 +134,7 @@ def test_nothing_outside_the_allowlist_reaches_the_hub_and_the_ui_names_what_sta
     assert len(stub.seen) > 5
     assert not [seen.route for seen in stub.seen if CANARY in seen.body]
     assert not any(CANARY in content for content in stub.repos["me/rm"].files.values())
-    assert "not sent: .env, global_step7, optimizer.pt, pytorch_model.bin, training_args.bin, wandb.log" in ui.lines
+    assert "not uploaded: .env, global_step7, optimizer.pt, pytorch_model.bin, training_args.bin, wandb.log" in ui.lines
 
 
 def test_the_token_goes_to_the_hub_and_not_to_its_storage(stub, untouched):

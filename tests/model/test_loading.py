@@ -17,10 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_config, write_jsonl
+from helpers import tiny_config
 from transformers import AutoModelForSequenceClassification, Gemma2Config, GPT2Config
 
-from rmtool.checkpoint import default_model, read_manifest, resolve_checkpoint, write_folder
 from rmtool.config import LoraConfig, Recipe
 from rmtool.data.messages import Message
 from rmtool.errors import RmtoolError
@@ -325,58 +324,6 @@ def test_a_trained_head_is_kept_or_drawn_anew(checkpoint: Path, tmp_path: Path) 
     settings = replace(settings, model=replace(settings.model, head="new"), train=replace(settings.train, seed=5))
     drawn, _ = training_model(settings, checkpoint, encoder)
     assert not torch.equal(drawn.classifier.score.weight, trained.score.weight)
-
-
-# ------------------------------------------------------------------------------------------------- folders
-
-
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "model"
-    write_folder(target, lambda folder: write_jsonl(folder / "a", [{"v": 1}]) and None)
-    old = (target / "a").read_bytes()
-
-    def fails(folder: Path) -> None:
-        (folder / "a").write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(RmtoolError) as caught:
-        write_folder(target, fails)
-    assert caught.value.id == "E0502"
-    assert (target / "a").read_bytes() == old
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_the_default_model_is_the_environments_then_the_newest_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import os
-
-    assert default_model(tmp_path) == "allenai/Llama-3.1-Tulu-3-8B-RM"
-    for age, name in ((200, "old"), (100, "new"), (0, "unfinished")):
-        folder = tmp_path / name / "model"
-        folder.mkdir(parents=True)
-        if name != "unfinished":
-            (folder / "rmtool.json").write_text("{}")
-            os.utime(folder / "rmtool.json", (1e9 - age, 1e9 - age))
-    assert default_model(tmp_path) == str(tmp_path / "new" / "model")
-    monkeypatch.setenv("RMTOOL_MODEL", "me/rm")
-    assert default_model(tmp_path) == "me/rm"
-
-
-def test_a_run_folder_stands_for_its_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
-    shutil.copytree(checkpoint, tmp_path / "run" / "model")
-    assert resolve_checkpoint(str(tmp_path / "run"), None, SilentUi()) == tmp_path / "run" / "model"
-    assert read_manifest(tmp_path / "run" / "model") is None
-
-
-@pytest.mark.parametrize(
-    ("name", "id"), [("./no", "E0404"), ("runs/no/model", "E0404"), ("no", "E0404"), ("a/b", "E0701")]
-)
-def test_a_model_that_is_nowhere(name: str, id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(RmtoolError) as caught:
-        resolve_checkpoint(name, None, SilentUi())
-    assert caught.value.id == id
 
 
 @pytest.mark.parametrize("said", [True, False])
