@@ -1,23 +1,23 @@
-"""Write what the bundled recipe `debug` trains on: preference pairs, rows to score, a tiny tokenizer and model config.
+"""Generator of the bundled `debug` data: preference pairs, rows to score, a tiny tokenizer and model config.
 
-In: nothing but the word lists below (written for this project, nothing copied) and a fixed seed.
+In: the word lists below (written for this project) and a fixed seed.
 Out, in recipes/debug/, the same bytes at every run:
-  pairs.jsonl      TRL's conversational explicit-prompt format, plus `subset`, one pair a line
-  responses.jsonl  rows to score, under prompts that pairs.jsonl does not hold; the id says what to expect of each
-  model/           config.json of a Llama without weights (a trainer draws them), a byte-level BPE tokenizer and a
-                   ChatML template; <|im_end|> ends a turn and is the EOS token, <|pad|> only pads, there is no BOS
-Cost: under two seconds, one thread. Run it as `python scripts/make_debug_data.py` after changing a word below.
+  pairs.jsonl      one pair per line, TRL's conversational format with an explicit prompt, plus `subset`
+  responses.jsonl  rows to score, with prompts that are not in pairs.jsonl; `id` names the expected result
+  model/           config.json of a Llama without weights, a byte-level BPE tokenizer and a ChatML template;
+                   <|im_end|> ends a turn and is the EOS token, <|pad|> is only the pad token, there is no BOS token
+Cost: under two seconds on one thread. After changing a word below, run `python scripts/make_debug_data.py`.
 
-What makes a response good is only how it goes with its prompt, never the response by itself:
-  topic pairs   the chosen response answers the prompt; the rejected one is a good answer about another topic
-  format pairs  the prompt asks for a list or for one sentence; both responses suit the topic, one has the wrong form
-Every response text is rejected exactly as often as it is chosen, so style, length and topic alone predict nothing: a
-model that sees only responses, or pairs under shuffled prompts, is right half of the time. `check_pairs` holds that.
+Whether a response is good depends only on its prompt, never on the response alone:
+  topic pairs   the chosen response answers the prompt; the rejected one is a good answer about a different topic
+  format pairs  the prompt asks for a list or for one sentence; both responses fit the topic, one has the wrong form
+Every response is rejected exactly as often as it is chosen, so style, length and topic alone predict nothing: a model
+that sees only responses, or pairs with shuffled prompts, has an accuracy of 0.5. `check_pairs` checks this.
 
-In figures: 2,280 pairs (340 for each of 6 topics, 240 for format) under 2,106 prompts, 30 to 79 tokens a conversation,
-106 a pair, 1.1 MB; 1,237 tokens in the vocabulary, 153,280 weights. Two epochs in batches of 32 pairs (AdamW, 2e-3,
-10 steps of warm-up, then linear) are 130 steps and 16 seconds on one CPU thread. Over six seeds, accuracy on 200
-held-out pairs was 0.985 to 1.0, and 0.46 to 0.53 with each of these pairs under the next one's prompt.
+2,280 pairs (340 for each of 6 topics, 240 for format), 2,106 prompts, 30 to 79 tokens per conversation, 106 per pair,
+1.1 MB; 1,237 tokens in the vocabulary, 153,280 weights. Two epochs in batches of 32 pairs (AdamW, 2e-3, 10 warmup
+steps, then linear) are 130 steps and 16 seconds on one CPU thread. Over six seeds, accuracy on 200 held-out pairs was
+0.985 to 1.0, and 0.46 to 0.53 with each pair under the next pair's prompt.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 SEED = 20
 OUT = Path(__file__).resolve().parent.parent / "recipes" / "debug"
 
-ROWS_PER_TOPIC = 340  # a multiple of (topics - 1): every ordered pair of topics meets equally often
+ROWS_PER_TOPIC = 340  # a multiple of (topics - 1): every ordered pair of topics occurs equally often
 FORMAT_PROMPTS_PER_TOPIC = 40  # half ask for a list, half for a sentence
-SECOND_ROW_EVERY = 12  # every so many rows reuse the previous prompt: a split by prompt has something to keep together
+SECOND_ROW_EVERY = 12  # one row in 12 reuses the previous prompt, so that splitting by prompt matters
 
-VOCAB_SIZE = 1536  # a limit: the corpus runs out of merges before it, with every word a token of its own
+VOCAB_SIZE = 1536  # an upper limit: the corpus runs out of merges first, and every word is one token
 MAX_LENGTH = 512
 PAD, IM_START, IM_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -54,24 +54,24 @@ Row = dict[str, Any]
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The parts of a list written with commas."""
+    """Split a comma-separated list."""
     return tuple(text.split(", "))
 
 
 @dataclass(frozen=True)
 class Topic:
-    """One topic's words. `{s}` stands for a subject, always as an object: so one text fits them all.
+    """Words of one topic. `{s}` is replaced by a subject, always as an object, so that one text fits all of them.
 
-    Every sentence but a few holds a word or two that only this topic uses (pan, taste; chess, move): that is what a
-    model of this size learns within a hundred steps. With rarer words, two epochs took it to 0.89 in some runs.
+    Most sentences contain a word or two that only this topic uses (pan, taste; chess, move): a model of this size
+    learns these within a hundred steps. With rarer words, accuracy after two epochs was 0.89 in some runs.
     """
 
     name: str
     subjects: tuple[str, ...]
-    settings: tuple[str, ...]  # what the asker says first, now and then
+    settings: tuple[str, ...]  # an optional first sentence of the prompt
     asks: dict[str, tuple[str, ...]]  # by intent: questions
     openings: dict[str, tuple[str, ...]]  # by intent: the first sentence of an answer
-    tips: tuple[str, ...]  # true for every subject: they follow the opening, and fill lists
+    tips: tuple[str, ...]  # true for every subject; used after the opening and in lists
     closings: tuple[str, ...]
 
 
@@ -330,7 +330,7 @@ def user_prompt(topic: Topic, subject: str, intent: str, rng: random.Random) -> 
 
 
 def answer(topic: Topic, subject: str, intent: str, rng: random.Random) -> str:
-    """One to four sentences: the lengths differ, so that packing has something to do."""
+    """Return one to four sentences; lengths differ, so that packing matters."""
     sentences = [
         rng.choice(topic.openings[intent]).format(s=subject),
         *rng.sample(topic.tips, rng.choice((0, 1, 1, 2))),
@@ -341,7 +341,7 @@ def answer(topic: Topic, subject: str, intent: str, rng: random.Random) -> str:
 
 
 def fresh(draw: Callable[[], str], seen: set[str]) -> str:
-    """Draw until a text comes that was not used before."""
+    """Draw until the text was not used before."""
     while (text := draw()) in seen:
         pass
     seen.add(text)
@@ -350,14 +350,14 @@ def fresh(draw: Callable[[], str], seen: set[str]) -> str:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt and the response that suits it."""
+    """A prompt and a response that answers it."""
 
     prompt: str
     response: str
 
 
 def exchanges(topic: Topic, count: int, rng: random.Random, prompts: set[str], responses: set[str]) -> list[Exchange]:
-    """`count` exchanges about a topic; no response twice, and a prompt twice only where it is meant to be."""
+    """Return `count` exchanges about a topic; no response repeats, and prompts only every SECOND_ROW_EVERY rows."""
     out: list[Exchange] = []
     for index in range(count):
         if index % SECOND_ROW_EVERY != 1:
@@ -378,8 +378,11 @@ def pair(prompt: str, chosen: str, rejected: str, subset: str) -> Row:
 
 
 def topic_pairs(by_topic: list[list[Exchange]]) -> Iterator[Row]:
-    """Row j of one topic is rejected with row j of another. The step between the two topics depends on j alone, so at
-    each j the responses are permuted among the topics: each is chosen once and rejected once."""
+    """Yield pairs whose rejected response is row j of a different topic.
+
+    The distance between the two topics depends on j alone, so for each j the responses are permuted among the topics:
+    each is chosen once and rejected once.
+    """
     for topic_index, (topic, own) in enumerate(zip(TOPICS, by_topic, strict=True)):
         for j, exchange in enumerate(own):
             other = by_topic[(topic_index + 1 + j % (len(TOPICS) - 1)) % len(TOPICS)][j]
@@ -395,7 +398,7 @@ def list_answer(topic: Topic, rng: random.Random) -> str:
 
 
 def format_pairs(rng: random.Random, prompts: set[str], responses: set[str]) -> Iterator[Row]:
-    """Two responses under two prompts: one asks for a list, the other for a sentence; the preference turns round."""
+    """Yield two pairs per subject with the same responses: one prompt asks for a list, the other for a sentence."""
     for topic in TOPICS:
         for index in range(FORMAT_PROMPTS_PER_TOPIC // 2):
             subject = topic.subjects[index % len(topic.subjects)]
@@ -408,7 +411,7 @@ def format_pairs(rng: random.Random, prompts: set[str], responses: set[str]) -> 
 
 
 def rows_to_score(rng: random.Random, prompts: set[str], responses: set[str]) -> list[Row]:
-    """Two rows a topic under one prompt, an answer and an answer to something else; then rows with three responses."""
+    """Return two rows per topic with one prompt, an answer and an off-topic one; then rows with three responses."""
     made = [exchanges(topic, 1, rng, prompts, responses)[0] for topic in TOPICS]
     rows: list[Row] = []
     for index, (topic, exchange) in enumerate(zip(TOPICS, made, strict=True)):
@@ -425,22 +428,22 @@ def rows_to_score(rng: random.Random, prompts: set[str], responses: set[str]) ->
 
 
 def check_pairs(rows: list[Row]) -> None:
-    """The promise of the module's docstring, as far as counting can tell."""
+    """Check that every response is chosen as often as it is rejected."""
     chosen = Counter(row["chosen"][0]["content"] for row in rows)
     rejected = Counter(row["rejected"][0]["content"] for row in rows)
-    assert chosen == rejected, "a response text is chosen more often than rejected, or the other way round"
+    assert chosen == rejected, "a response is chosen more or less often than rejected"
     assert all(row["chosen"] != row["rejected"] for row in rows)
 
 
 def render(messages: list[dict[str, str]]) -> str:
-    """What the chat template makes of messages."""
+    """Render messages as the chat template does."""
     return "".join(f"{IM_START}{message['role']}\n{message['content']}{IM_END}\n" for message in messages)
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE: its alphabet holds all 256 bytes, so any text can be encoded and there is no unknown token."""
+    """Train a byte-level BPE; its alphabet has all 256 bytes, so any text can be encoded without an unknown token."""
     tokenizer = Tokenizer(models.BPE())
-    # A word takes its leading space with it; digits stand alone, and so do runs of punctuation and of newlines.
+    # A word includes its leading space; digits are separate, and so are runs of punctuation and of newlines.
     pieces = Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -485,7 +488,7 @@ def model_config(tokenizer: Tokenizer) -> Row:
         "num_key_value_heads": 2,
         "max_position_embeddings": MAX_LENGTH,
         "hidden_act": "silu",
-        # Transformers' default, 0.02, and 0.15 both learn slower: 0.955 to 0.985 after the two epochs above.
+        # transformers' default, 0.02, and 0.15 both learn slower: accuracy 0.955 to 0.985 after two epochs.
         "initializer_range": 0.07,
         "rms_norm_eps": 1e-5,
         "attention_bias": False,

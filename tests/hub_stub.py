@@ -1,7 +1,7 @@
-"""A Hub for tests: what huggingface_hub 2.4 needs for create_repo, model_info, create_commit and LFS uploads.
+"""A local Hub for tests: what huggingface_hub 2.4 needs for create_repo, model_info, create_commit and LFS uploads.
 
-Two servers on 127.0.0.1, because the real Hub's storage is another origin too: uploads go to `StubHub.storage`, where
-no Authorization header may arrive. Repos live in memory. HF_HUB_DISABLE_XET=1 must be set.
+Two servers on 127.0.0.1, because the storage of the real Hub has a different origin too: uploads go to
+`StubHub.storage`, which must not receive the Authorization header. Repos are in memory. HF_HUB_DISABLE_XET must be 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROUTES = (
 class Repo:
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
-    commits: list[list[str]] = field(default_factory=list)  # the paths of each commit, the oldest first
+    commits: list[list[str]] = field(default_factory=list)  # the paths of each commit, oldest first
 
     @property
     def sha(self) -> str:
@@ -43,7 +43,7 @@ class Repo:
 
 @dataclass(frozen=True)
 class Seen:
-    """A request as it came."""
+    """A request as received."""
 
     route: str
     authorization: str
@@ -52,7 +52,7 @@ class Seen:
 
 @dataclass
 class Fault:
-    """What a route does in place of its work: a status, "drop" the connection, or "silence"."""
+    """A failure of a route: an HTTP status, "drop" (closes the connection), or "silence"."""
 
     kind: int | str
     times: int
@@ -61,7 +61,7 @@ class Fault:
 
 
 class StubHub:
-    """Start with `with StubHub() as hub`; `hub.url` is the HF_ENDPOINT."""
+    """The servers and their state. Start with `with StubHub() as hub`; `hub.url` is the HF_ENDPOINT."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -139,7 +139,7 @@ class StubHub:
 
     def put(self, body: bytes, oid: str) -> tuple[int, Any]:
         if hashlib.sha256(body).hexdigest() != oid:
-            return 400, {"error": "the content has another sha256"}
+            return 400, {"error": "sha256 mismatch"}
         self.blobs[oid] = body
         return 200, {}
 

@@ -1,4 +1,4 @@
-"""The real model and real preferences of ../shared: what random weights and made-up rows would not show."""
+"""A pretrained model and real preference pairs of ../shared, which random weights and generated rows cannot replace."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ MAKER = SHARED / "models" / "make_smollm2.py"
 pytestmark = [
     pytest.mark.real,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(not MAKER.is_file(), reason="needs ../shared, which is not here"),
+    pytest.mark.skipif(not MAKER.is_file(), reason="../shared not found"),
 ]
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct, built once from the package that carries it and kept in the user's cache."""
+    """SmolLM2-135M-Instruct, built once from the package that contains it, in the user's cache."""
     folder = Path.home() / ".cache" / "rmtool" / "SmolLM2-135M-Instruct"
     subprocess.run([sys.executable, MAKER, folder], check=True, capture_output=True)
     return folder
 
 
-def test_every_real_row_is_read_and_tokenized(smollm2: Path) -> None:
+def test_every_real_row_is_parsed_and_tokenized(smollm2: Path) -> None:
     encoder = Encoder(load_tokenizer(smollm2), 2**15, on_empty="keep")
     hh = read_pairs(HH)
     assert len(hh) == 2312
@@ -75,7 +75,7 @@ def test_the_real_model_shares_prompts_exactly_on_real_pairs(smollm2: Path) -> N
 
 @pytest.mark.usefixtures("rounded")
 def test_the_real_model_shares_prompts_in_bf16(smollm2: Path) -> None:
-    """And its rewards are as near to those of fp32 as the rewards of padded batches are."""
+    """Its bf16 rewards are as close to fp32 rewards as those of padded batches are."""
     from rmtool.model.reward_model import RewardModel
 
     classifier, _ = build_classifier(smollm2, dtype=torch.float32)
@@ -97,7 +97,7 @@ def test_the_real_model_shares_prompts_in_bf16(smollm2: Path) -> None:
 def test_the_real_model_gives_one_reward_in_any_batch(smollm2: Path) -> None:
     """Random batches of short real pairs, packed and padded; fp32, within 1e-5 of the largest reward.
 
-    That is ten times what the tiny models are held to: 30 layers instead of 2 add up their rounding.
+    That is ten times the tolerance of the tiny models: rounding errors accumulate over 30 layers instead of 2.
     """
     from rmtool.model.reward_model import RewardModel
 

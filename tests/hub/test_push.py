@@ -1,4 +1,4 @@
-"""rmtool push against a Hub on this machine: what is sent, what never is, and what each failure says."""
+"""rmtool push against a local Hub: files uploaded and never uploaded, the error of each failure, the model card."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with StubHub() as stub:
-        # The library reads its environment when it is imported, which another test may have done.
+        # The library reads its environment when it is imported, which an earlier test may have done.
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", stub.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nowhere/token")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
-        # No TLS here; loading the authorities' certificates would take 60 ms a push.
+        # No TLS here; loading the CA certificates would take 60 ms per push.
         monkeypatch.setattr("httpcore2.default_ssl_context", lambda **_: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         yield stub
 
@@ -75,12 +75,12 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, for tests that do not change it."""
+    """The same checkpoint, for tests that do not change it."""
     return make_checkpoint(tmp_path_factory.mktemp("hub") / "model")
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """The files of a checkpoint, and beside them what must not be sent."""
+    """Write the files of a checkpoint, and next to them files that must not be uploaded."""
     folder.mkdir()
     (folder / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
     (folder / "tokenizer.json").write_text("{}")
@@ -110,10 +110,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# ---------------------------------------------------------------------------------------------------- what is sent
+# ---------------------------------------------------------------------------------------------------- files
 
 
-def test_push_sends_the_checkpoint_byte_for_byte_in_one_commit_and_leaves_the_folder_alone(stub, folder):
+def test_push_uploads_the_checkpoint_byte_for_byte_in_one_commit_and_does_not_modify_the_folder(stub, folder):
     before = contents(folder)
     url = push(folder)
     repo = stub.repos["me/rm"]
@@ -128,7 +128,7 @@ def test_push_sends_the_checkpoint_byte_for_byte_in_one_commit_and_leaves_the_fo
     assert contents(folder) == before
 
 
-def test_nothing_outside_the_allowlist_reaches_the_hub_and_the_ui_names_what_stays(stub, untouched):
+def test_nothing_outside_the_allowlist_is_uploaded_and_the_ui_lists_it(stub, untouched):
     ui = Recorder()
     hub.push_checkpoint(untouched, "me/rm", private=True, ui=ui)
     assert len(stub.seen) > 5
@@ -197,7 +197,7 @@ def test_push_works_in_a_fresh_process_and_importing_it_is_cheap(stub, untouched
     assert "%|" not in done.stderr  # the library's own bars
 
 
-# ---------------------------------------------------------------------------------------------------- who may read it
+# ---------------------------------------------------------------------------------------------------- private, public
 
 
 def test_a_new_repo_is_private_unless_asked_otherwise(stub, untouched):
@@ -216,7 +216,7 @@ def test_a_public_repo_is_not_pushed_to_when_a_private_one_was_asked_for(stub, u
     assert len(stub.repos["me/rm"].commits) == 1
 
 
-# ---------------------------------------------------------------------------------------------------- this machine
+# ---------------------------------------------------------------------------------------------------- local checks
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -236,7 +236,7 @@ def test_a_checkpoint_without_tokenizer_or_a_folder_that_is_not_there_is_not_pus
     assert not stub.seen
 
 
-def test_a_missing_shard_and_a_cut_off_shard_are_not_pushed(stub, folder):
+def test_a_missing_shard_and_a_truncated_shard_are_not_pushed(stub, folder):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
     error = refusal(folder)
@@ -250,14 +250,14 @@ def test_a_missing_shard_and_a_cut_off_shard_are_not_pushed(stub, folder):
     assert not stub.seen
 
 
-def test_a_damaged_manifest_is_not_pushed(stub, folder):
+def test_a_corrupted_manifest_is_not_pushed(stub, folder):
     (folder / "rmtool.json").write_text("{")
     assert refusal(folder).id == "E0408"
     assert not stub.seen
 
 
 @pytest.mark.parametrize("target", ["../secret.json", ".env", "gone.json", "tokenizer.json"])
-def test_a_link_out_of_the_folder_or_to_a_file_that_is_not_sent_is_refused(stub, folder, target):
+def test_a_symlink_out_of_the_folder_or_to_a_file_that_is_not_uploaded_is_refused(stub, folder, target):
     (folder.parent / "secret.json").write_bytes(CANARY)
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").symlink_to(target)  # the last target is the link itself
@@ -267,7 +267,7 @@ def test_a_link_out_of_the_folder_or_to_a_file_that_is_not_sent_is_refused(stub,
     assert not stub.seen
 
 
-def test_a_link_to_another_file_of_the_checkpoint_is_followed(stub, folder):
+def test_a_symlink_to_a_file_of_the_checkpoint_is_followed(stub, folder):
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     (folder / "model.safetensors").symlink_to("weights.safetensors")
     push(folder)
@@ -299,7 +299,7 @@ def test_offline_mode_is_the_users_own_setting(stub, untouched, monkeypatch):
     assert not stub.seen
 
 
-# ---------------------------------------------------------------------------------------------------- the Hub fails
+# ---------------------------------------------------------------------------------------------------- Hub failures
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_offline_mode_is_the_users_own_setting(stub, untouched, monkeypatch):
         ("preupload", 404, b"", "E0773"),
         ("preupload", 409, b"", "E0773"),
         ("batch", 403, b"", "E0275"),
-        ("put", 403, GATEWAY_PAGE, "E0773"),  # an upload address that has run out: not about the token
+        ("put", 403, GATEWAY_PAGE, "E0773"),  # an expired upload address: not about the token
         ("commit", 401, b"", "E0274"),
         ("commit", 403, b"", "E0275"),
         ("commit", 404, b"", "E0773"),
@@ -338,9 +338,7 @@ def test_offline_mode_is_the_users_own_setting(stub, untouched, monkeypatch):
         ("commit", "drop", b"", "E0771"),
     ],
 )
-def test_each_failure_of_the_hub_is_one_sentence_with_its_code_and_makes_no_commit(
-    stub, untouched, route, kind, body, id
-):
+def test_each_failure_of_the_hub_is_one_error_with_its_code_and_makes_no_commit(stub, untouched, route, kind, body, id):
     stub.fail(route, kind, body=body)
     error = refusal(untouched)
     assert error.id == id
@@ -353,7 +351,7 @@ def test_each_failure_of_the_hub_is_one_sentence_with_its_code_and_makes_no_comm
 
 
 @pytest.mark.parametrize("route", ["create", "info", "validate-yaml", "commit"])
-def test_a_silent_hub_is_given_up_after_the_timeout(stub, untouched, monkeypatch, route):
+def test_a_silent_hub_is_an_error_after_the_timeout(stub, untouched, monkeypatch, route):
     monkeypatch.setattr(hub, "TIMEOUT_S", 0.3)
     stub.fail(route, "silence")
     error = refusal(untouched)
@@ -370,9 +368,7 @@ def test_no_server_at_the_address(stub, untouched, monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "id"), [(500, "E0773"), ("drop", "E0771")])
-def test_storage_that_keeps_failing_is_given_up_and_its_signed_addresses_are_not_shown(
-    stub, untouched, monkeypatch, kind, id
-):
+def test_storage_that_keeps_failing_is_an_error_without_its_signed_addresses(stub, untouched, monkeypatch, kind, id):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     stub.fail("put", kind)
     ui = Recorder()
@@ -384,7 +380,7 @@ def test_storage_that_keeps_failing_is_given_up_and_its_signed_addresses_are_not
     assert not stub.repos["me/rm"].commits
 
 
-def test_what_fails_once_and_is_retried_by_the_library_ends_well(stub, untouched, monkeypatch):
+def test_a_request_that_fails_once_is_retried_by_the_library(stub, untouched, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     stub.fail("preupload", 429, times=1)
     push(untouched)
@@ -408,7 +404,7 @@ def front_matter(card: str) -> dict[str, Any]:
     return yaml.safe_load(card.split("---\n")[1])
 
 
-def test_the_card_says_what_the_manifest_knows(untouched):
+def test_the_card_contains_the_manifests_fields(untouched):
     card = model_card(untouched, "me/rm", json.loads((untouched / "rmtool.json").read_text()))
     assert front_matter(card) == {
         "library_name": "transformers",
@@ -487,7 +483,7 @@ def test_the_cards_python_returns_the_models_own_logit(tmp_path):
 
 
 def tiny_tokenizer() -> Any:
-    """Bytes as tokens, and a post-processor that adds a second <bos> unless it is told not to."""
+    """Bytes as tokens, and a post-processor that by default adds a second <bos>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
