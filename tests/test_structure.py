@@ -84,6 +84,13 @@ def test_every_folder_stands_in_the_house() -> None:
     assert {room(path) for path in modules()} == set(FLOOR)
 
 
+def test_readme_has_the_drawing() -> None:
+    drawing = (ROOT / "README.md").read_text(encoding="utf-8").partition("```\ncli/")[2].partition("```")[0]
+    floors = [tuple(re.findall(r"(\w+)/ ", line)) for line in f"cli/{drawing}".splitlines()]
+    assert [floor for floor in floors if floor] == list(HOUSE[:-1])
+    assert set(re.findall(r"\w+", drawing)) >= GROUND
+
+
 def test_tests_lie_in_the_folders_of_what_they_test() -> None:
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
     assert folders <= {*FLOOR, "scripts"}
