@@ -85,8 +85,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        layout = values.pop("layout", "")  # the older key: "shared", or "padded: " and the reason
+        if layout.startswith("padded: "):
+            values["padded_reason"] = layout.removeprefix("padded: ")
+        return Manifest(**values)
+    except (ValueError, TypeError, AttributeError) as error:
         what = f"cannot read {MANIFEST}: corrupted, or from a different rmtool version"
         raise RmtoolError("E0408", what, "copy the checkpoint again", Place(str(path)), str(error)) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -101,3 +102,13 @@ def test_a_model_that_is_nowhere(name: str, id: str, tmp_path: Path, monkeypatch
     with pytest.raises(RmtoolError) as caught:
         resolve_checkpoint(name, None, SilentUi())
     assert caught.value.id == id
+
+
+@pytest.mark.parametrize(("layout", "reason"), [("shared", None), ("padded: it uses dropout", "it uses dropout")])
+def test_manifests_with_the_older_layout_key_are_read(layout: str, reason: str | None, tmp_path: Path) -> None:
+    texts = dict.fromkeys(("fingerprint", "precision", "on_long", "on_empty", "recipe", "base_model"), "x")
+    values = {**texts, "max_length": 8, "train_data": [], "layout": layout}
+    (tmp_path / "rmtool.json").write_text(json.dumps(values))
+    manifest = read_manifest(tmp_path)
+    assert manifest
+    assert manifest.padded_reason == reason
