@@ -1,9 +1,9 @@
-"""Malformed preference files by the thousand: each must be read, or refused with an error of ours that names its line.
+"""Fuzz test of reading: each malformed preference file must be read, or refused with an RmtoolError.
 
     python scripts/fuzz_reading.py --inputs 1000000 --seed 1
 
-In: nothing but a seed. Out: how many files were read, refused (by error) and, with exit code 1, the first input that
-ended in another exception, beside its seed.
+In: a seed. Out: how many files were read or refused (by error id); with exit code 1, the first input that ended in a
+different exception, and its seed.
 Cost: about 700 inputs a second and core; one process per core.
 """
 
@@ -81,7 +81,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def rows_of(rng: random.Random, count: int) -> list[dict[str, Any]]:
-    """Good rows, all of one format."""
+    """Return valid rows in one format."""
     row = rng.choice(ROWS)
     return [row | {"id": number} for number in range(count)]
 
@@ -91,8 +91,8 @@ def as_bytes(rows: list[dict[str, Any]], rng: random.Random) -> bytes:
     return b"\n".join(json.dumps(row, ensure_ascii=ascii_only).encode() for row in rows)
 
 
-def with_wrong_value(rng: random.Random, rows: list[dict[str, Any]]) -> bytes:
-    """A field of a row, or of something in it, missing or of another kind."""
+def with_invalid_value(rng: random.Random, rows: list[dict[str, Any]]) -> bytes:
+    """Remove a field of a row or of something in it, or give it a value of a different type."""
     row = json.loads(json.dumps(rng.choice(rows)))
     target: Any = row
     while isinstance(target, dict | list) and target:
@@ -109,8 +109,8 @@ def with_wrong_value(rng: random.Random, rows: list[dict[str, Any]]) -> bytes:
     return as_bytes([*rows, row], rng)
 
 
-def with_wrong_bytes(rng: random.Random, rows: list[dict[str, Any]]) -> bytes:
-    """Bytes cut out, put in, repeated or moved."""
+def with_invalid_bytes(rng: random.Random, rows: list[dict[str, Any]]) -> bytes:
+    """Remove, insert or repeat bytes."""
     content = as_bytes(rows, rng)
     for _ in range(rng.randrange(1, 4)):
         start = rng.randrange(len(content) + 1)
@@ -125,35 +125,35 @@ def with_noise(rng: random.Random, rows: list[dict[str, Any]]) -> bytes:
 
 
 MAKERS: tuple[Callable[[random.Random, list[dict[str, Any]]], bytes], ...] = (
-    *(with_wrong_bytes, with_wrong_bytes, with_wrong_value, with_wrong_value, with_noise),
+    *(with_invalid_bytes, with_invalid_bytes, with_invalid_value, with_invalid_value, with_noise),
 )
 
 
 def make_input(seed: int) -> bytes:
-    """One malformed file (now and then it is still well formed)."""
+    """Return a malformed file (occasionally still a valid one)."""
     rng = random.Random(seed)
     return rng.choice(MAKERS)(rng, rows_of(rng, rng.randrange(1, 5)))
 
 
-# One fault in a row, so that a reader which looks at that row must find it, whatever the format.
+# One error in a row, which a reader of that row must find, whatever the format.
 FAULTS: dict[str, Callable[[bytes], bytes]] = {
-    "cut": lambda line: line[: len(line) // 2],
+    "truncated": lambda line: line[: len(line) // 2],
     "not UTF-8": lambda line: line[:-1] + b',"z":"\xff"}',
-    "half a pair": lambda line: line[:-1] + b',"z":"\\udc00"}',
+    "unpaired surrogate": lambda line: line[:-1] + b',"z":"\\udc00"}',
     "NUL": lambda line: line[:-1] + b',"z":"\\u0000"}',
-    "a field twice": lambda line: line[:-1] + b',"id":1}',
+    "duplicate key": lambda line: line[:-1] + b',"id":1}',
     "NaN": lambda line: line[:-1] + b',"z":NaN}',
-    "too large": lambda line: line[:-1] + b',"z":-1e999}',
-    "too deep": lambda line: line[:-1] + b',"z":' + b"[" * 70 + b"]" * 70 + b"}",
+    "number too large": lambda line: line[:-1] + b',"z":-1e999}',
+    "nested too deep": lambda line: line[:-1] + b',"z":' + b"[" * 70 + b"]" * 70 + b"}",
     "a list": lambda line: b"[" + line + b"]",
-    "more after it": lambda line: line + b" 1",
+    "extra data": lambda line: line + b" 1",
     "no fields": lambda line: b"{}",
     "a single quote": lambda line: line.replace(b'"id"', b"'id'"),
 }
 
 
 def plant(seed: int) -> tuple[bytes, int, str]:
-    """A file with one fault, its line (from 1), and which fault it is; blank lines and CRLF stand in it too."""
+    """Return a file with one error, its line (from 1) and its kind. The file has a blank line, and may have CRLF."""
     rng = random.Random(seed)
     lines = as_bytes(rows_of(rng, rng.randrange(2, 40)), rng).split(b"\n")
     at, kind = rng.randrange(len(lines)), rng.choice(list(FAULTS))
@@ -165,7 +165,7 @@ def plant(seed: int) -> tuple[bytes, int, str]:
 
 
 def first_error(path: Path) -> RmtoolError | None:
-    """What `rmtool` would say of the file; None if it reads it."""
+    """Return the error that `rmtool` reports for the file; None if it reads it."""
     from rmtool.data.record import RowOptions
     from rmtool.data.rejects import Rejects
     from rmtool.data.sources import SourceCount, read_records
@@ -182,7 +182,7 @@ def first_error(path: Path) -> RmtoolError | None:
 
 
 def run_share(share: tuple[int, int]) -> tuple[Counter[str], str | None]:
-    """The outcomes of the inputs with these seeds, and the first that is neither."""
+    """Return the outcomes of the inputs with these seeds, and the first unexpected exception."""
     outcomes = Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.jsonl"

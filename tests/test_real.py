@@ -13,7 +13,7 @@ import torch
 from helpers import SHARED, read_pairs
 from random_batches import Draw, Pool, alone, check
 
-from rmtool.data.messages import Message
+from rmtool.data.record import Message
 from rmtool.model.classifier import build_classifier, init_score_head
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import load_for_inference

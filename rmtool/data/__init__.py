@@ -1,1 +1,1 @@
-"""Files and Hub datasets to preference records. No torch."""
+"""From files and Hub datasets to preference records. No torch."""

@@ -1,32 +1,18 @@
-"""The formats in which preference data and responses come, recognized by their fields.
+"""Formats of preference data and responses, recognized by their fields.
 
-In: a `Row`. Out: a `Record`: prompt messages, response messages, which response is preferred to which.
+In: `Row`s. Out: `Record`s: prompt, responses, and which response is preferred to which.
 Cost: string work only; nothing is tokenized here.
-
-| format | recognized by |
-|---|---|
-| TRL, hh-rlhf, UltraFeedback binarized, Tulu 3, RewardBench | chosen, rejected (strings, messages, transcripts) |
-| RM-Bench, RewardBench 2 | chosen, rejected (lists of responses: each of one is preferred to each of the other) |
-| RMB | conversation_input with chosen and reject, or with bon_best and loser_list |
-| HelpSteer3, HelpSteer2 preference | two responses, overall_preference or preference_strength (below 0: the first) |
-| PKU-SafeRLHF | response_0, response_1, better_response_id |
-| Chatbot Arena | conversation_a and _b, or response_a and _b, with winner or winner_model_a, _b, _tie |
-| JudgeBench | response_A, response_B, label A>B or B>A |
-| Nectar, ranked lists | answers or responses with ranks (1 is the best) |
-| UltraFeedback, rated lists | completions or responses with ratings (the highest is the best) |
-| HelpSteer and HelpSteer2, rated rows | a response a row, with helpfulness or rating; put together by prompt |
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from rmtool.data import parsers as shapes
-from rmtool.data.messages import Messages, conversation, has_no_prompt, wrong
-from rmtool.data.record import PLAIN, Record, RowOptions
+from rmtool.data import parsers
+from rmtool.data.record import PLAIN, Messages, Record, RowOptions, has_no_prompt, invalid_row
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row
 from rmtool.errors import RmtoolError
@@ -34,147 +20,157 @@ from rmtool.errors import RmtoolError
 
 @dataclass(frozen=True)
 class Format:
-    """`fields` and `test` recognize a row, `read` makes its record; with `grouped`, rows with one prompt are one."""
+    """A format of preference data. README's table of formats is made of these.
+
+    name:     shown to the user
+    fields:   required fields
+    parse:    makes the record of a row
+    any_of:   fields of which one is required, too
+    optional: other fields that `parse` reads
+    lists:    whether chosen and rejected are lists of responses
+    grouped:  whether rows with the same prompt become one record
+    """
 
     name: str
-    fields: frozenset[str]
-    read: Callable[[Row, RowOptions], Record]
-    test: Callable[[dict[str, Any]], bool] = field(default=lambda data: True)
+    fields: tuple[str, ...]
+    parse: parsers.Parser
+    any_of: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    lists: bool = False
     grouped: bool = False
 
     def fits(self, data: dict[str, Any]) -> bool:
-        return self.fields <= data.keys() and self.test(data)
+        """Return whether a row has the fields of this format."""
+        required = data.keys() >= set(self.fields) and (not self.any_of or any(name in data for name in self.any_of))
+        return required and (not self.lists or all(map(_is_list_of_responses, (data[name] for name in self.fields))))
 
 
-def _fields(*names: str) -> frozenset[str]:
-    return frozenset(names)
+def _is_list_of_responses(value: Any) -> bool:
+    """Return whether a value is a list of strings or conversations, not one conversation."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
 
 
-def _has_lists(data: dict[str, Any]) -> bool:
-    """chosen and rejected hold several responses: strings, or whole conversations."""
-    return all(
-        isinstance(data[name], list) and data[name] and isinstance(data[name][0], str | list)
-        for name in ("chosen", "rejected")
-    )
+def _two(name: str, prompt: str, names: tuple[str, str], label: str, preferences: dict[Any, float] | None) -> Format:
+    parse = parsers.two_responses(prompt, names, label, preferences)
+    return Format(name, (prompt, *names, label), parse)
 
 
+# The first that fits a source's first row is the format of the source.
 FORMATS = (
-    Format("RMB, pairs", _fields("conversation_input", "chosen", "reject"), shapes.rmb),
-    Format("RMB, best of N", _fields("conversation_input", "bon_best", "loser_list"), shapes.rmb),
-    Format("lists of chosen and rejected responses", _fields("chosen", "rejected"), shapes.lists, _has_lists),
-    Format("pairs of chosen and rejected", _fields("chosen", "rejected"), shapes.pair),
     Format(
-        "HelpSteer3 preference",
-        _fields("context", "response1", "response2", "overall_preference"),
-        shapes.two_responses("context", ("response1", "response2"), shapes.strength("overall_preference")),
+        "RMB, pairs",
+        ("conversation_input", "chosen", "reject"),
+        parsers.rmb("chosen", "reject"),
+        optional=("category_path",),
     ),
     Format(
-        "HelpSteer2 preference",
-        _fields("prompt", "response_1", "response_2", "preference_strength"),
-        shapes.two_responses("prompt", ("response_1", "response_2"), shapes.strength("preference_strength")),
+        "RMB, best of N",
+        ("conversation_input", "bon_best", "loser_list"),
+        parsers.rmb("bon_best", "loser_list"),
+        optional=("category_path",),
     ),
+    Format("lists of chosen and rejected responses", ("chosen", "rejected"), parsers.lists, lists=True),
     Format(
-        "PKU-SafeRLHF",
-        _fields("prompt", "response_0", "response_1", "better_response_id"),
-        shapes.two_responses("prompt", ("response_0", "response_1"), shapes.safe_rlhf_winner),
+        "pairs of chosen and rejected",
+        ("chosen", "rejected"),
+        parsers.pair,
+        optional=("score_chosen", "score_rejected"),
     ),
+    _two("HelpSteer3 preference", "context", ("response1", "response2"), "overall_preference", None),
+    _two("HelpSteer2 preference", "prompt", ("response_1", "response_2"), "preference_strength", None),
+    _two("PKU-SafeRLHF", "prompt", ("response_0", "response_1"), "better_response_id", {0: -1, 1: 1}),
     Format(
         "Chatbot Arena, conversations",
-        _fields("conversation_a", "conversation_b", "winner"),
-        shapes.two_responses("prompt", ("conversation_a", "conversation_b"), shapes.arena_winner),
+        ("conversation_a", "conversation_b", "winner"),
+        parsers.two_responses("prompt", ("conversation_a", "conversation_b"), "winner", parsers.ARENA_WINNERS),
     ),
     Format(
         "Chatbot Arena, responses",
-        _fields("prompt", "response_a", "response_b"),
-        shapes.arena_responses,
-        lambda data: "winner" in data or "winner_model_a" in data,
+        ("prompt", "response_a", "response_b"),
+        parsers.arena_responses,
+        any_of=("winner", "winner_model_a"),
+        optional=("winner_model_b", "winner_tie"),
     ),
-    Format(
-        "JudgeBench",
-        _fields("question", "response_A", "response_B", "label"),
-        shapes.two_responses("question", ("response_A", "response_B"), shapes.judge_label),
-    ),
-    Format("Nectar", _fields("prompt", "answers"), shapes.items("answers", "answer", "rank", "prompt", True)),
+    _two("JudgeBench", "question", ("response_A", "response_B"), "label", {"A>B": -1, "B>A": 1}),
+    Format("Nectar", ("prompt", "answers"), parsers.rated_objects("answers", "answer", "rank", "prompt")),
     Format(
         "UltraFeedback, completions",
-        _fields("instruction", "completions"),
-        shapes.items("completions", "response", "overall_score", "instruction", False),
+        ("instruction", "completions"),
+        parsers.rated_objects("completions", "response", "overall_score", "instruction"),
     ),
-    Format("ranked responses", _fields("responses", "ranks"), shapes.lists_of("ranks")),
-    Format("rated responses", _fields("responses", "ratings"), shapes.lists_of("ratings")),
+    Format("ranked responses", ("responses", "ranks"), parsers.rated_lists("ranks")),
+    Format("rated responses", ("responses", "ratings"), parsers.rated_lists("ratings")),
     Format(
-        "rated rows, put together by prompt",
-        _fields("prompt", "response"),
-        shapes.one_response,
-        lambda data: "helpfulness" in data or "rating" in data,
+        "rated rows, grouped by prompt",
+        ("prompt", "response"),
+        parsers.one_response,
+        any_of=("helpfulness", "rating"),
         grouped=True,
     ),
 )
-
-
-# What any format or any row may have: whatever a column can be mapped to.
-FIELDS = frozenset().union(*(format.fields for format in FORMATS)) | {
-    "prompt", "system", "system_prompt", "tools", "margin", "weight", "subset", "category_path",
-    "rating", "helpfulness", "winner", "winner_model_a", "winner_model_b", "winner_tie", "messages",
-    "score_chosen", "score_rejected",
-}  # fmt: skip
+# Fields that data.columns can map: those that some format reads.
+FIELDS = parsers.COMMON_FIELDS.union(*((*format.fields, *format.any_of, *format.optional) for format in FORMATS))
 
 
 def recognize(row: Row) -> Format:
-    """The format of a row with preferences.
+    """Return the format of a row with preferences.
 
     Raises:
-        RmtoolError: E0303 none fits.
+        RmtoolError: E0303 when it has the fields of no format.
     """
     for format in FORMATS:
         if format.fits(row.data):
             return format
     if "chosen" in row.data or "rejected" in row.data:
         missing = "rejected" if "chosen" in row.data else "chosen"
-        raise wrong(row, f'"{missing}" is missing', _shown_fields(row))
-    hint = "see the formats in the README, or map fields: --set data.columns.chosen=... data.columns.rejected=..."
-    raise wrong(row, "this is no known format of preferences", _shown_fields(row), hint)
+        raise invalid_row(row, f'"{missing}" is missing', _shown_fields(row))
+    hint = "use a format of the README, or map fields: --set data.columns.chosen=... data.columns.rejected=..."
+    raise invalid_row(row, "unknown preference format", _shown_fields(row), hint)
 
 
 def _shown_fields(row: Row) -> str:
     return f"fields {', '.join(map(repr, row.data)) or 'none'}"
 
 
-def preference_record(row: Row, reading: RowOptions = PLAIN) -> Record:
-    """The record of one row by itself, whatever its format.
+def preference_record(row: Row, options: RowOptions = PLAIN) -> Record:
+    """Return the record of a single row, in any format.
 
     Raises:
-        RmtoolError: E0303 a field is missing or of the wrong kind.
+        RmtoolError: E0303 when a field is missing or invalid.
     """
-    row = _renamed(row, reading)
-    return recognize(row).read(row, reading)
+    row = _renamed(row, options)
+    return recognize(row).parse(row, options)
 
 
 def preference_records(
-    rows: Iterable[Row], reading: RowOptions, rejects: Rejects, seen: Callable[[Format], None]
+    rows: Iterable[Row], options: RowOptions, rejects: Rejects, seen: Callable[[Format], None]
 ) -> Iterator[Record]:
-    """The records of a source, all of its first row's format; bad rows go to `rejects`.
+    """Return the records of a source, all in the format of its first row; invalid rows go to `rejects`.
 
-    `seen` is called once, with the format. Rated rows are held until the end, and come by their prompts' first row.
+    `seen` is called once, with the format. Rated rows are held until the end, and come in the order of their prompts'
+    first rows.
+
+    Raises:
+        RmtoolError: as `require_known_columns`.
     """
-    require_known_columns(reading)
+    require_known_columns(options)
     format: Format | None = None
-    alone: bool | None = None  # whether responses have no prompt, by the first row
+    no_prompts: bool | None = None  # by the first row
     singles = list[Record]()
     for row in rows:
         try:
-            row = _renamed(row, reading)
+            row = _renamed(row, options)
             if format is None:
                 format = recognize(row)
                 seen(format)
             if not format.fits(row.data):
-                format_now = recognize(row)
-                raise wrong(row, f"this row is of another format ({format_now.name}) than the first ({format.name})")
-            record = format.read(row, reading)
-            unasked = has_no_prompt(record.prompt + record.responses[0])
-            alone = unasked if alone is None else alone
-            if unasked and not alone:
-                raise wrong(row, "this row has no prompt, and the first has one")
+                what = f"row format {recognize(row).name} differs from the first row's, {format.name}"
+                raise invalid_row(row, what)
+            record = format.parse(row, options)
+            no_prompt = has_no_prompt(record.prompt + record.responses[0])
+            no_prompts = no_prompt if no_prompts is None else no_prompts
+            if no_prompt and not no_prompts:
+                raise invalid_row(row, "this row has no prompt, but the first row has one")
         except RmtoolError as error:
             rejects.add(error, row.data)
             continue
@@ -182,94 +178,89 @@ def preference_records(
             singles.append(record)
         else:
             yield record
-    yield from _grouped(singles, reading, rejects)
+    yield from _grouped(singles, options, rejects)
 
 
-def require_known_columns(reading: RowOptions) -> None:
-    """Only fields that some format reads can be mapped: another one would be lost without a word.
+def require_known_columns(options: RowOptions) -> None:
+    """Check that only fields that some format reads are mapped: others would be ignored without notice.
 
     Raises:
-        RmtoolError: E0204 nothing reads a field of that name.
+        RmtoolError: E0204 when no format reads such a field.
     """
-    for ours, _ in reading.columns:
+    for ours, _ in options.columns:
         if ours not in FIELDS:
             near = difflib.get_close_matches(ours, FIELDS, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(FIELDS))}"
-            raise RmtoolError("E0204", f"data.columns.{ours}: no format has a field {ours}", hint)
+            raise RmtoolError("E0204", f"data.columns.{ours}: unknown field {ours}", hint)
 
 
-def _grouped(singles: Sequence[Record], reading: RowOptions, rejects: Rejects) -> Iterator[Record]:
+def _grouped(singles: Sequence[Record], options: RowOptions, rejects: Rejects) -> Iterator[Record]:
+    """Make one record of the rows with the same prompt."""
     groups: dict[tuple[Messages, str], list[Record]] = {}
     for record in singles:
-        groups.setdefault((_asked(record), record.tools), []).append(record)
+        prompt = (record.prompt + record.responses[0])[:-1]
+        groups.setdefault((prompt, record.tools), []).append(record)
     for (_, tools), members in groups.items():
-        records = list(_agreeing(members, rejects))
+        records = list(_consistent(members, rejects))
         ratings = [record.margins[0] or 0.0 for record in records]
-        pairs = shapes.by_rating(ratings)
-        prompt, responses = shapes.split_shared(*(record.prompt + record.responses[0] for record in records))
-        margins = tuple(abs(ratings[a] - ratings[b]) if reading.rating_margins else None for a, b in pairs)
+        pairs = parsers.pairs_by_rating(ratings)
+        margins = parsers.margins_by_rating(ratings, pairs) if options.rating_margins else (None,) * len(pairs)
+        prompt, responses = parsers.split_prompt([record.prompt + record.responses[0] for record in records])
         first = records[0]
         row = first.row if len(records) == 1 else {"rows": [record.row for record in records]}
         places = tuple(record.place for record in records)
         yield Record(first.place, prompt, responses, pairs, margins, first.subset, first.weight, tools, row, places)
 
 
-def _agreeing(records: Sequence[Record], rejects: Rejects) -> Iterator[Record]:
-    """The first of one prompt's rows, and those that have the same weight and subset."""
+def _consistent(records: Sequence[Record], rejects: Rejects) -> Iterator[Record]:
+    """Return the first of a prompt's rows, and those with the same weight and subset."""
     first = records[0]
     for record in records:
         if (record.weight, record.subset) == (first.weight, first.subset):
             yield record
             continue
-        what = f"this row has another weight or subset than {first.place}, which has the same prompt"
-        found = f"{record.weight:g}, {record.subset}; not {first.weight:g}, {first.subset}"
-        rejects.add(RmtoolError("E0303", what, "give all rows of a prompt the same", record.place, found), record.row)
+        what = f"weight or subset differs from {first.place}, which has the same prompt"
+        found = f"{record.weight:g}, {record.subset} (there: {first.weight:g}, {first.subset})"
+        hint = "use the same weight and subset in all rows of a prompt"
+        rejects.add(RmtoolError("E0303", what, hint, record.place, found), record.row)
 
 
-def _asked(record: Record) -> Messages:
-    """All messages but the last."""
-    return (record.prompt + record.responses[0])[:-1]
-
-
-def _renamed(row: Row, reading: RowOptions) -> Row:
-    """The row with our names for the source's fields."""
-    if not reading.columns:
+def _renamed(row: Row, options: RowOptions) -> Row:
+    """Return the row with our field names in place of the source's."""
+    if not options.columns:
         return row
     data = dict(row.data)
-    for _, theirs in reading.columns:
+    for _, theirs in options.columns:
         data.pop(theirs, None)
-    for ours, theirs in reading.columns:
+    for ours, theirs in options.columns:
         value: Any = row.data
         for part in theirs.split("."):
             if not isinstance(value, dict) or part not in value:
-                raise wrong(row, f'"{theirs}", which data.columns.{ours} names, is missing', _shown_fields(row))
+                hint = f"set data.columns.{ours} to a field of this row"
+                raise invalid_row(row, f'"{theirs}" is missing (data.columns.{ours})', _shown_fields(row), hint)
             value = value[part]
         data[ours] = value
     return Row(row.place, data)
 
 
-# ---------------------------------------------------------------------------------------------------- to score
+# ------------------------------------------------------------------------------------------------ rows to score
 
 
 def score_record(row: Row) -> Record:
-    """The record of a row with `response`, `responses` or `messages`.
+    """Return the record of a row with `response`, `responses` or `messages`.
 
     Raises:
-        RmtoolError: E0303 a field is missing or of the wrong kind.
+        RmtoolError: E0303 when a field is missing or invalid.
     """
-    data = row.data
-    taken = [name for name in ("reward", "rewards", "best") if name in data]
-    if taken:
-        hint = "rename or remove that field; it would be overwritten"
-        raise wrong(row, f'the row already has "{taken[0]}"', hint=hint)
-    if "responses" in data:
-        start = shapes.whole_prompt(row)
-        values = enumerate(shapes.listed(row, "responses"))
-        conversations = [conversation(row, start, value, f"responses[{at}]") for at, value in values]
-    elif "response" in data:
-        conversations = [conversation(row, shapes.whole_prompt(row), data["response"], "response")]
-    elif "messages" in data:
-        conversations = [conversation(row, (), shapes.listed(row, "messages"), "messages")]
-    else:
-        raise wrong(row, 'there is no "response", "responses" or "messages"', _shown_fields(row))
-    return shapes.record_of(row, conversations, [])
+    for name in ("reward", "rewards", "best"):
+        if name in row.data:
+            hint = "rename or remove this field; the output has its own"
+            raise invalid_row(row, f'the row already has "{name}"', hint=hint)
+    if "responses" in row.data:
+        return parsers.record_of(row, parsers.full_prompt(row), parsers.items_of(row, "responses"))
+    if "response" in row.data:
+        return parsers.record_of(row, parsers.full_prompt(row), {"response": row.data["response"]})
+    if "messages" in row.data:
+        parsers.items_of(row, "messages")
+        return parsers.record_of(row, (), {"messages": row.data["messages"]})
+    raise invalid_row(row, '"response", "responses" or "messages" is missing', _shown_fields(row))

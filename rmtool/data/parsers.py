@@ -1,6 +1,6 @@
-"""How each format's rows are read: its fields, and what they mean.
+"""Parsers: from the fields of a row to its record, one for each kind of format.
 
-In: a `Row` that a format has recognized. Out: a `Record`, or an error with the path of the field that is wrong.
+In: a `Row` that a format has recognized. Out: a `Record`, or an error with the path of the invalid field.
 Cost: string work only.
 """
 
@@ -9,67 +9,78 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rmtool.data.messages import Message, Messages, conversation, prompt_of, wrong
-from rmtool.data.record import Pairs, Record, RowOptions
+from rmtool.data.record import Message, Messages, Pairs, Record, RowOptions, conversation, invalid_row, prompt_of
 from rmtool.data.rows import Row, json_kind
+
+Parser = Callable[[Row, RowOptions], Record]
+
+COMMON_FIELDS = frozenset({"prompt", "system", "system_prompt", "tools", "margin", "weight", "subset"})
 
 # ------------------------------------------------------------------------------------------------ a row's parts
 
 
-def record_of(row: Row, conversations: Sequence[Messages], pairs: Iterable[tuple[int, int]], **more: Any) -> Record:
-    """The record of whole conversations, with the fields that all formats may have; `more` overrides them."""
-    prompt, responses = split_shared(*conversations)
+def record_of(
+    row: Row, prompt: Messages, values: Mapping[str, Any], pairs: Iterable[tuple[int, int]] = (), **more: Any
+) -> Record:
+    """Return the record of a prompt and the responses in `values`, by their path in the row, with the fields that all
+    formats may have; `more` overrides them.
+
+    Raises:
+        RmtoolError: E0303 when a response or field is invalid.
+    """
+    prompt, responses = split_prompt([conversation(row, prompt, value, name) for name, value in values.items()])
     pairs = tuple(pairs)
     margins = (_number(row, "margin"),) * len(pairs)
     record = Record(row.place, prompt, responses, pairs, margins, _subset(row), _weight(row), _tools(row), row.data)
     return replace(record, **more) if more else record
 
 
-def split_shared(*conversations: Messages) -> tuple[Messages, tuple[Messages, ...]]:
-    """The longest common run of messages, and what follows it in each; every response keeps its last message."""
-    limit = min(len(messages) for messages in conversations) - 1
-    shared = 0
-    first = conversations[0]
-    while shared < limit and all(messages[shared] == first[shared] for messages in conversations):
-        shared += 1
-    return conversations[0][:shared], tuple(messages[shared:] for messages in conversations)
+def split_prompt(conversations: Sequence[Messages]) -> tuple[Messages, tuple[Messages, ...]]:
+    """Split conversations into their common prompt and their responses, of at least one message each."""
+    turns = zip(*(messages[:-1] for messages in conversations), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda turn: len(set(turn)) == 1, turns))
+    return conversations[0][:common], tuple(messages[common:] for messages in conversations)
 
 
-def whole_prompt(row: Row, name: str = "prompt") -> Messages:
-    """The prompt, the row's system prompt before it."""
+def full_prompt(row: Row, name: str = "prompt") -> Messages:
+    """Return the row's system prompt and its prompt.
+
+    Raises:
+        RmtoolError: E0303 when one of them is invalid, or there are two system prompts.
+    """
     prompt, system = prompt_of(row, name), row.data.get("system") or row.data.get("system_prompt")
     if not system:
         return prompt
     if not isinstance(system, str):
-        raise wrong(row, '"system" is a string', json_kind(system))
+        raise invalid_row(row, '"system" must be a string', json_kind(system))
     if prompt and prompt[0].role == "system":
-        raise wrong(row, 'there is a "system" and a system message in the prompt', hint="keep one of the two")
+        raise invalid_row(row, 'both "system" and the prompt contain a system message', hint="keep one of the two")
     return (Message("system", system), *prompt)
 
 
 def _tools(row: Row) -> str:
-    """A list of tools, or JSON of one, as Hub datasets store it."""
+    """Return JSON of the tools: a list, or JSON of one, as Hub datasets store it."""
     tools = row.data.get("tools")
     if isinstance(tools, str) and tools:
         tools = _inner_json(tools)
         if tools is None:
-            raise wrong(row, '"tools" is a list, or JSON of one', "other text")
+            raise invalid_row(row, '"tools" must be a list, or JSON of one', "other text")
     if not tools:
         return ""
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise wrong(row, '"tools" is a list of objects', json_kind(tools))
+        raise invalid_row(row, '"tools" must be a list of objects', json_kind(tools))
     return json.dumps(tools, ensure_ascii=False)
 
 
 def _inner_json(text: str) -> Any:
-    """What JSON in a field says; None where it is none that we would read in a row."""
+    """Parse JSON inside a field; None if it is not valid, or has an unpaired surrogate."""
     try:
         value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no character
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
         return None
     return value
@@ -80,41 +91,52 @@ def _number(row: Row, name: str, value: Any = None) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise wrong(row, f'"{name}" is a finite number', repr(value))
+        raise invalid_row(row, f'"{name}" must be a finite number', repr(value))
     return float(value)
+
+
+def _required_number(row: Row, name: str, value: Any = None) -> float:
+    number = _number(row, name, value)
+    if number is None:
+        raise invalid_row(row, f'"{name}" must be a finite number', "null")
+    return number
 
 
 def _weight(row: Row) -> float:
     weight = _number(row, "weight")
     if weight is not None and weight < 0:
-        raise wrong(row, '"weight" is at least 0', repr(weight))
+        raise invalid_row(row, '"weight" must be at least 0', repr(weight))
     return 1.0 if weight is None else weight
 
 
 def _subset(row: Row) -> str | None:
     value = row.data.get("subset")
     if value is not None and not isinstance(value, str):
-        raise wrong(row, '"subset" is a string', json_kind(value))
+        raise invalid_row(row, '"subset" must be a string', json_kind(value))
     return value
 
 
-def _one_of(row: Row, name: str, known: Iterable[Any]) -> Any:
+def _one_of(row: Row, name: str, allowed: Collection[Any]) -> Any:
     value = row.data.get(name)
-    known = list(known)
-    if isinstance(value, bool) or value not in known:
-        raise wrong(row, f'"{name}" is one of {", ".join(map(str, known))}', repr(value))
+    if isinstance(value, bool) or value not in list(allowed):
+        raise invalid_row(row, f'"{name}" must be one of {", ".join(map(str, allowed))}', repr(value))
     return value
 
 
-def listed(row: Row, name: str) -> list[Any]:
+def items_of(row: Row, name: str) -> dict[str, Any]:
+    """Return the items of a list by their paths.
+
+    Raises:
+        RmtoolError: E0303 when it is not a list, or empty.
+    """
     value = row.data.get(name)
     if not isinstance(value, list) or not value:
-        raise wrong(row, f'"{name}" is a list with at least one item', json_kind(value) if value != [] else "none")
-    return value
+        raise invalid_row(row, f'"{name}" must be a non-empty list', json_kind(value) if value != [] else "[]")
+    return {f"{name}[{at}]": item for at, item in enumerate(value)}
 
 
-def by_rating(ratings: Sequence[float]) -> Pairs:
-    """(winner, loser) of all two responses with different ratings, the higher one the winner."""
+def pairs_by_rating(ratings: Sequence[float]) -> Pairs:
+    """Return (chosen, rejected) for any two responses with different ratings; the higher one is chosen."""
     return tuple(
         (a, b) if ratings[a] > ratings[b] else (b, a)
         for a, b in itertools.combinations(range(len(ratings)), 2)
@@ -122,178 +144,156 @@ def by_rating(ratings: Sequence[float]) -> Pairs:
     )
 
 
-def _rated(
-    row: Row, conversations: Sequence[Messages], ratings: Sequence[float], reading: RowOptions, ranks: bool = False
-) -> Record:
-    """All pairs of responses that are rated, or ranked (a smaller number is better)."""
-    pairs = by_rating([-rating for rating in ratings] if ranks else ratings)
-    if not reading.rating_margins:
-        return record_of(row, conversations, pairs)
-    return record_of(row, conversations, pairs, margins=tuple(abs(ratings[a] - ratings[b]) for a, b in pairs))
+def margins_by_rating(ratings: Sequence[float], pairs: Pairs) -> tuple[float, ...]:
+    """Return the differences of the ratings of pairs."""
+    return tuple(abs(ratings[a] - ratings[b]) for a, b in pairs)
 
 
-# ------------------------------------------------------------------------------------------------- the formats
+# ------------------------------------------------------------------------------------------------- the parsers
 
 
-def pair(row: Row, reading: RowOptions) -> Record:
-    prompt, names = whole_prompt(row), ("chosen", "rejected")
-    margins = _score_margin(row) if reading.rating_margins else {}
-    return record_of(row, [conversation(row, prompt, row.data[name], name) for name in names], [(0, 1)], **margins)
+def pair(row: Row, options: RowOptions) -> Record:
+    """Parse one `chosen` and one `rejected` response."""
+    more = _score_margin(row) if options.rating_margins else {}
+    values = {name: row.data[name] for name in ("chosen", "rejected")}
+    return record_of(row, full_prompt(row), values, [(0, 1)], **more)
 
 
 def _score_margin(row: Row) -> dict[str, Any]:
-    """The margin that score_chosen and score_rejected give, as UltraFeedback binarized has them."""
+    """Return the margin by score_chosen and score_rejected, as UltraFeedback binarized has them."""
     names = ("score_chosen", "score_rejected")
     chosen, rejected = (_number(row, name) for name in names)
     if chosen is None and rejected is None:
         return {}
     if chosen is None or rejected is None:
-        raise wrong(row, f'"{names[chosen is not None]}" is missing, and data.rating_margins asks for the difference')
+        raise invalid_row(row, f'"{names[chosen is not None]}" is missing, but data.rating_margins needs both scores')
     if chosen < rejected:
-        what = '"score_chosen" is below "score_rejected", and data.rating_margins makes their difference the margin'
-        raise wrong(row, what, f"{chosen:g} and {rejected:g}")
+        what = '"score_chosen" must not be below "score_rejected" with data.rating_margins'
+        raise invalid_row(row, what, f"{chosen:g} and {rejected:g}")
     return {"margins": (chosen - rejected,)}
 
 
-def lists(row: Row, reading: RowOptions) -> Record:
-    prompt, conversations = whole_prompt(row), list[Messages]()
-    for name in ("chosen", "rejected"):
-        conversations += [
-            conversation(row, prompt, value, f"{name}[{at}]") for at, value in enumerate(listed(row, name))
-        ]
-    good = range(len(row.data["chosen"]))
-    return record_of(row, conversations, itertools.product(good, range(len(good), len(conversations))))
+def lists(row: Row, options: RowOptions) -> Record:
+    """Parse lists of `chosen` and `rejected` responses: each of one is preferred to each of the other."""
+    chosen, rejected = items_of(row, "chosen"), items_of(row, "rejected")
+    pairs = itertools.product(range(len(chosen)), range(len(chosen), len(chosen) + len(rejected)))
+    return record_of(row, full_prompt(row), chosen | rejected, pairs)
 
 
-def rmb(row: Row, reading: RowOptions) -> Record:
-    best, worse = ("chosen", "reject") if "chosen" in row.data else ("bon_best", "loser_list")
-    prompt = whole_prompt(row, "conversation_input")
-    losers = row.data[worse] if worse == "loser_list" else [row.data[worse]]
-    if not isinstance(losers, list) or not losers:
-        raise wrong(row, f'"{worse}" is a list with at least one item', json_kind(losers))
-    conversations = []
-    for name, item in ((best, row.data[best]), *((f"{worse}[{at}]", item) for at, item in enumerate(losers))):
-        if not isinstance(item, dict) or not isinstance(item.get("answer"), str):
-            raise wrong(row, f'"{name}" is an object with an "answer"', json_kind(item))
-        conversations.append(conversation(row, prompt, item["answer"], name))
-    path = row.data.get("category_path")
-    subset = {"subset": path} if isinstance(path, str) and "subset" not in row.data else {}
-    return record_of(row, conversations, [(0, at) for at in range(1, len(conversations))], **subset)
+def rmb(best: str, worse: str) -> Parser:
+    """Return a parser of RMB: one best response, and one or a list of others, all objects with an `answer`."""
+
+    def parse(row: Row, options: RowOptions) -> Record:
+        others = items_of(row, worse) if worse == "loser_list" else {worse: row.data[worse]}
+        values = {best: row.data[best]} | others
+        for name, item in values.items():
+            if not isinstance(item, dict) or not isinstance(item.get("answer"), str):
+                raise invalid_row(row, f'"{name}" must be an object with an "answer"', json_kind(item))
+            values[name] = item["answer"]
+        category = row.data.get("category_path")
+        more = {"subset": category} if isinstance(category, str) and "subset" not in row.data else {}
+        pairs = [(0, at) for at in range(1, len(values))]
+        return record_of(row, full_prompt(row, "conversation_input"), values, pairs, **more)
+
+    return parse
 
 
 def two_responses(
-    prompt: str, names: tuple[str, str], better: Callable[[Row], float]
-) -> Callable[[Row, RowOptions], Record]:
-    """A format with two responses; `better` is below 0 where the first is preferred, 0 where they are tied."""
+    prompt: str, names: tuple[str, str], label: str, preferences: Mapping[Any, float] | None = None
+) -> Parser:
+    """Return a parser of two responses. `preferences` maps values of `label` to a number: below 0 the first response is
+    preferred, at 0 they are tied; without it, the label is that number.
+    """
 
-    def read(row: Row, reading: RowOptions) -> Record:
-        start, side = whole_prompt(row, prompt), better(row)
-        conversations = [conversation(row, start, row.data[name], name) for name in names]
-        pairs = [] if side == 0 else [(0, 1) if side < 0 else (1, 0)]
-        margins = {"margins": (abs(side),) * len(pairs)} if reading.rating_margins else {}
-        return record_of(row, conversations, pairs, **margins)
+    def parse(row: Row, options: RowOptions) -> Record:
+        preference = preferences[_one_of(row, label, preferences)] if preferences else _required_number(row, label)
+        pairs = [] if preference == 0 else [(0, 1) if preference < 0 else (1, 0)]
+        more = {"margins": (abs(preference),) * len(pairs)} if options.rating_margins else {}
+        return record_of(row, full_prompt(row, prompt), {name: row.data[name] for name in names}, pairs, **more)
 
-    return read
-
-
-def strength(name: str) -> Callable[[Row], float]:
-    def better(row: Row) -> float:
-        value = _number(row, name)
-        if value is None:
-            raise wrong(row, f'"{name}" is a number', "null")
-        return value
-
-    return better
+    return parse
 
 
-def safe_rlhf_winner(row: Row) -> float:
-    return -1 if _one_of(row, "better_response_id", (0, 1)) == 0 else 1
+ARENA_WINNERS = {"model_a": -1, "model_b": 1, "tie": 0, "tie (bothbad)": 0, "both_bad": 0}
 
 
-_WINNERS = {"model_a": -1, "model_b": 1, "tie": 0, "tie (bothbad)": 0, "both_bad": 0}
-
-
-def arena_winner(row: Row) -> float:
-    if "winner" in row.data:
-        return _WINNERS[_one_of(row, "winner", _WINNERS)]
-    names = {"winner_model_a": -1, "winner_model_b": 1, "winner_tie": 0}
-    chosen = [side for name, side in names.items() if _one_of(row, name, (0, 1)) == 1]
-    if len(chosen) != 1:
-        raise wrong(row, f"exactly one of {', '.join(names)} is 1", f"{len(chosen)} of them")
-    return chosen[0]
-
-
-def judge_label(row: Row) -> float:
-    return -1 if _one_of(row, "label", ("A>B", "B>A")) == "A>B" else 1
-
-
-def arena_responses(row: Row, reading: RowOptions) -> Record:
-    """Prompt and responses are strings, or JSON lists with one string per turn."""
+def arena_responses(row: Row, options: RowOptions) -> Record:
+    """Parse Chatbot Arena responses: strings, or JSON lists with one string per turn, as the prompt."""
     turns = {name: _turns(row, name) for name in ("prompt", "response_a", "response_b")}
     if len({len(texts) for texts in turns.values()}) != 1:
-        raise wrong(row, "prompt, response_a and response_b have equally many turns")
-    plain = {}
+        found = ", ".join(str(len(texts)) for texts in turns.values())
+        raise invalid_row(row, "prompt, response_a and response_b must have the same number of turns", found)
+    data = {**row.data, "prompt": None, "winner": _arena_winner(row)}
     for name in ("response_a", "response_b"):
-        said = zip(turns["prompt"], turns[name], strict=True)
-        plain[name] = [
-            {"role": role, "content": text}
-            for turn in said
-            for role, text in zip(("user", "assistant"), turn, strict=True)
-        ]
-    changed = Row(row.place, {**row.data, "prompt": None, **plain})
-    return two_responses("prompt", ("response_a", "response_b"), arena_winner)(changed, reading)
+        texts = itertools.chain.from_iterable(zip(turns["prompt"], turns[name], strict=True))
+        roles = itertools.cycle(("user", "assistant"))
+        data[name] = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    parse = two_responses("prompt", ("response_a", "response_b"), "winner", ARENA_WINNERS)
+    return replace(parse(Row(row.place, data), options), row=row.data)
+
+
+def _arena_winner(row: Row) -> Any:
+    """Return `winner`, or what says the same: winner_model_a, winner_model_b or winner_tie is 1."""
+    if "winner" in row.data:
+        return row.data["winner"]
+    names = ("winner_model_a", "winner_model_b", "winner_tie")
+    winners = [name for name in names if _one_of(row, name, (0, 1)) == 1]
+    if len(winners) != 1:
+        raise invalid_row(row, f"exactly one of {', '.join(names)} must be 1", f"{len(winners)} of them")
+    return winners[0].removeprefix("winner_")
 
 
 def _turns(row: Row, name: str) -> list[str]:
     value = row.data[name]
-    if isinstance(value, str) and value.startswith("["):
-        value = _inner_json(value)
-        if value is None:
-            return [row.data[name]]
-    value = [value] if isinstance(value, str) else value
+    if isinstance(value, str):
+        turns = _inner_json(value) if value.startswith("[") else None
+        value = [value] if turns is None else turns
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise wrong(row, f'"{name}" is a string, or a list of one per turn', json_kind(value))
+        raise invalid_row(row, f'"{name}" must be a string, or a list of strings, one per turn', json_kind(value))
     return value
 
 
-def items(name: str, text: str, rating: str, prompt: str, ranks: bool) -> Callable[[Row, RowOptions], Record]:
-    """A list of objects, each with a response and its rating or rank."""
+def rated_objects(name: str, text: str, rating: str, prompt: str) -> Parser:
+    """Return a parser of a list `name` of objects, each with a response and its rating or rank."""
 
-    def read(row: Row, reading: RowOptions) -> Record:
-        start, conversations, ratings = whole_prompt(row, prompt), list[Messages](), list[float]()
-        for at, item in enumerate(listed(row, name)):
+    def parse(row: Row, options: RowOptions) -> Record:
+        values, ratings = {}, []
+        for path, item in items_of(row, name).items():
             if not isinstance(item, dict) or text not in item:
-                raise wrong(row, f'{name}[{at}] is an object with a "{text}"', json_kind(item))
-            value = _number(row, f"{name}[{at}].{rating}", item.get(rating))
-            if value is None:
-                raise wrong(row, f"{name}[{at}].{rating} is missing")
-            conversations.append(conversation(row, start, item[text], f"{name}[{at}].{text}"))
-            ratings.append(value)
-        return _rated(row, conversations, ratings, reading, ranks)
+                raise invalid_row(row, f'{path} must be an object with a "{text}"', json_kind(item))
+            if item.get(rating) is None:
+                raise invalid_row(row, f"{path}.{rating} is missing")
+            ratings.append(_required_number(row, f"{path}.{rating}", item[rating]))
+            values[f"{path}.{text}"] = item[text]
+        return _rated(row, full_prompt(row, prompt), values, rating, ratings, options)
 
-    return read
+    return parse
 
 
-def lists_of(ratings: str) -> Callable[[Row, RowOptions], Record]:
-    def read(row: Row, reading: RowOptions) -> Record:
-        responses, values = listed(row, "responses"), listed(row, ratings)
+def rated_lists(rating: str) -> Parser:
+    """Return a parser of two lists: `responses`, and their ratings or ranks."""
+
+    def parse(row: Row, options: RowOptions) -> Record:
+        responses, values = items_of(row, "responses"), items_of(row, rating)
         if len(responses) != len(values):
-            raise wrong(row, f'"responses" and "{ratings}" have equally many items', f"{len(responses)}, {len(values)}")
-        numbers = [_number(row, f"{ratings}[{at}]", value) for at, value in enumerate(values)]
-        if None in numbers:
-            raise wrong(row, f"{ratings}[{numbers.index(None)}] is a finite number", "null")
-        start = whole_prompt(row)
-        conversations = [conversation(row, start, value, f"responses[{at}]") for at, value in enumerate(responses)]
-        return _rated(row, conversations, [n for n in numbers if n is not None], reading, ranks=ratings == "ranks")
+            found = f"{len(responses)}, {len(values)}"
+            raise invalid_row(row, f'"responses" and "{rating}" must have the same length', found)
+        ratings = [_required_number(row, path, value) for path, value in values.items()]
+        return _rated(row, full_prompt(row), responses, rating, ratings, options)
 
-    return read
+    return parse
 
 
-def one_response(row: Row, reading: RowOptions) -> Record:
-    """One of the rows that `grouped` puts together; its rating waits in `margins`."""
-    name = "rating" if "rating" in row.data else "helpfulness"
-    rating = _number(row, name)
-    if rating is None:
-        raise wrong(row, f'"{name}" is a number', "null")
-    start = whole_prompt(row)
-    return record_of(row, [conversation(row, start, row.data["response"], "response")], [], margins=(rating,))
+def _rated(
+    row: Row, prompt: Messages, values: Mapping[str, Any], rating: str, ratings: Sequence[float], options: RowOptions
+) -> Record:
+    """Return the record of rated or ranked responses (rank 1 is the best), with all their pairs."""
+    pairs = pairs_by_rating([-rank for rank in ratings] if rating in ("rank", "ranks") else ratings)
+    more = {"margins": margins_by_rating(ratings, pairs)} if options.rating_margins else {}
+    return record_of(row, prompt, values, pairs, **more)
+
+
+def one_response(row: Row, options: RowOptions) -> Record:
+    """Parse a row with one rated response, to be grouped by prompt; the rating is in `margins` until then."""
+    rating = _required_number(row, "rating" if "rating" in row.data else "helpfulness")
+    return record_of(row, full_prompt(row), {"response": row.data["response"]}, margins=(rating,))

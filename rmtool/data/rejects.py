@@ -1,8 +1,8 @@
-"""Rows that cannot be used: counted, the first of them listed, and where it is allowed set aside in a file.
+"""Invalid rows: counted, listed in one error, and skipped where that is allowed.
 
-In: an error per bad row, whoever finds it: reader, format or encoder. Out: one error that lists them, or a JSONL file
-with each row, its place and the reason.
-Cost: the first LISTED errors are held; with a file, one line of it per row.
+In: an error per invalid row, from the reader, the parsers or the encoder. Out: one error that lists them, or a JSONL
+file with each row, its place and the reason.
+Cost: the first LISTED errors are held in memory; with a file, one line of it per row.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from rmtool.errors import RmtoolError
 LISTED = 20
 REJECTS_FILE = "rejects.jsonl"  # in a run folder
 _ROWS = "E03"  # ids of errors in the data
-_WRITTEN = re.compile(rb'\{"code": "E03\d\d", "file": ')  # how a file of set aside rows begins
+_WRITTEN = re.compile(rb'\{"code": "E03\d\d", "file": ')  # how a file of skipped rows begins
 
 
 class Rejects:
-    """Use as a context where there is a file.
+    """Collector of invalid rows. Use it as a context manager if there is a file.
 
     Args:
-        path: rows are set aside there, and the work goes on; None: `raise_if_any` raises.
+        path: invalid rows are skipped and written there; None: `raise_if_any` raises.
     """
 
     def __init__(self, path: Path | None = None):
@@ -43,10 +43,10 @@ class Rejects:
             self._file.close()
 
     def add(self, error: RmtoolError, row: Any = None) -> None:
-        """Count a bad row; `row` is what could be read of it.
+        """Count an invalid row; `row` is what could be parsed of it.
 
         Raises:
-            RmtoolError: `error` itself if it is about no row, E0501 the file cannot be written.
+            RmtoolError: `error` itself when it is not about a row, E0501 when the file cannot be written.
         """
         if not error.id.startswith(_ROWS) or error.place is None:
             raise error
@@ -57,36 +57,35 @@ class Rejects:
             self._write(self.path, error, row)
 
     def _write(self, path: Path, error: RmtoolError, row: Any) -> None:
-        known = {"file", "line", "column", "found"}
-        about = {name: value for name, value in error.as_dict().items() if name in known and value is not None}
-        line = {"code": error.id, **about, "reason": error.what, "row": row}
+        about = {name: value for name, value in error.as_dict().items() if name in ("file", "line", "column", "found")}
+        known = {name: value for name, value in about.items() if value is not None}
+        line = {"code": error.id, **known, "reason": error.what, "row": row}
         try:
             if self._file is None:
                 self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
             self._file.write(json.dumps(line, ensure_ascii=True, default=str) + "\n")
             self._file.flush()
         except OSError as failed:
-            raise RmtoolError(
-                "E0501", f"{path} cannot be written: {failed.strerror}", "free or change the disk"
-            ) from failed
+            hint = "free disk space, or check the permissions of its folder"
+            raise RmtoolError("E0501", f"cannot write {path}: {failed.strerror}", hint) from failed
 
     def raise_if_any(self) -> None:
-        """Raise what was found, unless it was set aside.
+        """Raise the errors of invalid rows, unless they are skipped.
 
         Raises:
-            RmtoolError: the one bad row's error, or one that lists the first LISTED of them.
+            RmtoolError: the error of the only invalid row, or one that lists the first LISTED of them.
         """
         if self.path or not self.count:
             return
-        # Whoever finds a bad row may be ahead of another in the file.
+        # Readers are ahead of encoders in the file.
         self._listed.sort(key=lambda error: (error.place.file, error.place.line or 0) if error.place else ("", 0))
         first = self._listed[0]
         if self.count == 1:
             raise first
         raise RmtoolError(
             first.id,
-            f"{self.count:,} rows cannot be used",
-            "mend or remove them, or set them aside: --on-bad-row skip",
+            f"{self.count:,} invalid rows",
+            "fix or remove them, or pass --on-bad-row skip",
             first.place,
             rows=tuple(f"{error.place}: {error.what}{_found(error)}" for error in self._listed),
             more=self.count - len(self._listed),
@@ -94,29 +93,29 @@ class Rejects:
 
 
 def require_free(path: Path, inputs: Iterable[str]) -> None:
-    """See that bad rows can be set aside in `path` and nothing is lost but what an earlier command set aside there.
+    """Check that skipped rows can be written to `path`: it does not exist, or an earlier command wrote them there.
 
     Raises:
-        RmtoolError: E0601 it is one of the inputs, or holds something else.
+        RmtoolError: E0501 when it cannot be read, E0601 when it is one of the inputs or contains something else.
     """
     if not os.path.exists(path):
         return
     if any(os.path.exists(name) and os.path.samefile(path, name) for name in inputs):
-        raise RmtoolError("E0601", f"bad rows are set aside in {path}, and it is an input", "rename the input")
-    if not _is_rejects(path):
-        what = f"bad rows are set aside in {path}, and it is there already with something else in it"
+        raise RmtoolError("E0601", f"skipped rows are written to {path}, but it is an input", "rename the input")
+    if not _has_skipped_rows(path):
+        what = f"skipped rows are written to {path}, but it contains something else"
         raise RmtoolError("E0601", what, "move or rename that file")
 
 
-def _is_rejects(path: Path) -> bool:
-    """Whether it is a file of rows that were set aside, or an empty one."""
+def _has_skipped_rows(path: Path) -> bool:
+    """Return whether it is a file of skipped rows, or an empty one."""
     if not path.is_file():
         return False
     try:
         with open(path, "rb") as file:
             start = file.read(64)
     except OSError as error:
-        raise RmtoolError("E0501", f"{path} cannot be read: {error.strerror}", "move or rename that file") from error
+        raise RmtoolError("E0501", f"cannot read {path}: {error.strerror}", "move or rename that file") from error
     return not start or _WRITTEN.match(start) is not None
 
 

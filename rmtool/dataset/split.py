@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from rmtool.config import DataConfig, Recipe, Source
-from rmtool.data.messages import Message
-from rmtool.data.record import PairMetadata, RowOptions
+from rmtool.data.record import Message, PairMetadata, RowOptions
 from rmtool.data.rejects import Rejects
 from rmtool.data.sources import RecordSubset, SourceCount, select
 from rmtool.dataset import cache

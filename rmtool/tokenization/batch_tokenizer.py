@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from rmtool.data.messages import Message, Messages
+from rmtool.data.record import Message, Messages
 from rmtool.tokenization.response_group import Ids, common_prefix
 
 Result = Ids | Exception  # jinja2.TemplateError, or ValueError where text cannot be distinguished from a control token

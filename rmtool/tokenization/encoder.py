@@ -19,8 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from rmtool.data.messages import Message, Messages
-from rmtool.data.record import Record
+from rmtool.data.record import Message, Messages, Record
 from rmtool.errors import Place, RmtoolError
 from rmtool.tokenization.batch_tokenizer import BatchTokenizer, Conversation, Result
 from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group, shared_ids

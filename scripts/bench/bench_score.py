@@ -316,7 +316,7 @@ def fill_up(groups: dict[Any, list[Any]], count: int, rng: random.Random) -> Ite
 def read_answers(source: Path) -> Iterator[tuple[Any, list[Any]]]:
     """(prompt, answers) of preference rows, or of all files of RMB's folder, both as messages."""
     from rmtool.data.formats import preference_record
-    from rmtool.data.messages import Message
+    from rmtool.data.record import Message
     from rmtool.data.rows import read_rows
 
     if not source.is_dir():

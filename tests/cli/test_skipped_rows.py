@@ -1,4 +1,4 @@
-"""Bad rows through the commands: listed and refused, or set aside; and what does not change a reward."""
+"""Invalid rows through the commands: an error that lists them, or skipped; and what does not change a reward."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rmtool.checkpoint import MANIFEST
 from rmtool.dataset.report import LENGTHS_FILE, REPORT_FILE
 
 
-def with_bad_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Line 2 is cut, line 4 has a response that is empty, line 6 is of the wrong kind."""
+def with_invalid_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Line 2 is truncated, line 4 has an empty response, line 6 is not an object."""
     lines = [json.dumps(row) for row in rows]
     lines[1] = lines[1][:20]
     lines[3] = json.dumps(rows[3] | {"response": " ", "chosen": " "})
@@ -29,29 +29,29 @@ RATED = {"score_chosen": 2, "score_rejected": 1}
 ROWS = [{"prompt": row["prompt"], "response": row["chosen"]} for row in pair_rows(8)]
 
 
-def test_score_lists_all_bad_rows_and_writes_nothing(rmtool: Any, model: Path, tmp_path: Path) -> None:
-    source = with_bad_rows(tmp_path / "r.jsonl", ROWS)
+def test_score_lists_all_invalid_rows_and_writes_nothing(rmtool: Any, model: Path, tmp_path: Path) -> None:
+    source = with_invalid_rows(tmp_path / "r.jsonl", ROWS)
     shown = rmtool("score", source, "--model", model)
     assert (shown.code, shown.error) == (3, "E0301")
-    assert "3 rows cannot be used" in shown.err
+    assert "3 invalid rows" in shown.err
     assert all(f"--> {source}:{line}" in shown.err for line in (2, 4, 6))
     assert not (tmp_path / "r.scored.jsonl").exists()
 
 
-def test_score_sets_bad_rows_aside_and_scores_the_others(rmtool: Any, model: Path, tmp_path: Path) -> None:
-    source = with_bad_rows(tmp_path / "r.jsonl", ROWS)
+def test_score_skips_invalid_rows_and_scores_the_others(rmtool: Any, model: Path, tmp_path: Path) -> None:
+    source = with_invalid_rows(tmp_path / "r.jsonl", ROWS)
     shown = rmtool("score", source, "--model", model, "--on-bad-row", "skip", "--json")
     assert shown.code == 1
     assert json.loads(shown.out)["skipped_rows"] == 3
-    aside = sorted(scored(tmp_path / "r.scored.rejects.jsonl"), key=lambda row: row["line"])
-    assert [(row["line"], row["code"]) for row in aside] == [(2, "E0301"), (4, "E0306"), (6, "E0301")]
+    skipped = sorted(scored(tmp_path / "r.scored.rejects.jsonl"), key=lambda row: row["line"])
+    assert [(row["line"], row["code"]) for row in skipped] == [(2, "E0301"), (4, "E0306"), (6, "E0301")]
     clean = write_jsonl(tmp_path / "clean.jsonl", [ROWS[at] for at in (0, 2, 4, 6, 7)])
     assert rmtool("score", clean, "--model", model).code == 0
     assert scored(tmp_path / "r.scored.jsonl") == scored(tmp_path / "clean.scored.jsonl")
 
 
-def test_eval_sets_bad_rows_aside(rmtool: Any, model: Path, tmp_path: Path) -> None:
-    source = with_bad_rows(tmp_path / "pairs.jsonl", pair_rows(8))
+def test_eval_skips_invalid_rows(rmtool: Any, model: Path, tmp_path: Path) -> None:
+    source = with_invalid_rows(tmp_path / "pairs.jsonl", pair_rows(8))
     assert rmtool("eval", model, "--data", source).code == 3
     shown = rmtool("eval", model, "--data", source, "--on-bad-row", "skip", "--json")
     assert shown.code == 1
@@ -62,15 +62,15 @@ def test_eval_sets_bad_rows_aside(rmtool: Any, model: Path, tmp_path: Path) -> N
 
 def test_eval_reads_other_formats_and_names(rmtool: Any, model: Path, tmp_path: Path) -> None:
     pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in pair_rows(6)]
-    shapes = {
+    formats = {
         "plain": lambda q, good, bad: {"prompt": q, "chosen": good, "rejected": bad},
         "judge": lambda q, good, bad: {"question": q, "response_A": bad, "response_B": good, "label": "B>A"},
         "mine": lambda q, good, bad: {"q": q, "good": good, "bad": bad},
     }
     columns = ("--column", "prompt=q", "--column", "chosen=good", "--column", "rejected=bad")
     results = []
-    for name, shape in shapes.items():
-        source = write_jsonl(tmp_path / f"{name}.jsonl", [shape(*pair) for pair in pairs])
+    for name, make in formats.items():
+        source = write_jsonl(tmp_path / f"{name}.jsonl", [make(*pair) for pair in pairs])
         more = columns if name == "mine" else ()
         shown = rmtool("eval", model, "--data", source, "--samples", 0, "--json", *more)
         assert shown.code == 0, shown.err
@@ -79,7 +79,7 @@ def test_eval_reads_other_formats_and_names(rmtool: Any, model: Path, tmp_path: 
     assert results[2] == pytest.approx(results[0])
 
 
-def test_order_packing_line_ends_and_gzip_change_no_reward(rmtool: Any, model: Path, tmp_path: Path) -> None:
+def test_order_packing_line_ends_and_gzip_do_not_change_rewards(rmtool: Any, model: Path, tmp_path: Path) -> None:
     """Metamorphic: the same rows in another order, in two files, gzipped, with CRLF, with a byte order mark."""
     text = write_jsonl(tmp_path / "whole.jsonl", ROWS).read_bytes()
     lines = text.splitlines(keepends=True)
@@ -114,7 +114,7 @@ def test_a_dry_run_ends_as_the_run_would(rmtool: Any, causal_lm: Path, tmp_path:
         assert "set aside" in shown.out or json.loads(shown.out)["report"]["skipped_rows"] == 1
 
 
-def test_a_dry_run_leaves_a_finished_run_as_it_is(rmtool: Any, causal_lm: Path, tmp_path: Path) -> None:
+def test_a_dry_run_does_not_change_a_finished_run(rmtool: Any, causal_lm: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(6))
     run = tmp_path / "run"
     command = ("train", "--recipe", "smollm2-135m", "--model", causal_lm, "--data", data, "--set", "data.holdout=2")
@@ -134,9 +134,7 @@ def test_a_dry_run_leaves_a_finished_run_as_it_is(rmtool: Any, causal_lm: Path, 
         assert before == sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
 
 
-def test_sources_without_ratings_are_named_where_margins_are_asked_for(
-    rmtool: Any, causal_lm: Path, tmp_path: Path
-) -> None:
+def test_rating_margins_warn_about_sources_without_ratings(rmtool: Any, causal_lm: Path, tmp_path: Path) -> None:
     rated = write_jsonl(tmp_path / "rated.jsonl", [row | RATED for row in pair_rows(6)])
     plain = write_jsonl(tmp_path / "plain.jsonl", pair_rows(6))
     command = ("train", "--recipe", "smollm2-135m", "--model", causal_lm, "--data", rated, "--data", plain)
@@ -147,14 +145,14 @@ def test_sources_without_ratings_are_named_where_margins_are_asked_for(
     assert f"{rated} has no ratings" not in said
 
 
-def test_bad_rows_are_never_set_aside_in_an_input(rmtool: Any, model: Path, causal_lm: Path, tmp_path: Path) -> None:
-    pairs = with_bad_rows(tmp_path / "ev.jsonl", pair_rows(8))
+def test_skipped_rows_are_never_written_to_an_input(rmtool: Any, model: Path, causal_lm: Path, tmp_path: Path) -> None:
+    pairs = with_invalid_rows(tmp_path / "ev.jsonl", pair_rows(8))
     write_jsonl(tmp_path / "ev.rejects.jsonl", pair_rows(5))
     (tmp_path / "linked.jsonl").symlink_to("ev.rejects.jsonl")
-    responses = with_bad_rows(tmp_path / "sc.rejects.jsonl", ROWS)
+    responses = with_invalid_rows(tmp_path / "sc.rejects.jsonl", ROWS)
     run = tmp_path / "run"
     run.mkdir()
-    copied = with_bad_rows(run / "rejects.jsonl", pair_rows(8))
+    copied = with_invalid_rows(run / "rejects.jsonl", pair_rows(8))
     commands: list[tuple[Any, ...]] = [
         ("eval", model, "--data", pairs, "--data", "ev.rejects.jsonl"),
         ("eval", model, "--data", pairs, "--data", "linked.jsonl"),
@@ -170,17 +168,17 @@ def test_bad_rows_are_never_set_aside_in_an_input(rmtool: Any, model: Path, caus
 
 
 @pytest.mark.parametrize("kind", ["rows of the user's", "not a file"])
-def test_only_what_a_command_set_aside_is_replaced(rmtool: Any, model: Path, tmp_path: Path, kind: str) -> None:
-    pairs = with_bad_rows(tmp_path / "ev.jsonl", pair_rows(8))
-    aside = tmp_path / "ev.rejects.jsonl"
+def test_only_a_file_of_skipped_rows_is_replaced(rmtool: Any, model: Path, tmp_path: Path, kind: str) -> None:
+    pairs = with_invalid_rows(tmp_path / "ev.jsonl", pair_rows(8))
+    path = tmp_path / "ev.rejects.jsonl"
     command = ("eval", model, "--data", pairs, "--on-bad-row", "skip")
     for _ in range(2):
         assert rmtool(*command).code == 1
-        assert len(scored(aside)) == 3
-    aside.unlink()
+        assert len(scored(path)) == 3
+    path.unlink()
     if kind == "not a file":
-        os.mkfifo(aside)  # to read from it would take for ever
+        os.mkfifo(path)  # to read from it would block forever
     else:
-        write_jsonl(aside, pair_rows(2))
+        write_jsonl(path, pair_rows(2))
     assert rmtool(*command).error == "E0601"
-    assert kind == "not a file" or scored(aside) == pair_rows(2)
+    assert kind == "not a file" or scored(path) == pair_rows(2)

@@ -1,4 +1,4 @@
-"""Every format of preference data that we say we read, as its authors publish it, and how it becomes pairs."""
+"""Formats of preference data as their authors publish them, and the pairs they become."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import SHARED, pair_rows, write_jsonl
+from helpers import ROOT, SHARED, pair_rows, write_jsonl
 
 from rmtool.config import Source
 from rmtool.data.formats import FORMATS, preference_record, preference_records, recognize
-from rmtool.data.messages import Message
-from rmtool.data.record import Record, RowOptions
+from rmtool.data.record import Message, Record, RowOptions
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row, read_rows
 from rmtool.data.sources import draw_share, select
@@ -129,10 +128,22 @@ def test_a_format_is_recognized_and_gives_its_pairs(name: str) -> None:
     assert texts(preference_record(row(data))) == expected
 
 
-def test_every_format_of_the_table_has_an_example() -> None:
+def test_every_format_has_an_example() -> None:
     assert {format.name for format in FORMATS} == {name for name, *_ in EXAMPLES.values()} | {
-        "rated rows, put together by prompt"
+        "rated rows, grouped by prompt"
     }
+
+
+def test_readme_lists_every_format_with_its_fields() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| format | fields | preferences |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    listed = dict(line.removeprefix("| ").split(" | ")[:2] for line in table.splitlines())
+    expected = {}
+    for format in FORMATS:
+        required = [f"`{name}`" for name in format.fields]
+        required += [" or ".join(f"`{name}`" for name in format.any_of)] if format.any_of else []
+        expected[format.name] = ", ".join(required)
+    assert listed == expected
 
 
 def test_rm_bench_prefers_each_chosen_style_to_each_rejected_one() -> None:
@@ -202,12 +213,12 @@ def test_rated_rows_of_one_prompt_become_one_record() -> None:
     assert records[1].preferences == ()
 
 
-def test_columns_map_what_is_not_known() -> None:
+def test_columns_map_unknown_fields() -> None:
     data = {"question": Q, "answers": {"good": GOOD, "bad": BAD}, "how_sure": 2}
     columns = (("prompt", "question"), ("chosen", "answers.good"), ("rejected", "answers.bad"), ("margin", "how_sure"))
     record = preference_record(row(data), RowOptions(columns))
     assert (texts(record), record.margins) == (ONE, (2.0,))
-    with pytest.raises(RmtoolError, match=r'"answers.best", which data.columns.chosen names, is missing'):
+    with pytest.raises(RmtoolError, match=r'"answers\.best" is missing \(data\.columns\.chosen\)'):
         preference_record(row(data), RowOptions((("chosen", "answers.best"),)))
     assert preference_record(
         row(EXAMPLES["PKU-SafeRLHF"][1]), RowOptions((("better_response_id", "safer_response_id"),))
@@ -223,36 +234,36 @@ def test_system_prompts_tools_and_weights_are_read() -> None:
     assert record.prompt == (Message("system", "Be brief."), Message("user", Q))
     assert record.responses[0][0].as_dict() == {**call, "content": ""}
     assert (json.loads(record.tools), record.weight) == (tools, 0.5)
-    with pytest.raises(RmtoolError, match="a system message in the prompt"):
+    with pytest.raises(RmtoolError, match="the prompt contain a system message"):
         preference_record(row({**data, "prompt": [{"role": "system", "content": "x"}, U(Q)]}))
 
 
-def test_a_row_of_another_format_is_refused() -> None:
+def test_a_row_in_a_different_format_is_invalid() -> None:
     with pytest.raises(RmtoolError) as caught:
         read([EXAMPLES["RewardBench"][1], EXAMPLES["JudgeBench"][1]])
-    assert "another format (JudgeBench) than the first (pairs" in caught.value.what
+    assert "row format JudgeBench differs from the first row's, pairs" in caught.value.what
     assert str(caught.value.place) == "f.jsonl:2"
 
 
 @pytest.mark.parametrize(
     ("name", "change", "what"),
     [
-        ("HelpSteer3", {"overall_preference": None}, '"overall_preference" is a number'),
-        ("PKU-SafeRLHF", {"better_response_id": True}, '"better_response_id" is one of 0, 1'),
-        ("Chatbot Arena", {"winner": "a"}, '"winner" is one of model_a, model_b'),
+        ("HelpSteer3", {"overall_preference": None}, '"overall_preference" must be a finite number'),
+        ("PKU-SafeRLHF", {"better_response_id": True}, '"better_response_id" must be one of 0, 1'),
+        ("Chatbot Arena", {"winner": "a"}, '"winner" must be one of model_a, model_b'),
         ("LMSYS arena, 55k", {"winner_tie": 1}, "exactly one of"),
-        ("LMSYS arena, 55k", {"prompt": "[1]"}, '"prompt" is a string'),
-        ("JudgeBench", {"label": "A=B"}, '"label" is one of A>B, B>A'),
-        ("Nectar", {"answers": []}, '"answers" is a list with at least one item'),
+        ("LMSYS arena, 55k", {"prompt": "[1]"}, '"prompt" must be a string'),
+        ("JudgeBench", {"label": "A=B"}, '"label" must be one of A>B, B>A'),
+        ("Nectar", {"answers": []}, '"answers" must be a non-empty list'),
         ("Nectar", {"answers": [{"answer": "x"}]}, "answers[0].rank is missing"),
-        ("UltraFeedback", {"completions": [{"text": "x"}]}, 'completions[0] is an object with a "response"'),
-        ("rated", {"ratings": [1]}, "equally many items"),
-        ("rated", {"ratings": [1, "2"]}, '"ratings[1]" is a finite number'),
-        ("RMB best of N", {"loser_list": [{}]}, '"loser_list[0]" is an object with an "answer"'),
-        ("RewardBench 2", {"rejected": [BAD, 3]}, '"rejected[1]" is a string or a list'),
+        ("UltraFeedback", {"completions": [{"text": "x"}]}, 'completions[0] must be an object with a "response"'),
+        ("rated", {"ratings": [1]}, '"responses" and "ratings" must have the same length'),
+        ("rated", {"ratings": [1, "2"]}, '"ratings[1]" must be a finite number'),
+        ("RMB best of N", {"loser_list": [{}]}, '"loser_list[0]" must be an object with an "answer"'),
+        ("RewardBench 2", {"rejected": [BAD, 3]}, '"rejected[1]" must be a string or a list'),
     ],
 )
-def test_a_wrong_value_is_named(name: str, change: dict[str, Any], what: str) -> None:
+def test_an_invalid_value_is_reported(name: str, change: dict[str, Any], what: str) -> None:
     with pytest.raises(RmtoolError) as caught:
         preference_record(row(EXAMPLES[name][1] | change, 9))
     assert what in caught.value.what
@@ -270,16 +281,16 @@ def test_a_wrong_value_is_named(name: str, change: dict[str, Any], what: str) ->
         ("rmb/RMB_dataset/BoN_set/Harmlessness/S1.json", "RMB, best of N"),
     ],
 )
-def test_real_files_are_read_whole(path: str, format: str) -> None:
+def test_real_files_are_parsed_completely(path: str, format: str) -> None:
     rows, names, rejects = list(read_rows(str(SHARED / "data" / path))), list[str](), Rejects()
     records = list(preference_records(rows, RowOptions(), rejects, lambda found: names.append(found.name)))
     assert (len(records), rejects.count, names) == (len(rows), 0, [format])
 
 
-# ------------------------------------------------------------------------------------------- bad rows, mixtures
+# ------------------------------------------------------------------------------------------- invalid rows, mixtures
 
 
-def test_bad_rows_are_listed_together_or_set_aside(tmp_path: Path) -> None:
+def test_invalid_rows_are_listed_together_or_skipped(tmp_path: Path) -> None:
     lines = [json.dumps(data) for data in pair_rows(60)]
     for at in range(3, 60, 2):
         lines[at] = ('{"prompt": 1', '{"chosen": "x"}', '{"prompt": "x", "chosen": NaN, "rejected": "y"}')[at % 3]
@@ -290,12 +301,12 @@ def test_bad_rows_are_listed_together_or_set_aside(tmp_path: Path) -> None:
     with pytest.raises(RmtoolError) as caught:
         rejects.raise_if_any()
     error = caught.value
-    assert (error.what, len(error.rows), error.more) == ("29 rows cannot be used", 20, 9)
-    assert error.rows[0].startswith(f"{path}:4:13: a comma or }} was expected")
+    assert (error.what, len(error.rows), error.more) == ("29 invalid rows", 20, 9)
+    assert error.rows[0].startswith(f"{path}:4:13: invalid JSON: expecting ',' delimiter")
     assert RmtoolError.from_dict(error.as_dict()).rows == error.rows
-    with Rejects(tmp_path / "rejects.jsonl") as aside:
-        assert len(list(preference_records(read_rows(str(path), aside), RowOptions(), aside, lambda _: None))) == 31
-        aside.raise_if_any()
+    with Rejects(tmp_path / "rejects.jsonl") as skipped:
+        assert len(list(preference_records(read_rows(str(path), skipped), RowOptions(), skipped, lambda _: None))) == 31
+        skipped.raise_if_any()
     written = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [item["line"] for item in written] == list(range(4, 61, 2))
     assert {item["code"] for item in written} == {"E0301", "E0303"}
@@ -356,9 +367,9 @@ def test_a_system_prompt_and_transcripts_keep_their_turns(data: dict[str, Any]) 
          "does not contain the"),
         ({"prompt": "other", "chosen": f"{TALK}good", "rejected": f"{TALK}bad"}, "does not contain the"),
         ({"system": "S", "chosen": [{"role": "system", "content": "T"}, U("u"), A("c")], "rejected": "r"},
-         "another system prompt"),
+         r'the system prompt in "chosen" differs'),
         ({"prompt": None, "chosen": "c", "rejected": "r"}, '"prompt" is null'),
-        ({"prompt": "p", "tools": "[" * 20_000, "chosen": "c", "rejected": "r"}, '"tools" is a list'),
+        ({"prompt": "p", "tools": "[" * 20_000, "chosen": "c", "rejected": "r"}, '"tools" must be a list'),
     ],
 )  # fmt: skip
 def test_a_prompt_is_never_lost(data: dict[str, Any], what: str) -> None:
@@ -368,23 +379,23 @@ def test_a_prompt_is_never_lost(data: dict[str, Any], what: str) -> None:
 
 
 def read_file(path: Path, columns: tuple[tuple[str, str], ...] = ()) -> tuple[list[Record], list[RmtoolError]]:
-    aside = Rejects()
-    records = list(preference_records(read_rows(str(path), aside), RowOptions(columns), aside, lambda _: None))
-    return records, aside._listed
+    skipped = Rejects()
+    records = list(preference_records(read_rows(str(path), skipped), RowOptions(columns), skipped, lambda _: None))
+    return records, skipped._listed
 
 
-def test_a_row_without_a_prompt_among_others_is_bad(tmp_path: Path) -> None:
+def test_a_row_without_a_prompt_among_others_is_invalid(tmp_path: Path) -> None:
     rows = [*pair_rows(2), {"chosen": "c", "rejected": "r"}]
     records, errors = read_file(write_jsonl(tmp_path / "p.jsonl", rows))
     assert len(records) == 2
     assert [(error.place.line if error.place else 0, error.what) for error in errors] == [
-        (3, "this row has no prompt, and the first has one")
+        (3, "this row has no prompt, but the first row has one")
     ]
 
 
-def test_columns_are_fields_that_something_reads(tmp_path: Path) -> None:
+def test_columns_must_be_fields_of_a_format(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "p.jsonl", [{"question": "q", "chosen": "a", "rejected": "b"}])
-    with pytest.raises(RmtoolError, match=r"no format has a field promt") as caught:
+    with pytest.raises(RmtoolError, match=r"unknown field promt") as caught:
         read_file(path, (("promt", "question"),))
     assert (caught.value.id, caught.value.hint) == ("E0204", "did you mean prompt?")
     swapped, _ = read_file(path, (("chosen", "rejected"), ("rejected", "chosen"), ("prompt", "question")))
@@ -399,12 +410,12 @@ def test_rated_rows_keep_their_places_and_must_agree(tmp_path: Path) -> None:
     records, errors = read_file(write_jsonl(tmp_path / "r.jsonl", rows))
     assert [[place.line for place in record.places] for record in records] == [[1, 3], [2, 5]]
     assert [error.place.line for error in errors if error.place] == [4]
-    assert "another weight or subset than" in errors[0].what
+    assert "weight or subset differs from" in errors[0].what
     assert records[0].row == {"rows": [rows[0], rows[2]]}
     assert Record.unpack(records[0].pack()) == records[0]
 
 
-def test_half_a_surrogate_pair_in_inner_json_is_text() -> None:
+def test_an_unpaired_surrogate_in_inner_json_is_text() -> None:
     said = '["hi \\ud800"]'
     arena = {"prompt": said, "response_a": "[" * 20_000, "response_b": "b", "winner": "model_a"}
     assert preference_record(row(arena)).prompt[0].content == said

@@ -1,4 +1,4 @@
-"""Malformed files: never another exception than ours, and the error names the line of the fault."""
+"""Malformed files: every error is an RmtoolError with the line of the fault."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_malformed_inputs_are_read_or_refused() -> None:
     assert min(outcomes.values()) > 0
 
 
-def test_commands_end_with_a_code_of_ours(rmtool: Any, model: Path, tmp_path: Path) -> None:
+def test_commands_end_with_a_documented_exit_code(rmtool: Any, model: Path, tmp_path: Path) -> None:
     codes = set()
     for seed in range(16):
         (tmp_path / "x.jsonl").write_bytes(fuzz_reading.make_input(seed))
@@ -29,7 +29,7 @@ def test_commands_end_with_a_code_of_ours(rmtool: Any, model: Path, tmp_path: Pa
     assert codes == {0, 1, 3}
 
 
-def test_a_planted_fault_is_found_in_its_line(tmp_path: Path) -> None:
+def test_an_error_is_reported_with_its_line(tmp_path: Path) -> None:
     kinds = set()
     for seed in range(500):
         content, line, kind = fuzz_reading.plant(seed)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import numbered_records
 
-from rmtool.data.messages import Message
-from rmtool.data.record import Record
+from rmtool.data.record import Message, Record
 from rmtool.dataset.batches import count_pairs, epoch_order, epoch_steps, plan_steps
 from rmtool.errors import Place
 from rmtool.tokenization.response_group import build_group

@@ -9,7 +9,7 @@ from helpers import numbered_records
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmtool.data.messages import Message
+from rmtool.data.record import Message
 from rmtool.dataset.batches import count_pairs
 from rmtool.dataset.split import hold_out
 from rmtool.errors import Place, RmtoolError

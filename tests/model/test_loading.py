@@ -21,7 +21,7 @@ from helpers import tiny_config
 from transformers import AutoModelForSequenceClassification, Gemma2Config, GPT2Config
 
 from rmtool.config import LoraConfig, Recipe
-from rmtool.data.messages import Message
+from rmtool.data.record import Message
 from rmtool.errors import RmtoolError
 from rmtool.model import reward_model as models
 from rmtool.model.classifier import build_classifier, disable_dropout, init_score_head

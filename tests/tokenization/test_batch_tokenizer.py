@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from rmtool.config import Source
-from rmtool.data.messages import Message
-from rmtool.data.record import PLAIN
+from rmtool.data.record import PLAIN, Message
 from rmtool.data.rejects import Rejects
 from rmtool.data.sources import select
 from rmtool.dataset import cache

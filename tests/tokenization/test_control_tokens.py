@@ -9,7 +9,7 @@ import pytest
 from chat_templates import END, KINDS, LOOP, TEMPLATES, bytewise, unigram, with_template
 from tokenizers import AddedToken
 
-from rmtool.data.messages import Message, Messages
+from rmtool.data.record import Message, Messages
 from rmtool.tokenization.batch_tokenizer import BatchTokenizer, Conversation
 from rmtool.tokenization.encoder import Encoder
 
