@@ -1,7 +1,7 @@
 """Strict JSON: a row may have no duplicate keys, NaN, NUL or unpaired surrogates, which the standard library accepts.
 
 In: the text of a line or file. Out: its value, or a `JsonError` with the column.
-Cost: the standard library's parser; text in which something is found is tokenized again in Python, about 20 MB/s.
+Cost: the standard library's parser. Only text that may have an error is tokenized in Python, at 1.5 to 60 MB/s.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 MAX_DEPTH = 64
 _SHOWN = 20  # characters of what was found
-# Possessive (`*+`): backtracking would take memory for each escape. In valid JSON, only strings have backslashes.
+# Possessive (`*+`), because backtracking takes memory for each escape. In valid JSON, only strings have backslashes.
 _TOKEN = re.compile(
     r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?(?P<key>[ \t\n\r]*+:)?|[][{}]|-?(?:\d[\d.eE+-]*+|Infinity)|NaN', re.DOTALL
 )
@@ -58,7 +58,7 @@ def locate_json_error(text: str) -> JsonError | None:
         at, what = error.pos, f"invalid JSON: {error.msg[0].lower()}{error.msg[1:]}".removesuffix(" at")
         what = "extra data after the JSON value" if error.msg == "Extra data" else what.removesuffix(" starting")
     except RecursionError:
-        pass  # it is nested too deep, which is found below
+        pass  # nested too deep, which is found below
     if (escape := _allowed(text)) < at:
         at, what = escape, "NUL character" if text.startswith("\\u0000", escape) else "unpaired surrogate"
     keys: list[set[str]] = []  # of the objects and arrays that are open
