@@ -22,7 +22,7 @@ from typing import IO, Any
 from rmtool.checkpoint import is_hub_id
 from rmtool.data.json_errors import JsonError, parse_json
 from rmtool.data.rejects import Rejects
-from rmtool.errors import Place, RmtoolError
+from rmtool.errors import Place, RmtoolError, first_line
 
 KNOWN_SPLITS = {"allenai/reward-bench": "filtered"}
 MAX_LINE_BYTES = 16 * 2**20
@@ -271,14 +271,11 @@ def _hub(source: str) -> Iterator[Row]:
     try:
         rows = datasets.load_dataset(name, split=split)
     except ValueError as error:  # an unknown split or configuration
-        raise RmtoolError(
-            "E0203", f"{source}: {str(error).splitlines()[0]}", "set the split as owner/name:split"
-        ) from error
+        raise RmtoolError("E0203", f"{source}: {first_line(error)}", "set the split as owner/name:split") from error
     except (OSError, HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "check the name and the network, or pass a local file"
         what = f"cannot find the dataset {name} locally or on the Hub"
-        raise RmtoolError("E0701", what, hint, found=reason) from error
+        raise RmtoolError("E0701", what, hint, found=first_line(error)) from error
     for number, item in enumerate(rows, 1):
         yield Row(Place(f"{source}[{number}]"), dict(item))
 

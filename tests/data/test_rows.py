@@ -194,6 +194,7 @@ MALFORMED_LINES = {
     "not UTF-8": (b'{"a": "\xff"}', 8),
     "a list": (b"[1, 2]", None),
     "duplicate key": (b'{"a": 1, "a": 2}', 10),
+    "duplicate key, written differently": (b'{"a" : 1, "\\u0061"\t: 2}', 11),
     "NaN": (b'{"a": NaN}', 7),
     "unpaired high surrogate": (b'{"a": "x\\ud800"}', 9),
     "unpaired low surrogate": (b'{"a": "\\ud83d\\ude00\\udc00"}', 20),
