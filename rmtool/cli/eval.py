@@ -174,11 +174,10 @@ def _print_result(evaluated: _Evaluated, as_json: bool, ui: TerminalUi) -> None:
 
 
 def _print_metrics(result: EvalResult, ui: TerminalUi) -> None:
-    from rmtool.evaluation.evaluate import PREFIX
-    from rmtool.evaluation.metrics import METRICS, PairSums
+    from rmtool.evaluation.metrics import EVAL_PREFIX, METRICS, PairSums
 
     def row(name: str, sums: PairSums) -> list[str]:
-        return [name, f"{sums.pairs:.0f}", *(f"{value:.4f}" for value in sums.report(PREFIX).values())]
+        return [name, f"{sums.pairs:.0f}", *(f"{value:.4f}" for value in sums.report(EVAL_PREFIX).values())]
 
     rows = [row(name, sums) for name, sums in result.subsets.items()]
     names = [name.replace("_", " ") for name in METRICS]  # breaks at the blank on a narrow terminal

@@ -1,21 +1,31 @@
-"""Exact means over pairs, however the pairs were cut into batches and ranks.
+"""Metrics of preference pairs as sums and counts, independent of how the pairs are divided into batches and ranks.
 
-In: the rewards of pairs. Out: `PairSums`, which add up, and the metric names that the field reads.
-Sums and counts are float64 and are divided last; a batch mean is never averaged.
+In: the rewards and losses of pairs. Out: `PairSums`, which add up, and the train/rm and eval/rm metrics.
+Sums are float64 and are divided last: a mean over batches is never averaged.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 
 import torch
 
+from rmtool.dist import DistInfo
+
+TRAIN_PREFIX, EVAL_PREFIX = "train/rm", "eval/rm"
+# `train/rm/loss` is the recipe's loss (hinge, margins, label smoothing, centering, weights); `eval/rm/loss` is plain
+# Bradley-Terry whatever the recipe, so that runs can be compared.
 METRICS = ("accuracy", "loss", "chosen_rewards", "rejected_rewards", "reward_margin")
 
 
 @dataclass(frozen=True)
 class PairSums:
-    """Sums over `pairs` pairs. `correct` counts r_chosen > r_rejected; an equal pair earns nothing and is in `ties`."""
+    """Sums over `pairs` pairs: of the caller's loss, of rewards, and of outcomes.
+
+    correct: pairs with r_chosen > r_rejected
+    ties:    pairs with equal rewards, which are not correct
+    loss:    the loss that the caller passed: the recipe's in training, plain Bradley-Terry in evaluation
+    """
 
     pairs: float = 0.0
     correct: float = 0.0
@@ -26,7 +36,7 @@ class PairSums:
 
     @classmethod
     def of(cls, chosen: torch.Tensor, rejected: torch.Tensor, losses: torch.Tensor) -> PairSums:
-        """From rewards and losses, each float[B]."""
+        """Sum the rewards and losses of pairs, each float[B]."""
         c, r = chosen.detach().double(), rejected.detach().double()
         return cls(
             pairs=float(len(c)),
@@ -40,23 +50,12 @@ class PairSums:
     def __add__(self, other: PairSums) -> PairSums:
         return PairSums(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
-    def vector(self) -> torch.Tensor:
-        """float64[6], to be summed over ranks."""
-        return torch.tensor(astuple(self), dtype=torch.float64)
-
-    @classmethod
-    def from_vector(cls, vector: torch.Tensor) -> PairSums:
-        assert vector.shape == (len(fields(cls)),)
-        return cls(*vector.tolist())
+    def reduce(self, dist: DistInfo) -> PairSums:
+        """Sum over all ranks, which must all call this."""
+        return PairSums(*dist.sum(torch.tensor(astuple(self), dtype=torch.float64)).tolist())
 
     def report(self, prefix: str) -> dict[str, float]:
-        """{prefix/accuracy, loss, chosen_rewards, rejected_rewards, reward_margin}; needs at least one pair."""
+        """Return `METRICS` with their prefix; there must be at least one pair."""
         assert self.pairs > 0
-        values = (
-            self.correct / self.pairs,
-            self.loss / self.pairs,
-            self.chosen / self.pairs,
-            self.rejected / self.pairs,
-            (self.chosen - self.rejected) / self.pairs,
-        )
-        return {f"{prefix}/{name}": value for name, value in zip(METRICS, values, strict=True)}
+        sums = (self.correct, self.loss, self.chosen, self.rejected, self.chosen - self.rejected)
+        return {f"{prefix}/{name}": value / self.pairs for name, value in zip(METRICS, sums, strict=True)}

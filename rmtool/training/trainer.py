@@ -18,7 +18,7 @@ from rmtool.dataset.batches import BatchItem, count_pairs, epoch_steps, plan_ste
 from rmtool.dataset.split import Split
 from rmtool.errors import RmtoolError
 from rmtool.evaluation import evaluate as evaluation
-from rmtool.evaluation.metrics import PairSums
+from rmtool.evaluation.metrics import EVAL_PREFIX, TRAIN_PREFIX, PairSums
 from rmtool.model.loss import pair_losses
 from rmtool.model.reward_model import RewardModel
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset
@@ -67,7 +67,7 @@ def training_step(trainer: Trainer, batch: Sequence[BatchItem], lr: float, step:
             engine.backward(losses_B.sum() * weight, last)
         if indices:
             sums += PairSums.of(chosen_B, rejected_B, losses_B)
-    sums = PairSums.from_vector(dist.sum(sums.vector()))
+    sums = sums.reduce(dist)
     require_finite_step(sums, 0.0, step, batch)
     grad_norm = engine.update(lr, lambda norm: require_finite_step(sums, norm, step, batch))
     return sums, grad_norm
@@ -164,7 +164,7 @@ def train_loop(
             bar.advance(1, f"loss {numbers['train/rm/loss']:.3f} acc {numbers['train/rm/accuracy']:.2f}")
             if split.held_out.metadata and (step == total or (train.eval_every and step % train.eval_every == 0)):
                 metrics = run_eval(trainer, split.held_out, ui)
-                ui.say(f"step {step}, {evaluation.PREFIX}: {describe(metrics)}")
+                ui.say(f"step {step}, {EVAL_PREFIX}: {describe(metrics)}")
                 numbers |= metrics
                 if best.update(step, metrics) and train.keep == "best" and save:
                     save(best)
