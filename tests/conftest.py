@@ -73,9 +73,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path
 def rounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Half precision as this CPU computes it, and with products that are rounded as coarsely on every CPU."""
     if request.param:
-        from rounding import rounded_products
+        from rounding import round_forwards
 
-        monkeypatch.setattr("rmtool.model.reward_model.wide_products", rounded_products)
+        round_forwards(monkeypatch)
     return bool(request.param)
 
 

@@ -57,16 +57,23 @@ def with_parents(batch: PackedBatch, parents: list[int]) -> PackedBatch:
     return replace(batch, layout=layout_with_parents(batch.layout, parents))
 
 
+def parents_of(layout: PackLayout) -> list[int]:
+    """The node before each node on its path, or NO_PARENT."""
+    return [path[-2] if len(path) > 1 else NO_PARENT for path in layout.paths]
+
+
 def layout_with_parents(layout: PackLayout, parents: list[int]) -> PackLayout:
     starts = layout.cu_seqlens_q.tolist()
     keys: list[list[int]] = []
+    paths: list[tuple[int, ...]] = []
     for node, parent in enumerate(parents):
         own = list(range(starts[node], starts[node + 1]))
         keys.append(own if parent == NO_PARENT else keys[parent] + own)
+        paths.append((node,) if parent == NO_PARENT else (*paths[parent], node))
     ends = torch.tensor([0, *(len(path) for path in keys)]).cumsum(0).int()
     return replace(
         layout,
-        parents=tuple(parents),
+        paths=tuple(paths),
         cu_seqlens_k=ends,
         kv_index=torch.tensor([key for path in keys for key in path]),
         max_k=max(len(path) for path in keys),
@@ -74,29 +81,21 @@ def layout_with_parents(layout: PackLayout, parents: list[int]) -> PackLayout:
 
 
 def late_after_a_prompt(batch: PackedBatch) -> PackedBatch:
-    late = per_token(batch, [parent != NO_PARENT for parent in batch.layout.parents])
+    late = per_token(batch, [len(path) > 1 for path in batch.layout.paths])
     return replace(batch, position_ids=batch.position_ids + late)
 
 
 def late_after_two_prefixes(batch: PackedBatch) -> PackedBatch:
-    parents = batch.layout.parents
-    late = per_token(batch, [parent != NO_PARENT and parents[parent] != NO_PARENT for parent in parents])
+    late = per_token(batch, [len(path) > 2 for path in batch.layout.paths])
     return replace(batch, position_ids=batch.position_ids + late)
 
 
 def read_one_token_early(batch: PackedBatch) -> PackedBatch:
-    early = (batch.reward_index - 1).clamp_min(0)
-    return replace(batch, reward_index=early, layout=replace(batch.layout, read_index=early.unique()))
+    return replace(batch, reward_index=(batch.reward_index - 1).clamp_min(0))
 
 
 def read_the_next_response(batch: PackedBatch) -> PackedBatch:
     return replace(batch, reward_index=batch.reward_index.roll(1))
-
-
-def last_layer_elsewhere(batch: PackedBatch) -> PackedBatch:
-    """The last layer is computed one token early, and read where it should be."""
-    early = (batch.layout.read_index - 1).clamp_min(0).unique()
-    return replace(batch, layout=replace(batch.layout, read_index=early))
 
 
 def shortest(layout: PackLayout, nodes: list[int]) -> int | None:
@@ -105,7 +104,7 @@ def shortest(layout: PackLayout, nodes: list[int]) -> int | None:
 
 def with_other_parent(layout: PackLayout) -> PackLayout:
     """One node reads on after the node that stands before its prefix."""
-    parents = list(layout.parents)
+    parents = parents_of(layout)
     node = shortest(layout, [node for node, parent in enumerate(parents) if parent > 0])
     if node is not None:
         parents[node] -= 1
@@ -114,7 +113,7 @@ def with_other_parent(layout: PackLayout) -> PackLayout:
 
 def with_leaked_sibling(layout: PackLayout) -> PackLayout:
     """One response sees another response of its prompt."""
-    parents = list(layout.parents)
+    parents = parents_of(layout)
     sibling = {
         node: parents.index(parent)
         for node, parent in enumerate(parents)
@@ -128,7 +127,7 @@ def with_leaked_sibling(layout: PackLayout) -> PackLayout:
 
 def with_leaked_neighbor(layout: PackLayout) -> PackLayout:
     """One text sees the text before it in the pack."""
-    parents = list(layout.parents)
+    parents = parents_of(layout)
     node = shortest(layout, [node for node, parent in enumerate(parents) if node and parent == NO_PARENT])
     if node is not None:
         parents[node] = node - 1
@@ -154,7 +153,6 @@ PACKS = tuple(
         late_after_two_prefixes,
         read_one_token_early,
         read_the_next_response,
-        last_layer_elsewhere,
         another_parent,
         leaked_sibling,
         leaked_neighbor,

@@ -14,8 +14,8 @@ import torch
 from helpers import FAMILIES, VOCABULARY, build
 from transformers import AutoModelForSequenceClassification
 
-from rmtool.model.bf16_emulation import wide_products
-from rmtool.model.reward_model import PRECISIONS, RewardModel
+from rmtool.model.precision import PRECISIONS
+from rmtool.model.reward_model import RewardModel
 from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
 from rmtool.ui import SilentUi
@@ -69,7 +69,7 @@ def alone(classifier: Any, ids: Ids, precision: str = "fp32") -> float:
     """The slow twin: one response through a classifier as transformers built it; the backbone in `precision`."""
     tokens = torch.tensor(ids[None].astype(np.int64))
     half = torch.autocast("cpu", dtype=PRECISIONS[precision], enabled=precision != "fp32")
-    with half, wide_products(torch.device("cpu"), precision):
+    with half:
         state = classifier.base_model(input_ids=tokens).last_hidden_state[0, -1]
     return float(classifier.score(state.float()))
 
@@ -79,7 +79,7 @@ def pool(family: str, precision: str = "fp32", rounded: bool = False) -> Pool:
     """A model whose largest reward is 1; its weights are larger than usual, so that attention is far from even.
 
     Args:
-        rounded: to be called, and its model to be run, while products are `rounded_products`.
+        rounded: to be called, and its model to be run, while forwards are rounded (`round_forwards`).
     """
     config = copy.deepcopy(FAMILIES[family])
     config.initializer_range = 0.05

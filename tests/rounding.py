@@ -2,18 +2,21 @@
 
 Real instructions add exact products up in fp32, in an order that depends on the shapes, and round the result. Here the
 sum is taken in 2 to 5 parts, how many depends on the number of rows, and each part and each running sum is rounded: a
-token's states differ between batches as they do on hardware, and by more. CPUs without the instructions compute exact
-sums instead (`rmtool/products.py`), in which a token's states are often the same bits in every batch.
+token's states differ between batches as they do on hardware, and by more. On CPUs without the instructions torch rounds
+less, and a token's states are often the same bits in every batch.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from rmtool.model.reward_model import RewardModel
+from rmtool.packing.pack_layout import Batch
 
 HALF = (torch.bfloat16, torch.float16)
 _ATEN = torch.ops.aten
@@ -73,6 +76,14 @@ def _rounded_attention(
     return rounded_matmul(shares.to(q.dtype), v), scores.logsumexp(-1)
 
 
-def rounded_products(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """To put in the place of `rmtool.model.reward_model.wide_products`."""
-    return contextlib.nullcontext() if precision == "fp32" else RoundedProducts()
+def round_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the half-precision forwards of every `RewardModel` with `RoundedProducts`."""
+    real = RewardModel.forward
+
+    def forward(self: RewardModel, batch: Batch) -> torch.Tensor:
+        if self.precision == "fp32":
+            return real(self, batch)
+        with RoundedProducts():
+            return real(self, batch)
+
+    monkeypatch.setattr(RewardModel, "forward", forward)

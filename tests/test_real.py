@@ -62,7 +62,7 @@ def test_the_real_model_shares_prompts_exactly_on_real_pairs(smollm2: Path) -> N
     assert not has_head
     init_score_head(classifier, 0)
     model = RewardModel(classifier, pad_id=0).eval()
-    assert choose_layout(model, model, 2048) is None
+    assert choose_layout(model, model, 2048).shared
     encoder = Encoder(load_tokenizer(smollm2), 2048, on_empty="keep")
     groups = tokenize_records(encoder, read_pairs(HH)[:6], "error", lambda: None).groups
     shared = compute_rewards(model, groups, 2048, SilentUi())
@@ -81,7 +81,7 @@ def test_the_real_model_shares_prompts_in_bf16(smollm2: Path) -> None:
     classifier, _ = build_classifier(smollm2, dtype=torch.float32)
     init_score_head(classifier, 0)
     model = RewardModel(classifier, pad_id=0, precision="bf16").eval()
-    assert choose_layout(model, model, 2048) is None
+    assert choose_layout(model, model, 2048).shared
     encoder = Encoder(load_tokenizer(smollm2), 2048, on_empty="keep")
     groups = tokenize_records(encoder, read_pairs(HH)[:60], "error", lambda: None).groups
     groups = sorted(groups, key=lambda group: group.longest)[:24]

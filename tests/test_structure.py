@@ -40,8 +40,6 @@ LONG_FUNCTIONS = {
     "planning/plan.py:rows": "a table, one row after the other",
     "cli/eval.py:eval_": "its options, one after the other",
     "cli/train.py:train": "its options, one after the other",
-    "model/loading.py:load_for_inference": "too long as it was moved",
-    "model/rewards.py:compute_rewards": "too long as it was moved",
     "recipe.py:_check": "too long as it was moved",
     "training/worker.py:run": "too long as it was moved",
 }

@@ -1,6 +1,6 @@
-"""Whether a loaded model shares prefixes: all checks of `packing.prefix_sharing`, run on the model itself.
+"""The choice between prefix sharing and padded batches: all checks of `packing.prefix_sharing`, run on a model.
 
-In: a `RewardModel`. Out: the model switched to packed or padded batches, and the reason for padded ones.
+In: a `RewardModel`. Out: a `LayoutDecision`, and the model switched to packed or padded batches.
 Cost: a few short forwards in fp32, one in the model's precision.
 """
 
@@ -8,78 +8,85 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 
 from rmtool.model.classifier import HEAD
-from rmtool.model.fp32 import fp32_compute
+from rmtool.model.precision import fp32_compute
 from rmtool.model.reward_model import RewardModel
-from rmtool.packing import attention_check
-from rmtool.packing import prefix_sharing as compat
-from rmtool.packing.attention_check import KernelCheck
+from rmtool.packing import attention_check, prefix_sharing
 from rmtool.tokenization.response_group import ResponseGroup
 
 
-def choose_layout(model: RewardModel, forward_module: nn.Module, max_length: int) -> str | None:
-    """Let `model` share prompts if all gates of `compat` agree; else return why it runs padded.
+@dataclass(frozen=True)
+class LayoutDecision:
+    """Whether a model shares prefixes; `reason` is why its batches are padded, None where they are not."""
+
+    shared: bool
+    reason: str | None = None
+
+
+def choose_layout(model: RewardModel, forward_module: nn.Module, max_length: int) -> LayoutDecision:
+    """Switch prefix sharing on if all checks pass, else off. The decision is the same on every rank.
 
     Args:
-        forward_module: what to call for a forward: the model, or the engine wrapped around it (the same on every rank).
+        forward_module: what to call for a forward: the model, or the engine that wraps it.
+        max_length: tokens of the longest sequence that the model will be given.
 
     Raises:
-        RmtoolError: E0411 the model has too few positions; E0410, E0412 its rewards would depend on the batch in any
-            layout.
+        RmtoolError: E0411 the model has too few positions; E0410, E0412 its rewards would depend on the batch.
     """
-    compat.require_positions(model.backbone, max_length)
-    compat.require_fixed_positions(model.backbone, max_length)
+    prefix_sharing.require_positions(model.backbone, max_length)
+    prefix_sharing.require_fixed_positions(model.backbone, max_length)
     config = model.backbone.config.get_text_config()
-    groups = compat.probe_groups(config.vocab_size, getattr(config, "sliding_window", None), max_length)
+    groups = prefix_sharing.probe_groups(config.vocab_size, getattr(config, "sliding_window", None), max_length)
 
     def states(shares: bool, groups: Sequence[ResponseGroup]) -> torch.Tensor:
         model.share_prompts(shares)
-        return _read_states(model, forward_module, groups)
+        return _head_inputs(model, forward_module, groups)
 
-    training, shares = model.training, False
+    training, shared = model.training, False
     forward_module.eval()
     try:
         with _in_fp32(model):
-            probe = compat.Probe(groups, partial(states, False))
-            reason = compat.declared_reason(model.backbone)
-            reason = reason or compat.sharing_failure(probe, partial(states, True, groups))
+            probe = prefix_sharing.Probe(groups, partial(states, False))
+            reason = prefix_sharing.declared_reason(model.backbone)
+            reason = reason or prefix_sharing.probe_failure(probe, partial(states, True, groups))
         if reason is None:
-            check = KernelCheck()
+            check = attention_check.KernelCheck()
             model.share_prompts(True)
             model.classifier.set_attn_implementation(attention_check.NAME)
-            _read_states(model, forward_module, groups)
-            reason = compat.kernel_failure(check.worst)
+            _head_inputs(model, forward_module, groups)
+            reason = prefix_sharing.kernel_failure(check.worst)
         if reason is not None:
             with _in_fp32(model):
-                compat.require_padding(probe)
-        shares = reason is None
+                prefix_sharing.require_padding(probe)
+        shared = reason is None
     finally:
         forward_module.train(training)
-        model.share_prompts(shares)
-    return reason
+        model.share_prompts(shared)
+    return LayoutDecision(shared, reason)
 
 
 @torch.no_grad()
-def _read_states(model: RewardModel, forward_module: nn.Module, groups: Sequence[ResponseGroup]) -> torch.Tensor:
-    """What the score head reads of one batch, float32[N, hidden], in the order of the rewards."""
-    read = list[torch.Tensor]()
+def _head_inputs(model: RewardModel, forward_module: nn.Module, groups: Sequence[ResponseGroup]) -> torch.Tensor:
+    """The inputs of the score head for one batch, float32[N, D], in the order of the rewards."""
+    inputs = list[torch.Tensor]()
     head = getattr(model.classifier, HEAD)
-    hook = head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].float()))
+    hook = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float()))
     try:
         forward_module(model.collate(groups))
     finally:
         hook.remove()
-    return read[0]
+    return inputs[0]
 
 
 @contextlib.contextmanager
 def _in_fp32(model: RewardModel) -> Iterator[None]:
-    """A block in which forwards compute in fp32, whatever the precision and the weights' dtype."""
+    """Compute in fp32 inside the context, whatever the precision and the weights' dtype."""
     precision, model.precision = model.precision, "fp32"
     try:
         with fp32_compute(model.backbone):

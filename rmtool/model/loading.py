@@ -1,7 +1,8 @@
-"""The one place where tokenizer, weights, head and layout come together, to train or to use a reward model.
+"""Loading a reward model: tokenizer, weights, score head and layout, for inference or for training.
 
-In: a checkpoint folder and, to train, a recipe. Out: a `LoadedModel`: model, encoder, and notices for the user.
-Cost: reads the weights once.
+In: a checkpoint folder and, for training, a recipe. Out: a `LoadedModel`, or a `RewardModel` and its encoder; and
+notices for the user.
+Cost: reads the weights once, and runs a few short forwards for inference (`layout_choice.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from transformers import PreTrainedModel
 from rmtool.checkpoint import Manifest, read_manifest
 from rmtool.config import LoraConfig, Recipe
 from rmtool.errors import Place, RmtoolError, first_line
-from rmtool.model.bf16_emulation import lacks_bf16
 from rmtool.model.classifier import (
     HEAD,
     apply_liger,
@@ -31,7 +31,8 @@ from rmtool.model.classifier import (
     set_pad_token,
 )
 from rmtool.model.layout_choice import choose_layout
-from rmtool.model.reward_model import PRECISIONS, RewardModel
+from rmtool.model.precision import PRECISIONS, compute_precision, default_device, precision_notices
+from rmtool.model.reward_model import RewardModel
 from rmtool.packing.prefix_sharing import describe_sharing
 from rmtool.tokenization.encoder import FINGERPRINT_CONVERSATIONS, Encoder
 from rmtool.tokenization.tokenizer import ensure_pad_token, load_tokenizer
@@ -42,8 +43,11 @@ _MALLOC = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """`notices` are sentences for the user; `manifest` is None for a checkpoint that rmtool did not write;
-    `padded_reason` says why prompts are not shared, None where they are.
+    """A reward model for inference.
+
+    manifest:      None for a checkpoint that rmtool did not write
+    notices:       sentences for the user
+    padded_reason: why batches are padded, None with prefix sharing
     """
 
     model: RewardModel
@@ -62,33 +66,39 @@ def load_for_inference(
     on_empty: str | None = None,
     chat_template: str | None = None,
 ) -> LoadedModel:
-    """A trained reward model, ready to give rewards. Arguments that are None follow the checkpoint's manifest.
+    """Load a trained reward model, ready to compute rewards. Arguments that are None follow the checkpoint's manifest.
 
     Raises:
-        RmtoolError: E0401 no score head, E0403 the tokenizer reads otherwise than in training, E0402 and E0404 to
-            E0408 as the functions called here say.
+        RmtoolError: E0401 no score head; E0403 tokenizer mismatch; E0402 and E0404 to E0408 as from `build_classifier`,
+            `load_tokenizer` and `read_manifest`; E0410 to E0412 as from `choose_layout`.
     """
     tune_malloc()
     manifest = read_manifest(folder)
-    notices = []
     tokenizer = load_tokenizer(folder, chat_template)
     config = read_config(folder).get_text_config()
+    positions = int(getattr(config, "max_position_embeddings", 0) or 2048)
     encoder = Encoder(
         tokenizer,
-        max_length or (manifest.max_length if manifest else int(getattr(config, "max_position_embeddings", 0) or 2048)),
+        max_length or (manifest.max_length if manifest else positions),
         on_long or (manifest.on_long if manifest else "error"),
         on_empty or (manifest.on_empty if manifest else "error"),
         config.pad_token_id,
     )
-    if config.pad_token_id is not None and last_id(tokenizer) == config.pad_token_id:
-        notices.append(
-            f"this checkpoint's responses end in its pad token (id {config.pad_token_id}): rewards are read before it, "
-            "as transformers does, so an answer that stops and one that does not look alike"
-        )
     if manifest and not chat_template:
         _check_fingerprint(encoder, manifest, folder)
     precision = precision or (manifest.precision if manifest else "fp32")
-    classifier, has_head = build_classifier(folder, dtype=_dtype_for_use(precision))
+    model = _load_model(folder, compute_precision(precision), config.pad_token_id or 0)
+    layout = choose_layout(model, model, encoder.max_length)
+    notices = [*_pad_notices(tokenizer, config.pad_token_id), *precision_notices(precision)]
+    if not layout.shared:
+        notices.append(f"prefix sharing: {describe_sharing(layout.reason)}")
+    return LoadedModel(model, encoder, manifest, tuple(notices), layout.reason)
+
+
+def _load_model(folder: Path, precision: str, pad_id: int) -> RewardModel:
+    # On a CPU, autocast copies fp32 weights anyway.
+    dtype = PRECISIONS[precision] if default_device().type == "cuda" else torch.float32
+    classifier, has_head = build_classifier(folder, dtype=dtype)
     if not has_head:
         raise RmtoolError(
             "E0401",
@@ -97,25 +107,22 @@ def load_for_inference(
         )
     disable_dropout(classifier)
     getattr(classifier, HEAD).float()
-    model = RewardModel(classifier, config.pad_token_id or 0, precision).to(default_device()).eval()
-    notices += slow_precision(precision)
-    reason = choose_layout(model, model, encoder.max_length)
-    if reason:
-        notices.append(f"prefix sharing: {describe_sharing(reason)}")
-    return LoadedModel(model, encoder, manifest, tuple(notices), reason)
+    return RewardModel(classifier, pad_id, precision).to(default_device()).eval()
 
 
-def slow_precision(precision: str) -> list[str]:
-    """What to tell the user of a precision that this machine has no instructions for."""
-    if precision == "fp32" or default_device().type == "cuda" or not lacks_bf16():
+def _pad_notices(tokenizer: Any, pad_id: int | None) -> list[str]:
+    if pad_id is None or last_id(tokenizer) != pad_id:
         return []
-    return ["this CPU has no bf16 instructions: bf16 rounds as it should, but is no faster than fp32"]
+    return [
+        f"the pad token (id {pad_id}) also ends responses; the reward is taken at the token before it, as in "
+        "transformers, so complete and unfinished responses look the same to the model"
+    ]
 
 
 def tune_malloc() -> None:
-    """Let glibc keep what is freed, on a CPU: it would give blocks over 32 MB back to the system, and each layer then
-    pays for clearing fresh ones (10 to 20% of a forward of 8,192 tokens, scripts/bench/SPEED.md). Holds until the
-    process ends; nothing is done where another C library runs, or where MALLOC_ variables say what the user wants.
+    """Let glibc reuse freed memory, on a CPU: it would return blocks over 32 MB to the system, and each layer then pays
+    for zeroing new ones (10 to 20% of a forward of 8,192 tokens, scripts/bench/SPEED.md). Lasts until the process ends;
+    does nothing with a different C library, or where the user has set MALLOC_ variables.
     """
     library = ctypes.CDLL(None)
     if default_device().type == "cpu" and hasattr(library, "gnu_get_libc_version") and not _MALLOC & os.environ.keys():
@@ -123,17 +130,8 @@ def tune_malloc() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _dtype_for_use(precision: str) -> torch.dtype:
-    """bfloat16 weights where they are used in bfloat16 on a GPU; on a CPU autocast casts them anyway."""
-    return PRECISIONS[precision] if default_device().type == "cuda" else torch.float32
-
-
 def last_id(tokenizer: Any) -> int:
-    """The id that a rendered conversation ends with."""
+    """Return the id that a rendered conversation ends with."""
     return Encoder(tokenizer, 2).ids(FINGERPRINT_CONVERSATIONS[0])[-1]
 
 
@@ -141,17 +139,21 @@ def _check_fingerprint(encoder: Encoder, manifest: Manifest, folder: Path) -> No
     if encoder.fingerprint() != manifest.fingerprint:
         raise RmtoolError(
             "E0403",
-            "this tokenizer and chat template read conversations otherwise than those the model was trained with",
-            "restore the checkpoint's tokenizer files, or pass --chat-template to use another template on purpose",
+            "tokenizer or chat template mismatch: token ids differ from those in training",
+            "restore the checkpoint's tokenizer files, or pass --chat-template to use a different template on purpose",
             Place(str(folder)),
         )
 
 
-# ------------------------------------------------------------------------------------------------- to train
+# ------------------------------------------------------------------------------------------------- for training
 
 
 def training_encoder(recipe: Recipe, folder: Path) -> tuple[Encoder, list[str]]:
-    """The encoder of a training run, its pad token settled; and what to tell the user."""
+    """Build the encoder of a training run, with a pad token that ends no response; returns notices for the user, too.
+
+    Raises:
+        RmtoolError: E0404, E0405 as from `load_tokenizer`.
+    """
     tokenizer = load_tokenizer(folder, recipe.model.chat_template)
     change = ensure_pad_token(tokenizer, last_id(tokenizer))
     data = recipe.data
@@ -160,11 +162,16 @@ def training_encoder(recipe: Recipe, folder: Path) -> tuple[Encoder, list[str]]:
 
 
 def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[RewardModel, list[str]]:
-    """The model of a training run: fp32 weights, new or kept head, no dropout; and what to tell the user."""
+    """Build the model of a training run: fp32 weights, new or loaded head, no dropout; and notices for the user.
+
+    Raises:
+        RmtoolError: E0205 unknown lora.targets; E0402, E0404, E0406, E0407 as from `build_classifier`; E0505 4-bit
+            weights are not supported here.
+    """
     tune_malloc()
     train = recipe.train
-    notices = slow_precision(train.precision)
-    # Random weights and adapters must not depend on what was drawn before.
+    notices = precision_notices(train.precision)
+    # Random weights and adapters must not depend on what was sampled before.
     torch.manual_seed(train.seed)
     random_weights = recipe.model.weights == "random"
     quantized = recipe.lora.quantize != "none"
@@ -175,22 +182,22 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
     )
     set_pad_token(classifier, encoder.tokenizer.pad_token_id, len(encoder.tokenizer))
     if has_head and recipe.model.head == "auto":
-        notices.append("score head: kept from the checkpoint (model.head=new draws a new one)")
+        notices.append("score head: loaded from the checkpoint (set model.head=new to reinitialize it)")
     else:
         init_score_head(classifier, train.seed)
     if train.liger == "auto" and torch.cuda.is_available():
         apply_liger(classifier)
         notices.append("Liger kernels: on")
     if train.freeze == "backbone":
-        notices.append("trained: the score head alone")
+        notices.append("trainable: score head only")
     make_trainable(classifier, recipe)
-    return RewardModel(classifier, encoder.tokenizer.pad_token_id, train.precision), notices
+    return RewardModel(classifier, encoder.tokenizer.pad_token_id, compute_precision(train.precision)), notices
 
 
 def make_trainable(classifier: PreTrainedModel, recipe: Recipe) -> None:
-    """No dropout; and checkpointing, frozen weights and adapters as the recipe says. Changes `classifier` in place."""
+    """Disable dropout, and set up checkpointing, frozen weights and adapters as configured, in place."""
     disable_dropout(classifier)
-    # transformers lets checkpointed layers ask for gradients, which a frozen backbone would then compute for nobody.
+    # With checkpointing, transformers makes layer inputs require gradients, which a frozen backbone does not need.
     if recipe.train.gradient_checkpointing and recipe.train.freeze == "none":
         classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.freeze == "backbone":
@@ -201,22 +208,27 @@ def make_trainable(classifier: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def require_4bit() -> None:
-    """What 4-bit weights need.
+    """Check that 4-bit weights can be used.
 
     Raises:
-        RmtoolError: E0505 there is no CUDA device, or bitsandbytes is not installed.
+        RmtoolError: E0505 no CUDA device available, or bitsandbytes not installed.
     """
-    hint = "set lora.quantize=none: adapters on 16-bit or fp32 weights train anywhere"
     if not torch.cuda.is_available():
-        raise RmtoolError("E0505", "lora.quantize=4bit needs a CUDA device, and there is none here", hint)
+        raise RmtoolError(
+            "E0505", "lora.quantize=4bit requires a CUDA device, but none is available", "set lora.quantize=none"
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise RmtoolError(
-            "E0505", "lora.quantize=4bit needs bitsandbytes, which is not installed", "pip install bitsandbytes"
+            "E0505", "lora.quantize=4bit requires bitsandbytes, but it is not installed", "run pip install bitsandbytes"
         )
 
 
 def add_adapters(classifier: Any, lora: LoraConfig) -> None:
-    """Freeze `classifier` and put LoRA adapters into it, in place; the score head stays trainable as it is."""
+    """Freeze `classifier` and add LoRA adapters, in place; the score head stays trainable, without an adapter.
+
+    Raises:
+        RmtoolError: E0205 `lora.targets` names no linear layers of the model.
+    """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
@@ -232,7 +244,9 @@ def add_adapters(classifier: Any, lora: LoraConfig) -> None:
     try:
         inject_adapter_in_model(config, classifier)
     except ValueError as error:
-        raise RmtoolError("E0205", f"lora.targets: {first_line(error)}", "name linear layers of the model") from error
-    # Not a `modules_to_save` copy: the head is one parameter, trained and saved under its own name.
+        raise RmtoolError(
+            "E0205", f"lora.targets: {first_line(error)}", "use names of linear layers, or all-linear"
+        ) from error
+    # Not peft's `modules_to_save`, which trains a copy: the head is saved under its own name.
     for parameter in getattr(classifier, HEAD).parameters():
         parameter.requires_grad_(True)

@@ -1,9 +1,8 @@
-"""A half-precision model computing in fp32, with one layer's weights in fp32 at a time.
+"""Compute precision: what this machine supports, and fp32 forwards of a half-precision model.
 
-In: a backbone with bf16, fp16 or 4-bit weights. Out: a block in which its forwards compute in fp32 (outside autocast),
-from the same weights.
-Cost: the largest layer in fp32 while that layer runs, and one more read and write of the weights per forward; nothing
-where the weights are fp32.
+In: the precision that a recipe or checkpoint names; or a backbone with bf16, fp16 or 4-bit weights. Out: the precision
+to compute in; or a context in which the backbone computes in fp32 (outside autocast) from the same weights.
+Cost: of the fp32 forwards, the largest layer in fp32 while it runs, and one more read and write of the weights.
 """
 
 from __future__ import annotations
@@ -16,32 +15,65 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STACKS = (nn.ModuleList, nn.ModuleDict)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def lacks_bf16() -> bool:
+    """Whether this CPU has no bf16 instructions; torch's bf16 products are then some ten times slower than fp32."""
+    has = torch.cpu.get_capabilities()
+    return has.get("architecture") == "x86_64" and not (has.get("amx_bf16") or has.get("avx512_bf16"))
+
+
+def fast_bf16_device() -> str | None:
+    """Name what multiplies bf16 matrices several times faster than fp32 here: a CPU with AMX, or a GPU.
+
+    AVX-512 instructions alone are about twice as fast. The GPU's model is not queried: that would initialize CUDA,
+    which a launcher must not do.
+    """
+    if torch.cuda.device_count():
+        return "GPUs since NVIDIA's Ampere"
+    return "this CPU" if torch.cpu.get_capabilities().get("amx_bf16") else None
+
+
+def compute_precision(precision: str) -> str:
+    """The precision to compute in where `precision` is asked for: fp32 on a CPU without bf16 instructions."""
+    return "fp32" if default_device().type == "cpu" and lacks_bf16() else precision
+
+
+def precision_notices(precision: str) -> list[str]:
+    """Notices for the user where `precision` is not what is computed in."""
+    used = compute_precision(precision)
+    return [] if used == precision else [f"{precision} is not supported by this CPU; computing in {used}"]
 
 
 @contextlib.contextmanager
 def fp32_compute(backbone: PreTrainedModel) -> Iterator[None]:
-    """Compute in fp32 inside the block. Leaves every weight as it was; not for forwards that keep gradients."""
+    """Compute in fp32 inside the context. Every weight is restored at its end; not for forwards with gradients."""
     with contextlib.ExitStack() as stack:
-        for module in _units(backbone):
+        for module in _layers_and_others(backbone):
             if any(_is_half(parameter) for parameter in module.parameters()):
-                if isinstance(module, nn.Embedding):  # the largest matrix, of which few rows are read
+                if isinstance(module, nn.Embedding):  # the largest matrix, of which few rows are used
                     stack.callback(module.register_forward_hook(lambda _, __, output: output.float()).remove)
                 else:
-                    _widen_while_it_runs(module, stack)
+                    _upcast_while_it_runs(module, stack)
         for module in backbone.modules():
             if hasattr(module, "compute_type_is_set"):  # bitsandbytes
                 _compute_4bit_in_fp32(module, stack)
         yield
 
 
-def _units(module: nn.Module) -> Iterator[nn.Module]:
+def _layers_and_others(module: nn.Module) -> Iterator[nn.Module]:
     """The layers of each stack, and the modules next to the stacks."""
     for child in module.children():
         if isinstance(module, STACKS) and not isinstance(child, STACKS):
-            yield child  # a layer, with stacks of its own inside (experts) or without
+            yield child  # a layer, which may contain stacks (experts)
         elif any(isinstance(inner, STACKS) for inner in child.modules()):
-            yield from _units(child)
+            yield from _layers_and_others(child)
         else:
             yield child
 
@@ -50,10 +82,10 @@ def _is_half(parameter: nn.Parameter) -> bool:
     return parameter.dtype in (torch.bfloat16, torch.float16)
 
 
-def _widen_while_it_runs(module: nn.Module, stack: contextlib.ExitStack) -> None:
+def _upcast_while_it_runs(module: nn.Module, stack: contextlib.ExitStack) -> None:
     half = dict[nn.Parameter, torch.Tensor]()
 
-    def widen(*_: Any) -> None:
+    def upcast(*_: Any) -> None:
         for parameter in module.parameters():
             if _is_half(parameter):
                 half[parameter] = parameter.data
@@ -65,11 +97,11 @@ def _widen_while_it_runs(module: nn.Module, stack: contextlib.ExitStack) -> None
         half.clear()
 
     stack.callback(restore)
-    stack.callback(module.register_forward_pre_hook(widen).remove)
+    stack.callback(module.register_forward_pre_hook(upcast).remove)
     stack.callback(module.register_forward_hook(restore).remove)
 
 
 def _compute_4bit_in_fp32(layer: nn.Module, stack: contextlib.ExitStack) -> None:
-    """For bitsandbytes' Linear4bit, which settles what it computes in at its first forward."""
+    """For bitsandbytes' Linear4bit, which fixes its compute dtype at its first forward."""
     stack.callback(vars(layer).update, compute_dtype=layer.compute_dtype, compute_type_is_set=layer.compute_type_is_set)
     vars(layer).update(compute_dtype=torch.float32, compute_type_is_set=True)

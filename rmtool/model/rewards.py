@@ -1,6 +1,6 @@
 """Rewards of any number of response groups, each distinct response computed once.
 
-In: a `RewardModel` and response groups, which may live on disk. Out: rewards in the order given, on every rank.
+In: a `RewardModel` and response groups, which may be on disk. Out: rewards in the order given, on every rank.
 Cost: one forward per pack; 250 bytes per response of millions.
 """
 
@@ -32,53 +32,64 @@ def compute_rewards(
     forward_module: nn.Module | None = None,
     dist: DistInfo = SINGLE_PROCESS,
 ) -> list[list[float]]:
-    """Rewards of every response of every group, in the order given; the same on every rank.
+    """Compute the reward of every response of every group, in the order given; the same on every rank.
 
     Each distinct response is computed once, and each prompt once per pack that its responses fill, wherever in `groups`
-    they stand. `groups` is read several times, one group at a time; it may live on disk. `bar` advances to len(groups).
+    they are. `groups` is iterated several times, one group at a time. `bar` advances to len(groups).
 
     Args:
-        forward_module: what to call for a forward: the model, or the engine wrapped around it.
-        ranks: who shares the packs. All call this with the same groups, and run equally many forwards.
+        max_tokens: most unique tokens of a pack.
+        forward_module: what to call for a forward: the model, or the engine that wraps it.
+        dist: the processes that divide the packs. All call this with the same groups, and run equally many forwards.
 
     Raises:
-        RmtoolError: E0503 a pack does not fit into the device's memory.
+        RmtoolError: E0503 out of memory.
     """
     forward_module = model if forward_module is None else forward_module
     forward_module.eval()
-    lengths, starts, row_of = array("q"), array("q", [0]), array("q")
-    for row, group in enumerate(groups):
-        lengths.extend(len(group.prompt) + len(response) for response in group.responses)
-        starts.append(len(lengths))
-        row_of.extend([row] * len(group.responses))
-
-    @functools.lru_cache(maxsize=1)
-    def group_of(row: int) -> ResponseGroup:
-        return groups[row]  # from a disk, it costs all its responses
-
-    def window(item: int, start: int, stop: int) -> Ids:
-        row = row_of[item]
-        return group_of(row).window(item - starts[row], start, stop)
-
-    plan = plan_inference_packs(window, lengths, max_tokens, not model.shares_prompts)
-    values, done = np.zeros(len(lengths)), 0
+    responses = _Responses(groups)
+    plan = plan_inference_packs(responses.window, responses.lengths, max_tokens, not model.shares_prompts)
+    rewards_N, done = np.zeros(len(responses.lengths)), 0
     for first in range(0, len(plan.packs), dist.world_size):
         # A rank without a pack in the last round runs the round's first one again: all must take part.
-        mine = first + dist.rank if first + dist.rank < len(plan.packs) else first
-        items = plan.packs[mine]
+        own = first + dist.rank
+        items = plan.packs[own if own < len(plan.packs) else first]
         try:
-            alone = [build_group([window(item, 0, lengths[item])]) for item in items]
-            rewards = forward_module(model.collate(alone)).cpu()
+            rewards = forward_module(model.collate([responses.as_group(item) for item in items])).cpu()
         except torch.OutOfMemoryError as error:
             raise out_of_memory("--tokens-per-pack") from error
-        if mine == first + dist.rank:
-            values[items] = rewards
+        if own < len(plan.packs):
+            rewards_N[items] = rewards
         before, done = done, min(first + dist.world_size, len(plan.packs))
         bar.advance(len(groups) * done // len(plan.packs) - len(groups) * before // len(plan.packs))
-    values = dist.sum(torch.from_numpy(values)).numpy()[plan.representative]
-    return [values[start:end].tolist() for start, end in itertools.pairwise(starts)]
+    rewards_N = dist.sum(torch.from_numpy(rewards_N)).numpy()[plan.representative]
+    return [rewards_N[start:end].tolist() for start, end in itertools.pairwise(responses.starts)]
+
+
+class _Responses:
+    """The responses of all groups, numbered through.
+
+    lengths: tokens of each response with its prompt
+    starts:  the number of each group's first response, and that of all responses
+    """
+
+    def __init__(self, groups: Sequence[ResponseGroup]):
+        self.lengths, self.starts, self._group_index = array("q"), array("q", [0]), array("q")
+        for index, group in enumerate(groups):
+            self.lengths.extend(len(group.prompt) + len(response) for response in group.responses)
+            self.starts.append(len(self.lengths))
+            self._group_index.extend([index] * len(group.responses))
+        self._group = functools.lru_cache(maxsize=1)(groups.__getitem__)  # from disk, one costs all its responses
+
+    def window(self, item: int, start: int, stop: int) -> Ids:
+        """Ids [start, stop) of one response with its prompt."""
+        index = self._group_index[item]
+        return self._group(index).window(item - self.starts[index], start, stop)
+
+    def as_group(self, item: int) -> ResponseGroup:
+        return build_group([self.window(item, 0, self.lengths[item])])
 
 
 def out_of_memory(setting: str) -> RmtoolError:
-    """What to say when the device is full; `setting` is what bounds the memory."""
-    return RmtoolError("E0503", "the device has not enough memory for one forward", f"lower {setting}")
+    """Build the error for an out-of-memory forward; `setting` is what limits the memory."""
+    return RmtoolError("E0503", "out of memory in a forward pass", f"lower {setting}")

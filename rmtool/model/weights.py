@@ -1,8 +1,8 @@
-"""A trained classifier's weights as an ordinary checkpoint has them: whole, merged, under transformers' names.
+"""A trained classifier's weights as in an ordinary checkpoint: gathered, merged, under transformers' names.
 
-In: a classifier whose parameters an engine may have cut up, with adapters beside its weights or 4-bit weights. Out: its
-state dict, a tensor at a time, on the CPU, and an empty classifier that saves it. The classifier is not changed: it can
-train on.
+In: a classifier whose parameters may be partitioned (ZeRO-3), have adapters, or be in 4 bits. Out: its state dict, one
+tensor at a time, on the CPU, and a classifier without memory that saves it. The classifier itself is not changed and
+can train on.
 Cost: one gather and one copy per tensor.
 """
 
@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from rmtool.model.classifier import without_zero3_init, zero3_gathered
 
-BASE = ".base_layer."  # where peft puts the weights beside which adapters stand
+BASE = ".base_layer."  # where peft moves the weights of a layer with adapters
 
 
-def whole_weights(classifier: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the state dict, floating point in `dtype`. Where parameters are cut up, all ranks must go
-    through it to its end.
+def merged_weights(classifier: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of the state dict, floating-point tensors in `dtype`. Where parameters are partitioned, all
+    ranks must exhaust the iterator.
     """
     parameters = dict(classifier.named_parameters(remove_duplicate=False))
     known = parameters | dict(classifier.named_buffers(remove_duplicate=False))
@@ -31,14 +31,14 @@ def whole_weights(classifier: nn.Module, dtype: torch.dtype) -> Iterator[tuple[s
         if name not in known or ".lora_" in name:  # adapters, and how 4-bit weights are quantized
             continue
         module: Any = classifier.get_submodule(name.rpartition(BASE)[0]) if BASE in name else None
-        cut = [parameters[name]] if name in parameters else []
-        cut += [value for part, value in module.named_parameters() if "lora_" in part] if module else []
-        with torch.no_grad(), zero3_gathered(cut):
-            whole = _dequantized(known[name])
+        needed = [parameters[name]] if name in parameters else []
+        needed += [value for part, value in module.named_parameters() if "lora_" in part] if module else []
+        with torch.no_grad(), zero3_gathered(needed):
+            weight = _dequantized(known[name])
             if module is not None and name.endswith(".weight"):
-                whole = whole.float() + module.get_delta_weight("default").float()
-            kind = dtype if whole.is_floating_point() else whole.dtype
-            yield name.replace(BASE, "."), whole.to("cpu", kind, copy=True)
+                weight = weight.float() + module.get_delta_weight("default").float()
+            save_dtype = dtype if weight.is_floating_point() else weight.dtype
+            yield name.replace(BASE, "."), weight.to("cpu", save_dtype, copy=True)
 
 
 def _dequantized(weight: torch.Tensor) -> torch.Tensor:
@@ -51,15 +51,15 @@ def _dequantized(weight: torch.Tensor) -> torch.Tensor:
 
 
 def meta_copy(classifier: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A classifier of the same kind without adapters or quantization, and without memory for its weights: its
+    """Build the same classifier on the meta device, without adapters or quantization; its
     `save_pretrained(folder, state_dict=...)` writes an ordinary checkpoint.
     """
     config = copy.deepcopy(classifier.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with without_zero3_init(), torch.device("meta"):
-        twin = type(classifier)(config)
-    twin.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps its signature
+        empty = type(classifier)(config)
+    empty.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps its signature
     if hasattr(classifier, "_weight_conversions"):  # the names and shapes that the weights had when they were loaded
-        twin._weight_conversions = classifier._weight_conversions
-    return twin
+        empty._weight_conversions = classifier._weight_conversions
+    return empty

@@ -1,7 +1,7 @@
-"""The decoder layers of a backbone: where they are, and compiled.
+"""The decoder layers of a backbone: where they are, how to shorten the stack, and how to compile them.
 
 In: a transformers backbone. Out: its stack of layers; or the same layers, each compiled once for all lengths.
-Cost of compiling: some 20 s at a run's first step, again at its first evaluation, more where layers differ in kind.
+Cost: of compiling, some 20 s at a run's first step and again at its first evaluation; more for layers of several kinds.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 
 def decoder_layers(backbone: PreTrainedModel) -> list[nn.Module]:
-    """The layers in order; none where the stack cannot be told from other lists of modules."""
+    """List the layers in order; empty where the stack cannot be told from other lists of modules."""
     return list(_stack(backbone) or ())
 
 
 def keep_first_layers(backbone: PreTrainedModel, count: int) -> None:
-    """Take all but the first `count` layers out; the stack must be known."""
+    """Remove all but the first `count` layers; the stack must be known."""
     stack = _stack(backbone)
     assert stack is not None
     del stack[count:]
@@ -30,12 +30,12 @@ def _stack(backbone: PreTrainedModel) -> nn.ModuleList | None:
 
 
 def compile_layers(backbone: PreTrainedModel, backend: str = "inductor") -> int:
-    """Let torch compile each layer but the last; returns how many.
+    """Compile each decoder layer with torch.compile; returns how many.
 
-    Lengths are symbols, so that packs of any size run the same code, and layers of one kind share it. Attention over a
-    pack stays as it is (`attention.py`), and so does the last layer, whose hooks pick rows (`readout.py`).
+    Lengths are symbols, so that packs of any size run the same code, and layers of one kind share it. Packed attention
+    is left out (`attention.py`).
     """
-    layers = decoder_layers(backbone)[:-1]
+    layers = decoder_layers(backbone)
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
     return len(layers)

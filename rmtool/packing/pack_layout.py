@@ -1,8 +1,8 @@
-"""The layout of a pack: many response groups in one row, and what attention must know to keep them apart.
+"""The layout of a pack: many response groups in one sequence, and what attention needs to keep them apart.
 
 In: `ResponseGroup`s. Out: a `PackedBatch` for the forward with prefix sharing, or a `PaddedBatch` for models without.
 Cost: sorting the sequences, and one copy of their tokens.
-Shapes: T unique tokens of a pack, S nodes (see `forest.py`), N responses, L longest sequence.
+Shapes: T unique tokens of a pack, S nodes of its prefix forest, N responses, L tokens of the longest sequence.
 """
 
 from __future__ import annotations
@@ -18,30 +18,28 @@ from rmtool.tokenization.response_group import NO_PARENT, Forest, ResponseGroup,
 
 @dataclass(frozen=True)
 class PackLayout:
-    """How attention reads a pack. Node s asks with its own tokens; its keys are those of its path: the tokens of its
-    parents from the root on, then its own.
+    """The attention structure of a pack. The queries of node s are its own tokens; its keys are the tokens of its path.
 
-    lengths:      S ints, tokens of each node; the nodes lie in this order in the pack
-    parents:      S ints, the index of the node just before on its path, or NO_PARENT; a parent comes first
-    cu_seqlens_q: int32[S + 1], running sum of lengths
-    cu_seqlens_k: int32[S + 1], running sum of the paths' lengths
-    kv_index:     int64[cu_seqlens_k[-1]], where in the pack each key stands
-    read_index:   int64[<= N], ascending: the tokens whose last state is read
+    lengths:      S ints, tokens of each node, in their order in the pack
+    paths:        S tuples of nodes, from a root to the node itself: whose tokens its sequences begin with
+    cu_seqlens_q: int32[S + 1], cumulative lengths
+    cu_seqlens_k: int32[S + 1], cumulative lengths of the paths
+    kv_index:     int64[cu_seqlens_k[-1]], the position of each key in the pack
+    max_q, max_k: the longest node and the longest path, in tokens
     """
 
     lengths: tuple[int, ...]
-    parents: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
     kv_index: torch.Tensor
-    read_index: torch.Tensor
     max_q: int
     max_k: int
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """input_ids, position_ids int64[1, T]; reward_index int64[N]: the pack position of each response's last token."""
+    """input_ids, position_ids int64[1, T]; reward_index int64[N], the position of each response's last token."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
@@ -54,7 +52,6 @@ class PackedBatch:
             cu_seqlens_q=self.layout.cu_seqlens_q.to(device),
             cu_seqlens_k=self.layout.cu_seqlens_k.to(device),
             kv_index=self.layout.kv_index.to(device),
-            read_index=self.layout.read_index.to(device),
         )
         return PackedBatch(
             self.input_ids.to(device), self.position_ids.to(device), self.reward_index.to(device), layout
@@ -63,7 +60,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """input_ids, attention_mask int64[N, L], padded on the right; reward_index int64[N]: each row's last real token."""
+    """input_ids, attention_mask int64[N, L], padded on the right; reward_index int64[N], each row's last real token."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -77,53 +74,50 @@ Batch = PackedBatch | PaddedBatch
 
 
 def pack(groups: Sequence[ResponseGroup]) -> PackedBatch:
-    """Lay the groups end to end, every prefix that several sequences share once: a prompt for its responses, a system
-    prompt for its prompts, a response that two groups share. Rewards come out in the order of the groups, then of their
-    responses.
+    """Concatenate the groups, every common prefix once: a prompt for its responses, a system prompt for its prompts, a
+    response that two groups have. Rewards come out in the order of the groups, then of their responses.
     """
     forest = build_forest([ids for group in groups for ids in group.sequences()])
-    lengths = np.array([len(tokens) for tokens in forest.tokens])
-    last = np.cumsum(lengths) - 1
+    lengths_S = np.array([len(tokens) for tokens in forest.tokens])
+    last_S = np.cumsum(lengths_S) - 1
     return PackedBatch(
         input_ids=torch.from_numpy(np.concatenate(forest.tokens).astype(np.int64))[None],
-        position_ids=torch.from_numpy(_runs(np.array(forest.depths), lengths))[None],
-        reward_index=torch.from_numpy(last[list(forest.ends)]),
-        layout=_layout(lengths, forest, last[sorted(set(forest.ends))]),
+        position_ids=torch.from_numpy(_ranges(np.array(forest.depths), lengths_S))[None],
+        reward_index=torch.from_numpy(last_S[list(forest.ends)]),
+        layout=_layout(lengths_S, forest),
     )
 
 
-def _layout(lengths: np.ndarray, forest: Forest, read: np.ndarray) -> PackLayout:
-    starts = np.concatenate(([0], np.cumsum(lengths)))
-    paths = list[list[int]]()
+def _layout(lengths_S: np.ndarray, forest: Forest) -> PackLayout:
+    starts = np.concatenate(([0], np.cumsum(lengths_S)))
+    paths = list[tuple[int, ...]]()
     for node, parent in enumerate(forest.parents):
-        paths.append([*(paths[parent] if parent != NO_PARENT else ()), node])
+        paths.append((*(paths[parent] if parent != NO_PARENT else ()), node))
     on_paths = np.concatenate(paths)
-    key_lengths = np.array(forest.depths) + lengths
+    key_lengths_S = np.array(forest.depths) + lengths_S
     return PackLayout(
-        lengths=tuple(lengths.tolist()),
-        parents=forest.parents,
+        lengths=tuple(lengths_S.tolist()),
+        paths=tuple(paths),
         cu_seqlens_q=torch.from_numpy(starts.astype(np.int32)),
-        cu_seqlens_k=torch.from_numpy(np.concatenate(([0], np.cumsum(key_lengths))).astype(np.int32)),
-        kv_index=torch.from_numpy(_runs(starts[on_paths], lengths[on_paths])),
-        read_index=torch.from_numpy(read),
-        max_q=int(lengths.max()),
-        max_k=int(key_lengths.max()),
+        cu_seqlens_k=torch.from_numpy(np.concatenate(([0], np.cumsum(key_lengths_S))).astype(np.int32)),
+        kv_index=torch.from_numpy(_ranges(starts[on_paths], lengths_S[on_paths])),
+        max_q=int(lengths_S.max()),
+        max_k=int(key_lengths_S.max()),
     )
 
 
-def _runs(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """int64: `lengths[i]` whole numbers from `firsts[i]` on, for one i after the other."""
+def _ranges(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenate the ranges of `lengths[i]` integers from `firsts[i]`, int64."""
     ends = np.cumsum(lengths)
     return np.repeat(firsts - (ends - lengths), lengths) + np.arange(ends[-1])
 
 
 def pad(groups: Sequence[ResponseGroup], pad_id: int) -> PaddedBatch:
-    """One row per response, padded on the right with `pad_id`; rewards in the same order as `pack`."""
-    rows = [row for group in groups for row in group.sequences()]
-    width = max(len(row) for row in rows)
-    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = row
-        mask[index, : len(row)] = 1
-    return PaddedBatch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(mask.sum(1) - 1))
+    """Build one row per response, padded on the right with `pad_id`; rewards in the same order as from `pack`."""
+    sequences = [ids for group in groups for ids in group.sequences()]
+    shape = len(sequences), max(map(len, sequences))
+    ids_NL, mask_NL = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for row, ids in enumerate(sequences):
+        ids_NL[row, : len(ids)] = ids
+        mask_NL[row, : len(ids)] = 1
+    return PaddedBatch(torch.from_numpy(ids_NL), torch.from_numpy(mask_NL), torch.from_numpy(mask_NL.sum(1) - 1))

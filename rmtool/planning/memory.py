@@ -25,7 +25,7 @@ from rmtool.config import Recipe
 from rmtool.model.classifier import build_classifier
 from rmtool.model.loading import make_trainable
 from rmtool.model.reward_model import RewardModel
-from rmtool.packing import prefix_sharing as compat
+from rmtool.packing import prefix_sharing
 from rmtool.packing.attention import UnsupportedAttentionError
 from rmtool.packing.layers import decoder_layers, keep_first_layers
 from rmtool.recipe import engine_of, world_size
@@ -33,7 +33,7 @@ from rmtool.tokenization.response_group import ResponseGroup, build_group
 from rmtool.training.engine import LIVE_PARAMETERS, PERSISTENT_PARAMETERS, REDUCE_BUCKET
 
 MOST_PAIRS = 8  # in the pack that is tried: each takes time, and many need hardly more than few
-TRIED_LAYERS = (3, 5)  # the first has nothing before it, the last does less
+TRIED_LAYERS = (3, 5)  # the first has nothing before it
 FP32, BF16 = 4, 2  # bytes
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a byte for 64 and 4 for 64 x 256 (arXiv 2305.14314, 3)
 
@@ -128,7 +128,7 @@ def padded_reason(model: RewardModel) -> str | None:
     """Why a hollow model will not share prompts, as far as shapes tell: some attention says only when called that it
     cannot. None if it might.
     """
-    if reason := compat.declared_reason(model.backbone):
+    if reason := prefix_sharing.declared_reason(model.backbone):
         return reason
     shares = model.shares_prompts
     model.share_prompts(True)

@@ -112,7 +112,7 @@ class Plan:
         """A remark where this machine multiplies much faster in another precision."""
         if self.recipe.train.precision != "fp32":
             return []
-        from rmtool.model.bf16_emulation import fast_bf16_device  # imports torch
+        from rmtool.model.precision import fast_bf16_device  # imports torch
 
         device = fast_bf16_device()
         if device is None:

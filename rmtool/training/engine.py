@@ -23,8 +23,9 @@ from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, Ini
 from rmtool.config import Recipe
 from rmtool.dist import DistInfo
 from rmtool.errors import RmtoolError
+from rmtool.model.precision import compute_precision
 from rmtool.model.reward_model import RewardModel
-from rmtool.model.weights import whole_weights
+from rmtool.model.weights import merged_weights
 from rmtool.recipe import engine_of
 
 # Elements. DeepSpeed's own sizes would take some 8 GB of a GPU; a matrix that is larger than a bucket goes alone.
@@ -57,7 +58,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # one optimizer everywhere: torch's AdamW
         "torch_autocast": {
-            "enabled": train.precision == "bf16",
+            "enabled": compute_precision(train.precision) == "bf16",
             "dtype": "bfloat16",
             "lower_precision_safe_modules": ["torch.nn.Linear"],  # not its subclass that is the score head
         },
@@ -150,10 +151,8 @@ class Engine:
         """Add the loss's gradients; with the step's `last` loss, they are averaged over the ranks."""
         if self.deepspeed:
             self.wrapped.set_gradient_accumulation_boundary(last)
-            with self.model.products():
-                self.wrapped.backward(loss)
-            return
-        with self.model.products():
+            self.wrapped.backward(loss)
+        else:
             self.accelerator.backward(loss)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -188,7 +187,7 @@ class Engine:
         must call it.
         """
         keep, kept = self.accelerator.is_main_process, dict[str, torch.Tensor]()
-        for name, value in whole_weights(self.model.classifier, dtype):
+        for name, value in merged_weights(self.model.classifier, dtype):
             if keep:
                 kept[name] = value
         return kept if keep else None

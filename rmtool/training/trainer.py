@@ -122,7 +122,7 @@ class BestCheckpoint:
 
     def update(self, step: int, metrics: dict[str, float]) -> bool:
         """Return whether these metrics are better than all before; equal ones are not."""
-        name = f"{evaluation.PREFIX}/{self.train.metric_for_best}"
+        name = f"{EVAL_PREFIX}/{self.train.metric_for_best}"
         sign = 1 if self.train.metric_for_best == "accuracy" else -1
         better = not self.metrics or sign * metrics[name] > sign * self.metrics[name]
         self.since = 0 if better else self.since + 1
@@ -183,7 +183,7 @@ def _timed_step(trainer: Trainer, batch: Sequence[BatchItem], step: int, total: 
     lr = train.learning_rate * lr_multiplier(train, step - 1, total)
     sums, grad_norm = training_step(trainer, batch, lr, step)
     return {
-        **sums.report("train/rm"),
+        **sums.report(TRAIN_PREFIX),
         "train/rm/lr": lr,
         "grad_norm": grad_norm,
         "step_seconds": time.monotonic() - started,
@@ -202,7 +202,7 @@ def run_eval(trainer: Trainer, held_out: TokenizedDataset, ui: Ui) -> dict[str, 
             dist=trainer.engine.dist,
         )
     wrapped.train()
-    return result.total.report(evaluation.PREFIX)
+    return result.total.report(EVAL_PREFIX)
 
 
 def describe(metrics: dict[str, float]) -> str:

@@ -37,7 +37,8 @@ from rmtool.dataset.split import Split, load_split, write_held_out
 from rmtool.errors import ExitCode, RmtoolError, first_line
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import training_encoder, training_model
-from rmtool.model.reward_model import PRECISIONS, RewardModel
+from rmtool.model.precision import PRECISIONS, compute_precision
+from rmtool.model.reward_model import RewardModel
 from rmtool.model.rewards import out_of_memory
 from rmtool.model.weights import meta_copy
 from rmtool.packing.layers import compile_layers
@@ -82,7 +83,7 @@ def _manifest(
     return Manifest(
         fingerprint=fingerprint,
         max_length=encoder.max_length,
-        precision=recipe.train.precision,
+        precision=compute_precision(recipe.train.precision),
         on_long=encoder.on_long,
         on_empty=encoder.on_empty,
         recipe=recipe.name,
@@ -97,9 +98,7 @@ def _manifest(
 
 def _compile(model: RewardModel) -> str:
     """Compile the layers; says how many, or why none."""
-    if not isinstance(model.products(), contextlib.nullcontext):
-        return "none, because torch compiles nothing where bf16 products are computed in fp32"
-    return str(compile_layers(model.backbone) or "none, because there is no stack of several layers that is known")
+    return str(compile_layers(model.backbone) or "none (no known stack of decoder layers)")
 
 
 def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
@@ -113,7 +112,7 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     require_agreement(_common(recipe, source, fingerprint, split))
     model, more = training_model(recipe, source, encoder)
     engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
-    reason = choose_layout(model, engine.wrapped, encoder.max_length)
+    reason = choose_layout(model, engine.wrapped, encoder.max_length).reason
     if recipe.train.compile:  # after the probe of both layouts, of which one is used
         more += [f"compiled layers: {_compile(model)}"]
     for notice in (*notices, *more):
@@ -188,6 +187,7 @@ def _common(recipe: Recipe, source: Path, fingerprint: str, split: Split) -> dic
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     return {
         "recipe": recipe_hash(recipe),
+        "precision": compute_precision(recipe.train.precision),
         "engine": f"{engine_of(recipe.launch)}, offloaded: {recipe.launch.offload_optimizer}",
         "model": hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
         "tokenizer and chat template": fingerprint,

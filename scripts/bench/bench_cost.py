@@ -232,7 +232,7 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
     pairs = load_split(recipe, encoder, Rejects(), SilentUi()).train
     model, _ = training_model(recipe, folder, encoder)
     engine = Engine.prepare(accelerator, model, build_optimizer(model, train), train.max_grad_norm)
-    if reason := choose_layout(model, engine.wrapped, encoder.max_length):
+    if reason := choose_layout(model, engine.wrapped, encoder.max_length).reason:
         emit("padded", reason=reason)
     units = next(epoch_steps(pairs.metadata, pairs.groups, train.seed, 0, train.batch_size))
     return Trainer(recipe, engine), units

@@ -407,7 +407,7 @@ def train_with_rmtool(spec: Event) -> None:
     split = load_split(recipe, encoder, Rejects(), SilentUi())
     model, _ = training_model(recipe, folder / "model", encoder)
     engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
-    if reason := choose_layout(model, engine.wrapped, encoder.max_length):
+    if reason := choose_layout(model, engine.wrapped, encoder.max_length).reason:
         emit("padded", reason=reason)
     trainer = Trainer(recipe, engine)
     tracker: Any = Tracker(clock, model)

@@ -26,17 +26,16 @@ import pytest
 import torch
 import transformers as hf
 from mutants import MUTANTS
-from rounding import rounded_products
+from rounding import round_forwards
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tests"))
 from benchlib import say
 from transformers import AutoModelForSequenceClassification
 
-from rmtool.model import reward_model as models
 from rmtool.model.classifier import build_classifier, disable_dropout, init_score_head
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.reward_model import RewardModel
-from rmtool.packing import prefix_sharing as compat
+from rmtool.packing import prefix_sharing
 from rmtool.packing.layers import keep_first_layers
 
 FAMILIES = {
@@ -103,9 +102,9 @@ class Recorder:
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.seen: dict[str, float] = {}
-        real_error, real_kernel = compat.Probe.error, compat.kernel_failure
+        real_error, real_kernel = prefix_sharing.Probe.error, prefix_sharing.kernel_failure
 
-        def error(probe: compat.Probe, states: torch.Tensor) -> float:
+        def error(probe: prefix_sharing.Probe, states: torch.Tensor) -> float:
             found = real_error(probe, states)
             self.seen.setdefault("states", found)  # of the shared batch; padded ones come later
             return found
@@ -114,8 +113,8 @@ class Recorder:
             self.seen["kernel"] = worst
             return real_kernel(worst)
 
-        patch.setattr(compat.Probe, "error", error)
-        patch.setattr(compat, "kernel_failure", kernel)
+        patch.setattr(prefix_sharing.Probe, "error", error)
+        patch.setattr(prefix_sharing, "kernel_failure", kernel)
 
 
 def try_model(job: tuple[int, str | None, bool, Sequence[str]]) -> dict[str, Any]:
@@ -128,7 +127,7 @@ def try_model(job: tuple[int, str | None, bool, Sequence[str]]) -> dict[str, Any
                               "hidden": config.hidden_size, "sound": {}, "mutants": {}}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         if rounded:
-            patch.setattr(models, "wide_products", rounded_products)
+            round_forwards(patch)
         for precision in ("bf16", "fp16"):
             record["sound"][precision] = _load(model, precision)
         for mutant in MUTANTS:
@@ -143,7 +142,7 @@ def _load(model: RewardModel, precision: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch)
         model.precision = precision
-        reason = choose_layout(model, model, MAX_LENGTH)
+        reason = choose_layout(model, model, MAX_LENGTH).reason
     return {"refused": reason, **recorder.seen}
 
 

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers import ROOT, pair_rows, save_reward_model, write_jsonl
 from transformers import Gemma2Config
 
 from rmtool.checkpoint import Manifest
 from rmtool.cli.train import print_result
-from rmtool.model import bf16_emulation as products
 from rmtool.packing.prefix_sharing import describe_sharing
 from rmtool.planning.estimate import forecast
 from rmtool.planning.plan import make_plan
@@ -27,7 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import bench_score
 import benchlib
 
-OFF = "prefix sharing: off, using padded batches (its attention takes softcap)"
+OFF = "prefix sharing: off, using padded batches (unsupported attention argument: softcap)"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,7 @@ def test_eval_ends_with_it(rmtool: Any, gemma2: Path, checkpoint: Path, tmp_path
     shown = rmtool("eval", gemma2, "--data", data, "--samples", 0)
     assert shown.err.splitlines()[-1] == f"note: {OFF}"
     found = json.loads(rmtool("eval", gemma2, "--data", data, "--json").out)
-    assert (found["prefix_sharing"], found["padded_reason"]) == (False, "its attention takes softcap")
+    assert (found["prefix_sharing"], found["padded_reason"]) == (False, "unsupported attention argument: softcap")
     shared = rmtool("eval", checkpoint, "--data", data, "--json")
     assert "prefix sharing" not in shared.err
     found = json.loads(shared.out)
@@ -53,10 +51,10 @@ def test_score_ends_with_it(rmtool: Any, gemma2: Path, tmp_path: Path) -> None:
     shown = rmtool("score", data, "--model", gemma2)
     assert shown.err.splitlines()[-1] == f"note: {OFF}"
     found = json.loads(rmtool("score", data, "--model", gemma2, "--json", "--overwrite").out)
-    assert (found["prefix_sharing"], found["padded_reason"]) == (False, "its attention takes softcap")
+    assert (found["prefix_sharing"], found["padded_reason"]) == (False, "unsupported attention argument: softcap")
 
 
-@pytest.mark.parametrize(("reason", "line"), [("its attention takes softcap", OFF), (None, "prefix sharing: on")])
+@pytest.mark.parametrize(("reason", "line"), [("unsupported attention argument: softcap", OFF), (None, "prefix sharing: on")])
 def test_the_result_of_training_ends_with_it(
     reason: str | None, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,7 +65,7 @@ def test_the_result_of_training_ends_with_it(
 
 def test_a_dry_run_foresees_it(gemma2: Path, checkpoint: Path) -> None:
     recipe = load_recipe("smollm2-135m")
-    for folder, reason in ((gemma2, "its attention takes softcap"), (checkpoint, None)):
+    for folder, reason in ((gemma2, "unsupported attention argument: softcap"), (checkpoint, None)):
         seen = forecast(recipe, folder, None, None)
         row = dict(seen.rows())["prefix sharing"]
         assert row == (describe_sharing(reason) if reason else "on (verified when the model is loaded)")
@@ -79,30 +77,13 @@ def test_a_dry_run_foresees_it(gemma2: Path, checkpoint: Path) -> None:
 def test_the_plan_says_where_bf16_is_faster(
     precision: Any, device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "fast_bf16_device", lambda: device)
+    monkeypatch.setattr("rmtool.model.precision.fast_bf16_device", lambda: device)
     data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
     recipe = load_recipe("debug", [("data.train", [str(data)]), ("data.holdout", 2)])
     recipe = replace(recipe, train=replace(recipe.train, precision=precision))
     row = dict(make_plan(recipe, tmp_path / "run").rows()).get("precision", "")
     told = "fp32 (bf16 is several times faster on this CPU: --set train.precision=bf16)"
     assert row == (told if device and precision == "fp32" else "")
-
-
-@pytest.mark.parametrize(
-    ("gpus", "flags", "device"),
-    [
-        (0, {"amx_bf16": True, "avx512_bf16": True}, "this CPU"),
-        (0, {"avx512_bf16": True}, None),
-        (0, {}, None),
-        (1, {"amx_bf16": True}, "GPUs since NVIDIA's Ampere"),
-    ],
-)
-def test_what_multiplies_bf16_fast(
-    gpus: int, flags: dict[str, bool], device: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **flags})
-    assert products.fast_bf16_device() == device
 
 
 def test_a_benchmark_measures_it_and_says_so(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from rmtool.errors import RmtoolError
 from rmtool.model.classifier import build_classifier, disable_dropout, init_score_head
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.reward_model import RewardModel
-from rmtool.packing import prefix_sharing as compat
+from rmtool.packing import prefix_sharing
 from rmtool.packing.attention import UnsupportedAttentionError
 from rmtool.tokenization.response_group import ResponseGroup
 
@@ -127,7 +127,7 @@ def shrunk(default: Any, layers: int, changes: dict[str, Any]) -> Any:
     sizes = TINY | dict.fromkeys(LAYERS, layers) | changes
     values = {name: value for name, value in sizes.items() if name in known or name in changes}
     rope = known.get("rope_parameters") or {}
-    if "original_max_position_embeddings" in rope and rope["rope_type"] not in compat.BATCH_DEPENDENT_ROPE:
+    if "original_max_position_embeddings" in rope and rope["rope_type"] not in prefix_sharing.BATCH_DEPENDENT_ROPE:
         values["rope_parameters"] = rope | {"original_max_position_embeddings": 16}
     for name in getattr(default, "sub_configs", {}):
         if isinstance(part := getattr(default, name, None), hf.PreTrainedConfig):
@@ -185,19 +185,18 @@ def measure(name: str, switches: dict[str, Any], folder: Path) -> Row:
     disable_dropout(classifier)
     model = RewardModel(classifier, pad_id=0).eval()
     try:
-        reason = choose_layout(model, model, MAX_LENGTH)
+        layout = choose_layout(model, model, MAX_LENGTH)
     except RmtoolError as error:
         return Row(name, "refused", note=f"{error.id} {error}")
-    shares = model.shares_prompts
     expected = alone(model, TREES)
     truth = expected.detach(), gradients(model, expected)
-    errors = compare(model, shares, truth)
-    if shares:
+    errors = compare(model, layout.shared, truth)
+    if layout.shared:
         return Row(name, "shared", errors)
     try:
-        return Row(name, "padded", errors, str(reason), compare(model, True, truth))
+        return Row(name, "padded", errors, str(layout.reason), compare(model, True, truth))
     except (UnsupportedAttentionError, TypeError):  # axk2 needs its mask
-        return Row(name, "padded", errors, str(reason))
+        return Row(name, "padded", errors, str(layout.reason))
 
 
 def stir(classifier: torch.nn.Module) -> None:
@@ -341,8 +340,8 @@ def test_the_table_has_every_type_and_enough_of_them_share() -> None:
 
 @pytest.mark.parametrize("name", marked(["bloom", "falcon", "jamba", "qwen2_moe (window)", "phimoe (window)"]))
 def test_a_layout_accepted_wrongly_would_be_seen(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(compat, "declared_reason", lambda *_: None)
-    monkeypatch.setattr(compat, "sharing_failure", lambda *_: None)
+    monkeypatch.setattr(prefix_sharing, "declared_reason", lambda *_: None)
+    monkeypatch.setattr(prefix_sharing, "probe_failure", lambda *_: None)
     row = measure(name, variants(name.split()[0])[name], tmp_path)
     assert row.layout == "shared"
     assert row.errors is not None

@@ -23,13 +23,13 @@ from transformers import AutoModelForSequenceClassification, Gemma2Config, GPT2C
 from rmtool.config import LoraConfig, Recipe
 from rmtool.data.record import Message
 from rmtool.errors import RmtoolError
-from rmtool.model import reward_model as models
 from rmtool.model.classifier import build_classifier, disable_dropout, init_score_head
 from rmtool.model.layout_choice import choose_layout
-from rmtool.model.loading import add_adapters, load_for_inference, slow_precision, training_encoder, training_model
+from rmtool.model.loading import add_adapters, load_for_inference, training_encoder, training_model
+from rmtool.model.reward_model import RewardModel
 from rmtool.model.rewards import compute_rewards
-from rmtool.model.weights import meta_copy, whole_weights
-from rmtool.packing import prefix_sharing as compat
+from rmtool.model.weights import merged_weights, meta_copy
+from rmtool.packing import prefix_sharing
 from rmtool.recipe import load_recipe
 from rmtool.tokenization.response_group import build_group
 from rmtool.tokenization.tokenizer import ensure_pad_token, load_tokenizer
@@ -297,7 +297,7 @@ def test_adapters_train_the_head_and_merge_into_an_ordinary_model(checkpoint: Pa
     ids = torch.arange(3, 20)[None]
     before, head = classifier(ids).logits.detach(), classifier.score.weight.detach().clone()
     saved = tmp_path / "saved"
-    weights = dict(whole_weights(classifier, torch.float32))
+    weights = dict(merged_weights(classifier, torch.float32))
     meta_copy(classifier, torch.float32).save_pretrained(saved, state_dict=weights)
     again, has_head = build_classifier(saved, dtype=torch.float32)
     assert has_head
@@ -320,18 +320,12 @@ def test_a_trained_head_is_kept_or_drawn_anew(checkpoint: Path, tmp_path: Path) 
     trained, _ = build_classifier(checkpoint, dtype=torch.float32)
     kept, notices = training_model(settings, checkpoint, encoder)
     assert torch.equal(kept.classifier.score.weight, trained.score.weight)
-    assert any("kept" in notice for notice in notices)
+    assert any("loaded from the checkpoint" in notice for notice in notices)
     settings = replace(settings, model=replace(settings.model, head="new"), train=replace(settings.train, seed=5))
     drawn, _ = training_model(settings, checkpoint, encoder)
     assert not torch.equal(drawn.classifier.score.weight, trained.score.weight)
 
 
-@pytest.mark.parametrize("said", [True, False])
-def test_bf16_without_instructions_for_it_is_said(monkeypatch: pytest.MonkeyPatch, said: bool) -> None:
-    monkeypatch.setattr("rmtool.model.loading.lacks_bf16", lambda: said)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bool(slow_precision("bf16")) == said
-    assert slow_precision("fp32") == []
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc only")
@@ -370,19 +364,19 @@ def test_large_blocks_are_reused() -> None:
 def test_the_probe_is_no_longer_than_what_the_model_is_given(positions: int) -> None:
     config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=positions, num_labels=1)
     classifier = AutoModelForSequenceClassification.from_config(config)
-    model = models.RewardModel(classifier, pad_id=0).eval()
-    assert choose_layout(model, model, positions) is None
+    model = RewardModel(classifier, pad_id=0).eval()
+    assert choose_layout(model, model, positions).shared
 
 
 def test_padding_is_probed_without_the_rounding_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16 the probe would have to allow so much that a model which padding changes passes."""
     config = Gemma2Config(**tiny_config(97), num_labels=1)
-    model = models.RewardModel(
-        AutoModelForSequenceClassification.from_config(config), pad_id=0, precision="bf16"
-    ).eval()
+    model = RewardModel(AutoModelForSequenceClassification.from_config(config), pad_id=0, precision="bf16").eval()
     probed: list[Any] = []
-    monkeypatch.setattr(compat, "require_padding", lambda probe: probed.append((probe.padding_error, model.precision)))
-    assert choose_layout(model, model, 512)
+    monkeypatch.setattr(
+        prefix_sharing, "require_padding", lambda probe: probed.append((probe.padding_error, model.precision))
+    )
+    assert not choose_layout(model, model, 512).shared
     [(error, precision)] = probed
     assert error < 1e-5
     assert (precision, model.precision) == ("fp32", "bf16")

@@ -1,107 +1,165 @@
-"""bf16 products in fp32: the numbers that rounded factors give, forward and backward, everywhere in a training step."""
+"""Compute precision: what this CPU supports, and half-precision models that compute in fp32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+import transformers as hf
+from helpers import TREES, build, tiny_config
+from torch import nn
 
-from rmtool.model import bf16_emulation as products
+from rmtool.model.layout_choice import _head_inputs
+from rmtool.model.loading import load_for_inference
+from rmtool.model.precision import compute_precision, fast_bf16_device, fp32_compute, lacks_bf16, precision_notices
+from rmtool.model.reward_model import RewardModel
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def slow_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "lacks_bf16", lambda: True)
-
-
-class Seen(TorchDispatchMode):
-    """Which products and attentions reach torch, and in which dtype."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names, self.dtypes = list[str](), list[torch.dtype]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.partition(".")[0]
-        if name in ("mm", "addmm", "bmm", "baddbmm") or "attention" in name:
-            self.names.append(name)
-            self.dtypes.append(args[0].dtype)
-        return func(*args, **(kwargs or {}))
+Patch = pytest.MonkeyPatch
 
 
-def half(*shape: int) -> torch.Tensor:
-    return torch.randn(shape).bfloat16().requires_grad_()
+@pytest.fixture(params=[True, False], ids=["without bf16", "with bf16"])
+def lacks(request: pytest.FixtureRequest, monkeypatch: Patch) -> bool:
+    """A CPU without bf16 instructions, and one with them."""
+    monkeypatch.setattr("rmtool.model.precision.lacks_bf16", lambda: request.param)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return bool(request.param)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-
-
-MASK = torch.ones(5, 7, dtype=torch.bool).tril(2)
-CASES: list[tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]] = [
-    (torch.mm, [(33, 65), (65, 17)]),
-    (F.linear, [(2, 33, 65), (17, 65)]),
-    (F.linear, [(33, 65), (17, 65), (17,)]),
-    (torch.bmm, [(3, 33, 65), (3, 65, 17)]),
-    (torch.matmul, [(2, 3, 33, 65), (65, 17)]),
-    (attention, [(1, 3, 9, 16)] * 3),
-    (lambda q, k, v: attention(q, k, v, MASK), [(1, 3, 5, 16), (1, 3, 7, 16), (1, 3, 7, 16)]),
-]
-
-
-@pytest.mark.parametrize(("function", "shapes"), CASES)
-@pytest.mark.parametrize("gradients", [False, True])
-def test_products_are_those_of_fp32_rounded_once(
-    function: Callable[..., torch.Tensor], shapes: list[tuple[int, ...]], gradients: bool, slow_cpu: None
-) -> None:
-    torch.manual_seed(0)
-    tensors = [half(*shape) for shape in shapes]
-    twins = [tensor.detach().float().requires_grad_() for tensor in tensors]
-    with torch.set_grad_enabled(gradients):
-        expected = function(*twins).bfloat16()
-        with Seen() as seen, products.wide_products(CPU, "bf16"):
-            output = function(*tensors)
-            if gradients:
-                output.backward(torch.ones_like(output))
-    assert output.dtype == torch.bfloat16
-    assert torch.equal(output, expected)
-    # What reaches torch is fp32: three products or two attentions with gradients, one without.
-    assert set(seen.dtypes) == {torch.float32}
-    assert len(seen.dtypes) == (1 if not gradients else 2 if "attention" in seen.names[0] else 3)
-    if not gradients:
-        return
-    expected.backward(torch.ones_like(output))
-    for tensor, twin in zip(tensors, twins, strict=True):
-        # The backward of attention reads its output, which was rounded.
-        assert tensor.grad is not None
-        assert twin.grad is not None
-        torch.testing.assert_close(
-            tensor.grad.float(), twin.grad, rtol=2**-7, atol=2**-7 * float(twin.grad.abs().max())
-        )
-
-
-@pytest.mark.parametrize(("flag", "lacks"), [("avx2", True), ("amx_bf16", False), ("avx512_bf16", False)])
-def test_what_lacks_bf16(monkeypatch: pytest.MonkeyPatch, flag: str, lacks: bool) -> None:
+@pytest.mark.parametrize(("flag", "missing"), [("avx2", True), ("amx_bf16", False), ("avx512_bf16", False)])
+def test_bf16_needs_its_instructions(monkeypatch: Patch, flag: str, missing: bool) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", flag: True})
-    assert products.lacks_bf16() == lacks
+    assert lacks_bf16() == missing
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64", flag: True})
+    assert not lacks_bf16()
 
 
-def test_only_slow_bf16_on_a_cpu_is_changed(monkeypatch: pytest.MonkeyPatch, slow_cpu: None) -> None:
-    assert isinstance(products.wide_products(CPU, "bf16"), TorchDispatchMode)
-    assert not isinstance(products.wide_products(CPU, "fp32"), TorchDispatchMode)
-    assert not isinstance(products.wide_products(torch.device("cuda"), "bf16"), TorchDispatchMode)
-    monkeypatch.setattr(products, "lacks_bf16", lambda: False)
-    assert not isinstance(products.wide_products(CPU, "bf16"), TorchDispatchMode)
+@pytest.mark.parametrize(
+    ("gpus", "flags", "device"),
+    [
+        (0, {"amx_bf16": True, "avx512_bf16": True}, "this CPU"),
+        (0, {"avx512_bf16": True}, None),
+        (0, {}, None),
+        (1, {"amx_bf16": True}, "GPUs since NVIDIA's Ampere"),
+    ],
+)
+def test_what_multiplies_bf16_fast(gpus: int, flags: dict[str, bool], device: str | None, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **flags})
+    assert fast_bf16_device() == device
 
 
-def test_fp32_is_left_alone(slow_cpu: None) -> None:
-    a, b = torch.randn(33, 65), torch.randn(65, 17)
-    expected = a @ b
-    with products.wide_products(CPU, "bf16"):
-        assert torch.equal(a @ b, expected)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_without_instructions_is_fp32_with_a_notice(lacks: bool, precision: str) -> None:
+    assert compute_precision(precision) == ("fp32" if lacks else precision)
+    notice = f"{precision} is not supported by this CPU; computing in fp32"
+    assert precision_notices(precision) == [notice] * lacks
+    assert (compute_precision("fp32"), precision_notices("fp32")) == ("fp32", [])
+
+
+def test_a_gpu_computes_in_bf16_whatever_the_cpu(lacks: bool, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (compute_precision("bf16"), precision_notices("bf16")) == ("bf16", [])
+
+
+def test_inference_without_bf16_gives_the_rewards_of_fp32(lacks: bool, checkpoint: Path) -> None:
+    loaded = load_for_inference(checkpoint, precision="bf16")
+    assert ("computing in fp32" in " ".join(loaded.notices)) == lacks
+    expected = load_for_inference(checkpoint, precision="fp32").model
+    with torch.no_grad():
+        rewards, exact = (model(model.collate(TREES)) for model in (loaded.model, expected))
+    assert torch.equal(rewards, exact) == lacks
+
+
+# ------------------------------------------------------------------------------------- half-precision weights in fp32
+
+DEEP = hf.LlamaConfig(**(tiny_config(97) | {"num_hidden_layers": 40, "initializer_range": 0.1}), num_labels=1)
+
+
+def in_dtype(config: Any, dtype: torch.dtype) -> RewardModel:
+    model = build(config)
+    model.backbone.to(dtype)
+    return model
+
+
+def states(model: RewardModel) -> torch.Tensor:
+    model.share_prompts(False)
+    return _head_inputs(model, model, TREES)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.LlamaConfig(**tiny_config(97), num_labels=1),
+        hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=512, num_labels=1),
+        hf.Gemma3TextConfig(**tiny_config(97), num_labels=1, sliding_window=8),
+        hf.Gemma3Config(
+            text_config=tiny_config(97) | {"sliding_window": 8},
+            vision_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+            num_labels=1,
+        ),
+        hf.Qwen3MoeConfig(
+            **tiny_config(97), num_labels=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_weights_of_16_bits_compute_in_fp32(config: Any, dtype: torch.dtype) -> None:
+    """As the same numbers kept in fp32 do; afterwards every weight is the one it was."""
+    half, whole = in_dtype(config, dtype), in_dtype(config, dtype)
+    whole.classifier.float()
+    before = {name: (weight.dtype, weight.data_ptr()) for name, weight in half.named_parameters()}
+    with fp32_compute(half.backbone):
+        inside = states(half)
+    assert {name: (weight.dtype, weight.data_ptr()) for name, weight in half.named_parameters()} == before
+    # Rotary embeddings and scaled embeddings may be computed in the weights' dtype before the first layer.
+    torch.testing.assert_close(inside, states(whole), atol=2e-2 if "gemma" in config.model_type else 1e-5, rtol=1e-5)
+    assert not torch.equal(states(half), inside)
+
+
+def test_one_layer_at_a_time_is_wide() -> None:
+    model = in_dtype(DEEP, torch.bfloat16)
+    wide: list[int] = []
+
+    def count(*_: Any) -> None:
+        wide.append(sum(weight.dtype == torch.float32 for weight in model.backbone.parameters()))
+
+    for layer in model.backbone.layers:
+        layer.self_attn.register_forward_pre_hook(count)
+    with fp32_compute(model.backbone):
+        states(model)
+    assert wide == [len(list(model.backbone.layers[0].parameters()))] * len(model.backbone.layers)
+
+
+def test_weights_are_restored_when_a_forward_fails() -> None:
+    model = in_dtype(DEEP, torch.bfloat16)
+    model.backbone.layers[3].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), fp32_compute(model.backbone):
+        states(model)
+    assert {weight.dtype for weight in model.backbone.parameters()} == {torch.bfloat16}
+
+
+class FourBit(nn.Linear):
+    """What bitsandbytes' Linear4bit has: it takes the dtype of its first input, unless told that it was chosen."""
+
+    compute_type_is_set = False
+    computed: list[torch.dtype | None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.compute_type_is_set:
+            self.compute_dtype, self.compute_type_is_set = x.dtype, True
+        self.computed.append(self.compute_dtype)
+        return super().forward(x)
+
+
+def test_4_bit_layers_compute_in_fp32_and_choose_afterwards() -> None:
+    model = build(DEEP)
+    layer = model.backbone.layers[0].mlp
+    layer.up_proj.__class__ = FourBit
+    layer.up_proj.compute_dtype, layer.up_proj.computed = torch.bfloat16, []
+    with fp32_compute(model.backbone):
+        states(model)
+    assert set(layer.up_proj.computed) == {torch.float32}
+    assert (layer.up_proj.compute_dtype, layer.up_proj.compute_type_is_set) == (torch.bfloat16, False)

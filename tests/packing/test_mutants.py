@@ -6,7 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from mutants import ATTENTION, HALF_ONLY, KERNEL, PACKS, Mutant, Patch, install_kernel, install_pack, with_parents
+from mutants import (
+    ATTENTION,
+    HALF_ONLY,
+    KERNEL,
+    PACKS,
+    Mutant,
+    Patch,
+    install_kernel,
+    install_pack,
+    parents_of,
+    with_parents,
+)
 from random_batches import Pool, check_many, draw, pool
 
 from rmtool.model.layout_choice import choose_layout
@@ -31,7 +42,7 @@ def packed_seeds(pool: Pool, count: int) -> list[tuple[int, int]]:
 
 
 def refusal(pool: Pool) -> str:
-    return choose_layout(pool.model, pool.model, 512) or ""
+    return choose_layout(pool.model, pool.model, 512).reason or ""
 
 
 def require_red(pool: Pool) -> None:
@@ -55,7 +66,7 @@ def test_a_mistake_is_caught(monkeypatch: Patch, mutant: Mutant, family: str) ->
 
 def test_paths_that_are_written_again_change_nothing(monkeypatch: Patch) -> None:
     """What the mutants of paths share is not itself a mutant."""
-    install_pack(lambda batch: with_parents(batch, list(batch.layout.parents)), monkeypatch)
+    install_pack(lambda batch: with_parents(batch, parents_of(batch.layout)), monkeypatch)
     require_green(pool("llama"))
 
 
@@ -87,4 +98,4 @@ def test_what_only_half_precision_gets_wrong_is_caught(mutant: Mutant, precision
     mutant.install(monkeypatch)
     assert refusal(windowed) == ""
     monkeypatch.setattr(windowed.model, "precision", precision)
-    assert "packed attention in half precision is off" in refusal(windowed)
+    assert "half-precision packed attention is off" in refusal(windowed)

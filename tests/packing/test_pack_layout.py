@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from rmtool.packing.pack_layout import pack, pad
 from rmtool.tokenization.pack_plan import KEYS_PER_TOKEN, plan_inference_packs, plan_packs
-from rmtool.tokenization.response_group import NO_PARENT, Ids, ResponseGroup, Window, build_group, prefix_order
+from rmtool.tokenization.response_group import Ids, ResponseGroup, Window, build_group, prefix_order
 from rmtool.tokenization.token_store import TokenStore
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=5)
@@ -47,7 +47,8 @@ def test_a_pack_holds_every_distinct_prefix_once_and_reads_every_sequence(drawn:
     sequences = [sequence for sequences_ in drawn for sequence in sequences_]
     prefixes = {tuple(sequence[: length + 1]) for sequence in sequences for length in range(len(sequence))}
     assert len(ids) == sum(layout.lengths) == len(prefixes)
-    assert all(parent < node for node, parent in enumerate(layout.parents))
+    assert all(path == (*layout.paths[path[-2]], node) for node, path in enumerate(layout.paths) if len(path) > 1)
+    assert all(path[-1] == node for node, path in enumerate(layout.paths))
     ends = (layout.cu_seqlens_q[1:] - 1).tolist()
     for sequence, last in zip(sequences, batch.reward_index.tolist(), strict=True):
         node = ends.index(last)
@@ -185,7 +186,7 @@ def test_lengths_and_dtypes_are_what_kernels_want() -> None:
     assert batch.input_ids.dtype == batch.position_ids.dtype == batch.layout.kv_index.dtype == torch.int64
     assert batch.layout.cu_seqlens_q.dtype == batch.layout.cu_seqlens_k.dtype == torch.int32
     assert batch.layout.lengths == (2, 1, 2)
-    assert batch.layout.parents == (NO_PARENT, 0, 0)
+    assert batch.layout.paths == ((0,), (0, 1), (0, 2))
     assert (batch.layout.max_q, batch.layout.max_k) == (2, 4)
     assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3]]
 

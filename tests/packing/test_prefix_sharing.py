@@ -13,17 +13,14 @@ import transformers as hf
 from helpers import TREES, tiny_config
 from helpers import build as build_fp32
 from mutants import HALF_ONLY, PACKS, Mutant, Patch, install_attention
-from rounding import RoundedProducts, rounded_matmul, rounded_products
-from torch import nn
+from rounding import RoundedProducts, round_forwards, rounded_matmul
 
 from rmtool.errors import RmtoolError
-from rmtool.model import reward_model as models
-from rmtool.model.fp32 import fp32_compute
-from rmtool.model.layout_choice import _read_states, choose_layout
+from rmtool.model.layout_choice import _head_inputs, choose_layout
+from rmtool.model.precision import PRECISIONS
 from rmtool.model.reward_model import RewardModel
-from rmtool.packing import attention_check
-from rmtool.packing import prefix_sharing as compat
-from rmtool.packing.attention_check import KernelCheck, node_paths
+from rmtool.packing import attention, attention_check, prefix_sharing
+from rmtool.packing.attention_check import KernelCheck, key_positions
 from rmtool.packing.pack_layout import pack
 
 DEEP = hf.LlamaConfig(**(tiny_config(97) | {"num_hidden_layers": 40, "initializer_range": 0.1}), num_labels=1)
@@ -37,130 +34,46 @@ def build(config: Any, precision: str = "fp32", dtype: torch.dtype = torch.float
     return model
 
 
-def states(model: RewardModel, shares: bool) -> torch.Tensor:
-    model.share_prompts(shares)
-    return _read_states(model, model, TREES)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_deep_model_shares_prompts_in_half_precision(precision: str, dtype: torch.dtype, monkeypatch: Patch) -> None:
     """Rounding alone moves its states by more than many a mistake would."""
-    monkeypatch.setattr(models, "wide_products", rounded_products)
+    round_forwards(monkeypatch)
     model = build(DEEP, precision, dtype)
-    probe = compat.Probe(TREES, lambda groups: _read_states(model, model, groups))
+    probe = prefix_sharing.Probe(TREES, lambda groups: _head_inputs(model, model, groups))
     model.share_prompts(True)
-    assert probe.error(_read_states(model, model, TREES)) > 20 * compat.TOLERANCE
-    assert choose_layout(model, model, 512) is None
+    assert probe.error(_head_inputs(model, model, TREES)) > 20 * prefix_sharing.TOLERANCE
+    assert choose_layout(model, model, 512).shared
     assert model.shares_prompts
     assert model.precision == precision
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "config",
-    [
-        hf.LlamaConfig(**tiny_config(97), num_labels=1),
-        hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=512, num_labels=1),
-        hf.Gemma3TextConfig(**tiny_config(97), num_labels=1, sliding_window=8),
-        hf.Gemma3Config(
-            text_config=tiny_config(97) | {"sliding_window": 8},
-            vision_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
-            num_labels=1,
-        ),
-        hf.Qwen3MoeConfig(
-            **tiny_config(97), num_labels=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
-        ),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_weights_of_16_bits_compute_in_fp32(config: Any, dtype: torch.dtype) -> None:
-    """As the same numbers kept in fp32 do; afterwards every weight is the one it was."""
-    half, whole = build(config, dtype=dtype), build(config, dtype=dtype)
-    whole.classifier.float()
-    before = {name: (weight.dtype, weight.data_ptr()) for name, weight in half.named_parameters()}
-    with fp32_compute(half.backbone):
-        inside = states(half, shares=False)
-    assert {name: (weight.dtype, weight.data_ptr()) for name, weight in half.named_parameters()} == before
-    # Rotary embeddings and scaled embeddings may be computed in the weights' dtype before the first layer.
-    torch.testing.assert_close(
-        inside, states(whole, shares=False), atol=2e-2 if "gemma" in config.model_type else 1e-5, rtol=1e-5
-    )
-    assert not torch.equal(states(half, shares=False), inside)
-
-
-def test_one_layer_at_a_time_is_wide() -> None:
-    model = build(DEEP, dtype=torch.bfloat16)
-    wide: list[int] = []
-
-    def count(*_: Any) -> None:
-        wide.append(sum(weight.dtype == torch.float32 for weight in model.backbone.parameters()))
-
-    for layer in model.backbone.layers:
-        layer.self_attn.register_forward_pre_hook(count)
-    with fp32_compute(model.backbone):
-        states(model, shares=False)
-    assert wide == [len(list(model.backbone.layers[0].parameters()))] * len(model.backbone.layers)
-
-
-def test_weights_are_restored_when_a_forward_fails() -> None:
-    model = build(DEEP, dtype=torch.bfloat16)
-    model.backbone.layers[3].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), fp32_compute(model.backbone):
-        states(model, shares=False)
-    assert {weight.dtype for weight in model.backbone.parameters()} == {torch.bfloat16}
-
-
-class FourBit(nn.Linear):
-    """What bitsandbytes' Linear4bit has: it takes the dtype of its first input, unless told that it was chosen."""
-
-    compute_type_is_set = False
-    computed: list[torch.dtype | None]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.compute_type_is_set:
-            self.compute_dtype, self.compute_type_is_set = x.dtype, True
-        self.computed.append(self.compute_dtype)
-        return super().forward(x)
-
-
-def test_4_bit_layers_compute_in_fp32_and_choose_afterwards() -> None:
-    model = build(DEEP)
-    layer = model.backbone.layers[0].mlp
-    layer.up_proj.__class__ = FourBit
-    layer.up_proj.compute_dtype, layer.up_proj.computed = torch.bfloat16, []
-    with fp32_compute(model.backbone):
-        states(model, shares=False)
-    assert set(layer.up_proj.computed) == {torch.float32}
-    assert (layer.up_proj.compute_dtype, layer.up_proj.compute_type_is_set) == (torch.bfloat16, False)
-
-
 def test_a_model_that_padding_changes_is_refused_with_weights_of_16_bits(monkeypatch: Patch) -> None:
     """And a sound one is not: in bf16 padding moves its states by more than the bound."""
-    monkeypatch.setattr(models, "wide_products", rounded_products)
-    monkeypatch.setattr(compat, "declared_reason", lambda _: "made to run padded")
+    round_forwards(monkeypatch)
+    monkeypatch.setattr(prefix_sharing, "declared_reason", lambda _: "made to run padded")
     model = build(DEEP, "bf16", torch.bfloat16)
-    probe = compat.Probe(TREES, lambda groups: _read_states(model, model, groups))
-    assert probe.padding_error > compat.PADDED_TOLERANCE
-    assert choose_layout(model, model, 512) == "made to run padded"
+    probe = prefix_sharing.Probe(TREES, lambda groups: _head_inputs(model, model, groups))
+    assert probe.padding_error > prefix_sharing.PADDED_TOLERANCE
+    assert choose_layout(model, model, 512).reason == "made to run padded"
 
 
 # ------------------------------------------------------------------------------------------------------- its bounds
 
 
-class Told(compat.Probe):
+class Told(prefix_sharing.Probe):
     """A probe with these states of two sequences alone, and this difference between padded and alone."""
 
     def __init__(self, alone: torch.Tensor, padding_error: float):
-        self.alone = alone
+        self.alone_ND = alone
         self.padding_error = padding_error  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
     ("padding_error", "error", "shares"),
     [
-        (0.0, compat.TOLERANCE * 0.9, True),
-        (0.0, compat.TOLERANCE * 1.1, False),
+        (0.0, prefix_sharing.TOLERANCE * 0.9, True),
+        (0.0, prefix_sharing.TOLERANCE * 1.1, False),
         (4e-5, 3e-4, True),  # the model's own rounding is as large
         (4e-5, 5e-4, False),
         (0.5, 5e-3, False),  # padding changes the model: that is no rounding
@@ -170,19 +83,19 @@ class Told(compat.Probe):
 def test_the_bound_follows_the_rounding_of_the_model(padding_error: float, error: float, shares: bool) -> None:
     alone = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     off = torch.tensor([[0.0, error], [0.0, 0.0]])
-    reason = compat.sharing_failure(Told(alone, padding_error), lambda: alone + off)
+    reason = prefix_sharing.probe_failure(Told(alone, padding_error), lambda: alone + off)
     assert (reason is None) == shares
 
 
 def test_states_far_from_zero_are_compared_with_a_tenth_of_their_length() -> None:
     probe = Told(torch.tensor([[100.0, 0.0], [100.0, 1e-3]]), 0.0)
-    assert probe.error(probe.alone + 1e-3) == pytest.approx(2**0.5 * 1e-3 / 10, rel=1e-3)
+    assert probe.error(probe.alone_ND + 1e-3) == pytest.approx(2**0.5 * 1e-3 / 10, rel=1e-3)
 
 
 def test_weights_that_give_no_numbers_are_not_a_matter_of_padding() -> None:
-    compat.require_padding(Told(torch.full((2, 2), torch.nan), float("nan")))
+    prefix_sharing.require_padding(Told(torch.full((2, 2), torch.nan), float("nan")))
     with pytest.raises(RmtoolError) as caught:
-        compat.require_padding(Told(torch.ones(2, 2), float("nan")))
+        prefix_sharing.require_padding(Told(torch.ones(2, 2), float("nan")))
     assert caught.value.id == "E0412"
 
 
@@ -198,7 +111,7 @@ def test_the_probe_leaves_the_model_as_it_was(fails_at: int | None) -> None:
 
     handle = model.backbone.register_forward_pre_hook(fail)
     if fails_at is None:
-        assert choose_layout(model, model, 512) is None
+        assert choose_layout(model, model, 512).shared
     else:
         with pytest.raises(ZeroDivisionError):
             choose_layout(model, model, 512)
@@ -216,8 +129,8 @@ def test_the_probe_leaves_the_model_as_it_was(fails_at: int | None) -> None:
 
 def test_the_paths_of_leaves_are_the_whole_sequences() -> None:
     batch = pack(TREES)
-    ids, inner = batch.input_ids[0], set(batch.layout.parents)
-    paths = list(node_paths(batch.layout))
+    ids, inner = batch.input_ids[0], {node for path in batch.layout.paths for node in path[:-1]}
+    paths = list(key_positions(batch.layout))
     assert torch.cat([own for own, _ in paths]).tolist() == list(range(len(ids)))
     assert all(path[-len(own) :].tolist() == own.tolist() for own, path in paths)
     got = sorted(ids[path].tolist() for node, (_, path) in enumerate(paths) if node not in inner)
@@ -229,7 +142,7 @@ def test_the_reference_is_attention_in_fp32(scaling: float | None) -> None:
     """Grouped heads, fewer queries than keys, a window, values of another size; and the scale of its values."""
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 6)
-    visible = attention_check._visible(3, 7, 4, q.device)
+    visible = attention.causal_mask(3, 7, 4, q.device)
     assert visible.int().tolist() == [[0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1, 1]]
     output, scale = attention_check._in_fp32(q, k, v, visible, scaling)
     exact = partial(F.scaled_dot_product_attention, attn_mask=visible, scale=scaling, enable_gqa=True)
@@ -245,12 +158,14 @@ def test_a_model_that_scales_its_scores_is_judged_by_its_scale(precision: str, m
         **(tiny_config(97) | {"initializer_range": 0.2}), num_labels=1, sliding_window=8, query_pre_attn_scalar=1
     )
     model = build(config, precision)
-    assert choose_layout(model, model, 512) is None
+    assert choose_layout(model, model, 512).shared
     # And its mistakes still count: against a reference with another scale everything would be rounding.
     for mutant in HALF_ONLY:
         with monkeypatch.context() as patch:
             mutant.install(patch)
-            assert "packed attention in half precision is off" in (choose_layout(model, model, 512) or ""), mutant.name
+            assert "half-precision packed attention is off" in (choose_layout(model, model, 512).reason or ""), (
+                mutant.name
+            )
 
 
 @pytest.mark.parametrize("mutant", [m for m in (*PACKS, *HALF_ONLY) if "neighbor" in m.name], ids=lambda m: m.name)
@@ -259,7 +174,7 @@ def test_a_leak_shows_in_a_shallow_model_with_a_narrow_window(mutant: Mutant, mo
     config = hf.MistralConfig(**tiny_config(97), num_labels=1, sliding_window=4)
     model = build(config, "bf16")
     mutant.install(monkeypatch)
-    assert choose_layout(model, model, 512)
+    assert not choose_layout(model, model, 512).shared
 
 
 def test_what_overflows_before_attention_is_not_its_mistake(monkeypatch: Patch) -> None:
@@ -268,7 +183,7 @@ def test_what_overflows_before_attention_is_not_its_mistake(monkeypatch: Patch) 
     check = KernelCheck()
     model.share_prompts(True)
     model.classifier.set_attn_implementation(attention_check.NAME)
-    _read_states(model, model, TREES)
+    _head_inputs(model, model, TREES)
     assert 0 < check.worst < 1
 
 
@@ -278,17 +193,17 @@ WIDE = hf.MistralConfig(**(tiny_config(97) | {"max_position_embeddings": 4096}),
 @pytest.mark.parametrize("mutant", [None, *HALF_ONLY], ids=lambda mutant: mutant.name if mutant else "sound")
 def test_one_key_of_a_wide_window_counts(mutant: Mutant | None, monkeypatch: Patch) -> None:
     """Of 512 keys that count alike, one is less than the rounding of bf16."""
-    monkeypatch.setattr(models, "wide_products", rounded_products)
+    round_forwards(monkeypatch)
     model = build(WIDE, "bf16")
     seen: list[float] = []
-    monkeypatch.setattr(compat, "kernel_failure", lambda worst: seen.append(worst))
+    monkeypatch.setattr(prefix_sharing, "kernel_failure", lambda worst: seen.append(worst))
     if mutant:
         mutant.install(monkeypatch)
     choose_layout(model, model, 4096)
     if mutant:
-        assert seen[0] > 1.5 * compat.KERNEL_TOLERANCE
+        assert seen[0] > 1.5 * prefix_sharing.KERNEL_TOLERANCE
     else:
-        assert seen[0] < compat.KERNEL_TOLERANCE / 1.5
+        assert seen[0] < prefix_sharing.KERNEL_TOLERANCE / 1.5
 
 
 def checked(precision: str, change: Callable[[torch.Tensor], torch.Tensor], monkeypatch: Patch) -> float:
@@ -305,14 +220,14 @@ def checked(precision: str, change: Callable[[torch.Tensor], torch.Tensor], monk
     check = KernelCheck()
     model.share_prompts(True)
     model.classifier.set_attn_implementation(attention_check.NAME)
-    _read_states(model, model, TREES)
+    _head_inputs(model, model, TREES)
     return check.worst
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_unit_is_the_rounding_of_the_precision(precision: str, monkeypatch: Patch) -> None:
     """An output off by a share of itself counts as many times the rounding as that share is."""
-    unit = torch.finfo(models.PRECISIONS[precision]).eps / 2
+    unit = torch.finfo(PRECISIONS[precision]).eps / 2
     assert 0.05 < checked(precision, lambda output: output, monkeypatch) < 1
     assert 2 < checked(precision, lambda output: output * (1 + 32 * unit), monkeypatch) < 40
     assert checked(precision, lambda output: output * torch.nan, monkeypatch) == torch.inf
