@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All benchmarks on a CUDA device, one after the other: scripts/bench/bench_gpu.sh [FOLDER for the JSON files and the plot]
-# Needs a card with 80 GB, Python 3.11 or newer and a package index (or PEER_PYTHON, an interpreter with trl); the data
-# and the model come from ../shared. A benchmark that fails does not stop the others; the exit code says that one did.
+# Run all benchmarks on a CUDA device: scripts/bench/bench_gpu.sh [FOLDER for the JSON files and the plot]
+# Requires a GPU with 80 GB, Python 3.11 or newer and a package index (or PEER_PYTHON, an interpreter with trl); data and
+# model are in ../shared. A benchmark that fails does not stop the others; the exit code is then 1.
 set -uo pipefail
 out=$(realpath -m "${1:-$(dirname "$0")/../../runs/bench-gpu}")
 cd "$(dirname "$0")/../.." || exit 2

@@ -1,11 +1,11 @@
-"""How far a trained model's rewards move with the precision, and with how responses are put into batches.
+"""Differences of a trained model's rewards between precisions and between ways to batch responses.
 
     python scripts/bench/measure_batches.py runs/smollm2-135m --pairs 150
 
 In: a run folder, for its model and its held-out pairs. Out: for each two ways to score them, the differences of the
-rewards (root mean square and largest, in standard deviations of the fp32 rewards, and of the largest reward)
-and how many pairs change their order.
-Cost: the pairs scored six times, once response by response.
+rewards (root mean square and largest, in standard deviations of the fp32 rewards, and relative to the largest reward)
+and the number of pairs whose order changes.
+Cost: scores the pairs six times, once response by response.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ EXACT, HALF = "fp32, packs of 8,192", "bf16, packs of 8,192"
 
 
 def measure(folder: Path, pairs: int) -> dict[str, np.ndarray]:
-    """Rewards of the first pairs that the run held out, float[pairs, 2], by way."""
+    """Compute the rewards of the run's first held-out pairs, float[pairs, 2], by way."""
     loaded = load_for_inference(folder / "model", precision="bf16", on_long="error")
     rows = [row for row, _ in zip(read_rows(str(folder / "held_out.jsonl")), range(pairs), strict=False)]
-    trees = tokenize_records(loaded.encoder, [preference_record(row) for row in rows], "error", lambda: None).groups
+    groups = tokenize_records(loaded.encoder, [preference_record(row) for row in rows], "error", lambda: None).groups
     rewards = {}
     for name, (precision, shares, max_tokens) in WAYS.items():
         loaded.model.precision = precision
         loaded.model.share_prompts(shares)
-        rewards[name] = np.array(compute_rewards(loaded.model, trees, max_tokens, SilentUi()))
+        rewards[name] = np.array(compute_rewards(loaded.model, groups, max_tokens, SilentUi()))
         say(f"scored: {name}")
     return rewards
 

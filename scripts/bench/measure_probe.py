@@ -1,11 +1,11 @@
-"""How well the checks at load tell sound models from mistakes in the packed forward, in half precision.
+"""Error rates of the prefix sharing checks in half precision: sound models refused, and mutants accepted.
 
     python scripts/bench/measure_probe.py --models 500 --seed 0 --json probe.json     # --rounded: on any CPU
 
-In: nothing but a seed. Random models of seven families, 2 to 80 layers, hidden sizes 64 to 1,024, windows, grouped
-heads. Each is loaded as it is in bf16 and in fp16, and in bf16 with every mistake of `tests/mutants.py` in turn. Out:
-how many sound models were refused, how many mistakes were not, and how near both came to the bounds.
-Cost: about 20 loads a model, a second or two on one core; one process per core.
+In: a seed. Random models of seven families, 2 to 80 layers, hidden sizes 64 to 1,024, windows, grouped heads. Each is
+checked unchanged in bf16 and in fp16, and in bf16 with every mutant of `tests/mutants.py`. Out: how many sound models
+were refused, how many mutants were accepted, and the margins to the tolerances.
+Cost: about 20 checks per model, a second or two on one core; one process per core.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from mutants import MUTANTS
-from rounding import round_forwards
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tests"))
 from benchlib import say
+from mutants import MUTANTS
+from rounding import round_forwards
 from transformers import AutoModelForSequenceClassification
 
 from rmtool.model.classifier import build_classifier, disable_dropout, init_score_head
@@ -52,7 +52,7 @@ MAX_LENGTH = 2048
 
 
 def random_config(rng: np.random.Generator) -> tuple[str, Any]:
-    """A family's name and a config; deep models are narrow, so that a thousand can be tried."""
+    """Draw a family and a config; deep models are narrow, so that a thousand can be tested."""
     family = str(rng.choice(list(FAMILIES)))
     hidden = int(rng.choice([64, 128, 256, 512, 1024], p=[0.4, 0.3, 0.2, 0.07, 0.03]))
     layers = min(int(np.exp(rng.uniform(np.log(2), np.log(81)))), 80 if hidden < 256 else 6144 // hidden)
@@ -83,7 +83,7 @@ def random_config(rng: np.random.Generator) -> tuple[str, Any]:
 
 
 def build(seed: int, pretrained: str | None = None) -> tuple[str, RewardModel]:
-    """The random model of this seed; or the first layers of a pretrained one, 1 to all of them."""
+    """Build the random model of this seed; or take the first layers of a pretrained one, 1 to all of them."""
     torch.manual_seed(seed)
     if pretrained:
         family, classifier = "pretrained", build_classifier(Path(pretrained), dtype=torch.float32)[0]
@@ -98,7 +98,7 @@ def build(seed: int, pretrained: str | None = None) -> tuple[str, RewardModel]:
 
 
 class Recorder:
-    """What the checks compare with their bounds, seen from outside."""
+    """The errors that the checks compare with their tolerances."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.seen: dict[str, float] = {}
@@ -106,7 +106,7 @@ class Recorder:
 
         def error(probe: prefix_sharing.Probe, states: torch.Tensor) -> float:
             found = real_error(probe, states)
-            self.seen.setdefault("states", found)  # of the shared batch; padded ones come later
+            self.seen.setdefault("states", found)  # of the packed batch; padded ones come later
             return found
 
         def kernel(worst: float) -> str | None:
@@ -118,7 +118,7 @@ class Recorder:
 
 
 def try_model(job: tuple[int, str | None, bool, Sequence[str]]) -> dict[str, Any]:
-    """All loads of one model: what was refused, and the numbers behind it."""
+    """Run all checks of one model; returns what was refused, and the errors."""
     seed, pretrained, rounded, mutants = job
     torch.set_num_threads(1)
     family, model = build(seed, pretrained)
@@ -172,11 +172,11 @@ def main() -> int:
     parser.add_argument("--models", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--pretrained", help="a model's folder: its first layers instead of random models")
-    parser.add_argument("--rounded", action="store_true", help="round every part of every half-precision product")
-    parser.add_argument("--sound-only", action="store_true", help="leave out the mistakes")
-    parser.add_argument("--windowed", action="store_true", help="only families with a window, and mistakes in it")
-    parser.add_argument("--json", type=Path, help="write a line for each model")
+    parser.add_argument("--pretrained", help="Use the first layers of the model in this folder.")
+    parser.add_argument("--rounded", action="store_true", help="Round every part of every half-precision product.")
+    parser.add_argument("--sound-only", action="store_true", help="Skip the mutants.")
+    parser.add_argument("--windowed", action="store_true", help="Only families and mutants with a window.")
+    parser.add_argument("--json", type=Path, help="Write one JSON line per model to this file.")
     given = parser.parse_args()
     seeds = range(given.seed, given.seed + 10**6)
     if given.windowed:
