@@ -168,7 +168,7 @@ def build(config: Any) -> RewardModel:
     return RewardModel(classifier, pad_id=0).eval()
 
 
-def random_trees(
+def random_groups(
     seed: int, shapes: tuple[tuple[int, tuple[int, ...]], ...], last: int = VOCABULARY
 ) -> list[ResponseGroup]:
     rng = np.random.default_rng(seed)
@@ -179,7 +179,7 @@ def random_trees(
     return groups
 
 
-TREES = random_trees(3, ((25, (7, 12)), (3, (1, 30, 5)), (0, (11,)), (40, (2, 2, 9, 1))))
+GROUPS = random_groups(3, ((25, (7, 12)), (3, (1, 30, 5)), (0, (11,)), (40, (2, 2, 9, 1))))
 
 
 def alone(model: RewardModel, groups: list[ResponseGroup]) -> torch.Tensor:

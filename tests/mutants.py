@@ -45,7 +45,7 @@ def install_attention(function: Callable[..., Any], monkeypatch: Patch) -> None:
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, function)
 
 
-# ---------------------------------------------------------------------------------------- mutants of what `pack` gives
+# ------------------------------------------------------------------------------------- mutants of what `pack` returns
 
 
 def per_token(batch: PackedBatch, nodes: list[bool]) -> torch.Tensor:
@@ -90,11 +90,11 @@ def late_after_two_prefixes(batch: PackedBatch) -> PackedBatch:
     return replace(batch, position_ids=batch.position_ids + late)
 
 
-def read_one_token_early(batch: PackedBatch) -> PackedBatch:
+def reward_one_token_early(batch: PackedBatch) -> PackedBatch:
     return replace(batch, reward_index=(batch.reward_index - 1).clamp_min(0))
 
 
-def read_the_next_response(batch: PackedBatch) -> PackedBatch:
+def reward_of_the_next_response(batch: PackedBatch) -> PackedBatch:
     return replace(batch, reward_index=batch.reward_index.roll(1))
 
 
@@ -102,8 +102,8 @@ def shortest(layout: PackLayout, nodes: list[int]) -> int | None:
     return min(nodes, key=lambda node: layout.lengths[node], default=None)
 
 
-def with_other_parent(layout: PackLayout) -> PackLayout:
-    """One node reads on after the node that stands before its prefix."""
+def with_wrong_parent(layout: PackLayout) -> PackLayout:
+    """One node has a wrong parent: the node before its prefix in the pack."""
     parents = parents_of(layout)
     node = shortest(layout, [node for node, parent in enumerate(parents) if parent > 0])
     if node is not None:
@@ -112,7 +112,7 @@ def with_other_parent(layout: PackLayout) -> PackLayout:
 
 
 def with_leaked_sibling(layout: PackLayout) -> PackLayout:
-    """One response sees another response of its prompt."""
+    """One response attends to a different response of its prompt."""
     parents = parents_of(layout)
     sibling = {
         node: parents.index(parent)
@@ -126,7 +126,7 @@ def with_leaked_sibling(layout: PackLayout) -> PackLayout:
 
 
 def with_leaked_neighbor(layout: PackLayout) -> PackLayout:
-    """One text sees the text before it in the pack."""
+    """One sequence attends to the sequence before it in the pack."""
     parents = parents_of(layout)
     node = shortest(layout, [node for node, parent in enumerate(parents) if node and parent == NO_PARENT])
     if node is not None:
@@ -134,8 +134,8 @@ def with_leaked_neighbor(layout: PackLayout) -> PackLayout:
     return layout_with_parents(layout, parents)
 
 
-def another_parent(batch: PackedBatch) -> PackedBatch:
-    return replace(batch, layout=with_other_parent(batch.layout))
+def wrong_parent(batch: PackedBatch) -> PackedBatch:
+    return replace(batch, layout=with_wrong_parent(batch.layout))
 
 
 def leaked_sibling(batch: PackedBatch) -> PackedBatch:
@@ -151,9 +151,9 @@ PACKS = tuple(
     for mutate in (
         late_after_a_prompt,
         late_after_two_prefixes,
-        read_one_token_early,
-        read_the_next_response,
-        another_parent,
+        reward_one_token_early,
+        reward_of_the_next_response,
+        wrong_parent,
         leaked_sibling,
         leaked_neighbor,
     )
@@ -163,7 +163,7 @@ PACKS = tuple(
 
 
 def with_window(change: int | None, *args: Any, sliding_window: int | None, **kwargs: Any) -> Any:
-    """Packed attention with another sliding window; none at all if `change` is None."""
+    """Packed attention with a wrong sliding window, or none if `change` is None."""
     wrong = None if change is None or sliding_window is None else sliding_window + change
     return attention.packed_attention(*args, sliding_window=wrong, **kwargs)
 
@@ -194,7 +194,7 @@ WINDOWS: dict[str, Callable[..., Any]] = {
 }
 LAYOUTS: dict[str, Callable[..., Any]] = {
     "one_wrong_key": with_one_wrong_key,
-    "another_parent": partial(with_layout, with_other_parent),
+    "wrong_parent": partial(with_layout, with_wrong_parent),
     "leaked_sibling": partial(with_layout, with_leaked_sibling),
     "leaked_neighbor": partial(with_layout, with_leaked_neighbor),
 }
@@ -208,7 +208,7 @@ HALF_ONLY = tuple(
     for name, wrong in (WINDOWS | LAYOUTS).items()
 )
 
-# ------------------------------------------------------------------------- mutants of the layout that the kernel reads
+# ------------------------------------------------------------------------- mutants of the layout that the kernel uses
 
 
 def plain_kernel(
@@ -248,7 +248,7 @@ def install_kernel(monkeypatch: Patch, kernel: Callable[..., Any] = plain_kernel
 
 
 def one_wrong_key_index(batch: PackedBatch) -> PackedBatch:
-    """The last node's last key but one stands in the pack where its last one does."""
+    """The last two keys of the last node have the same position in the pack."""
     index = batch.layout.kv_index.clone()
     if len(index) > 1:
         index[-2] = index[-1]

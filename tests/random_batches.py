@@ -21,9 +21,9 @@ from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
 from rmtool.ui import SilentUi
 
 # Largest difference allowed between a reward in a batch and the same response alone, where the largest reward of the
-# pool is 1. fp32: 8 units in the last place of 1; a third of it was seen. bf16: two units in the last place of 1, since
-# an activation may round the other way in another shape, in each of two layers; a seventh of it was seen with AMX, half
-# of it where every part of a product is rounded. Rounding grows with depth: deep models move more (README).
+# pool is 1. fp32: 8 units in the last place of 1; a third of it was observed. bf16: two units in the last place of 1,
+# since an activation may round the other way in a different shape, in each of two layers; a seventh of it was observed
+# with AMX, half of it where every part of a product is rounded. Rounding grows with depth (README).
 BOUND = {"fp32": 1e-6, "bf16": 2**-6}
 
 

@@ -30,7 +30,7 @@ class LayoutDecision:
 
 
 def choose_layout(model: RewardModel, forward_module: nn.Module, max_length: int) -> LayoutDecision:
-    """Switch prefix sharing on if all checks pass, else off. The decision is the same on every rank.
+    """Switch prefix sharing on if all checks pass, else off; all ranks must call it.
 
     Args:
         forward_module: what to call for a forward: the model, or the engine that wraps it.

@@ -54,7 +54,9 @@ def test_score_ends_with_it(rmtool: Any, gemma2: Path, tmp_path: Path) -> None:
     assert (found["prefix_sharing"], found["padded_reason"]) == (False, "unsupported attention argument: softcap")
 
 
-@pytest.mark.parametrize(("reason", "line"), [("unsupported attention argument: softcap", OFF), (None, "prefix sharing: on")])
+@pytest.mark.parametrize(
+    ("reason", "line"), [("unsupported attention argument: softcap", OFF), (None, "prefix sharing: on")]
+)
 def test_the_result_of_training_ends_with_it(
     reason: str | None, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

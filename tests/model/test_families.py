@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from helpers import ROOT, VOCABULARY, gradients, random_trees
+from helpers import ROOT, VOCABULARY, gradients, random_groups
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -41,7 +41,7 @@ WITHOUT_CLASS = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(TYPES))
 # What the quick tests go through: every layout, and the families that most reward models are built on.
 QUICK = {"bert", "bloom", "deepseek_v3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "jamba", "llama", "mamba",
          "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_5", "t5"}  # fmt: skip
-TREES = random_trees(3, ((25, (7, 12)), (3, (1, 30, 5)), (0, (11,)), (40, (2, 2, 9, 1))))
+GROUPS = random_groups(3, ((25, (7, 12)), (3, (1, 30, 5)), (0, (11,)), (40, (2, 2, 9, 1))))
 MAX_LENGTH = 256
 
 # Largest reward and gradient errors. Rewards: the largest difference over the standard deviation of the rewards.
@@ -188,7 +188,7 @@ def measure(name: str, switches: dict[str, Any], folder: Path) -> Row:
         layout = choose_layout(model, model, MAX_LENGTH)
     except RmtoolError as error:
         return Row(name, "refused", note=f"{error.id} {error}")
-    expected = alone(model, TREES)
+    expected = alone(model, GROUPS)
     truth = expected.detach(), gradients(model, expected)
     errors = compare(model, layout.shared, truth)
     if layout.shared:
@@ -228,7 +228,7 @@ def compare(
     expected, expected_gradients = truth
     model.share_prompts(shares)
     model.train()
-    rewards = model(model.collate(TREES))
+    rewards = model(model.collate(GROUPS))
     found = gradients(model, rewards)
     floor = FLOOR * max(float(gradient.norm()) for gradient in expected_gradients.values())
     worst = 0.0

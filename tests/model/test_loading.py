@@ -46,7 +46,7 @@ def test_a_pad_token_that_is_eos_is_replaced(causal_lm: Path, tmp_path: Path) ->
     folder = shutil.copytree(causal_lm, tmp_path / "m")
     tokenizer = load_tokenizer(folder)
     tokenizer.pad_token = tokenizer.eos_token
-    # As in a tokenizer without any pad token of its own: the reserved one is renamed away.
+    # As in a tokenizer without a pad token: the reserved one is renamed.
     text = (folder / "tokenizer.json").read_text().replace("<|pad|>", "<|unused|>")
     tokenizer.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(text)
@@ -74,7 +74,7 @@ def test_a_reserved_pad_token_is_taken(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("hidden", [32, 256])
-def test_the_head_is_drawn_with_the_papers_deviation(hidden: int) -> None:
+def test_the_head_is_initialized_with_the_papers_deviation(hidden: int) -> None:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     config = LlamaConfig(**(tiny_config(50) | {"hidden_size": hidden, "num_labels": 1}))
@@ -188,7 +188,7 @@ def test_rewards_are_those_of_plain_transformers(checkpoint: Path, tokenizer: An
 
 
 @pytest.mark.parametrize(("config_pad", "tokenizer_pad"), [(2, 2), (2, 0), (None, 2), (0, 0)])
-def test_a_pad_that_ends_responses_is_read_as_transformers_reads_it(
+def test_rewards_with_a_pad_token_that_ends_responses_are_those_of_transformers(
     checkpoint: Path, tmp_path: Path, config_pad: int | None, tokenizer_pad: int
 ) -> None:
     """transformers pools at the last token that is not the config's pad, whatever the tokenizer calls its pad."""
@@ -237,7 +237,7 @@ def test_learned_positions_bound_the_length(tmp_path: Path, checkpoint: Path) ->
     assert caught.value.id == "E0411"
 
 
-def test_a_template_that_writes_the_date_reads_the_same_every_day(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_template_with_the_date_gives_the_same_ids_every_day(checkpoint: Path, tmp_path: Path) -> None:
     from rmtool.tokenization.encoder import Encoder
 
     folder = shutil.copytree(checkpoint, tmp_path / "m")
@@ -263,7 +263,7 @@ def test_a_template_that_writes_the_date_reads_the_same_every_day(checkpoint: Pa
         ("{{ strftime_now('%H\\'%S') }}", None),
     ],
 )
-def test_a_template_with_another_clock_is_refused(
+def test_a_template_with_an_unsupported_clock_is_refused(
     checkpoint: Path, tmp_path: Path, clock: str, written: str | None
 ) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "m")
@@ -314,7 +314,7 @@ def test_unknown_adapter_targets_are_refused(checkpoint: Path) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_a_trained_head_is_kept_or_drawn_anew(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_trained_head_is_loaded_or_reinitialized(checkpoint: Path, tmp_path: Path) -> None:
     settings = recipe(checkpoint, tmp_path)
     encoder, _ = training_encoder(settings, checkpoint)
     trained, _ = build_classifier(checkpoint, dtype=torch.float32)
@@ -326,13 +326,11 @@ def test_a_trained_head_is_kept_or_drawn_anew(checkpoint: Path, tmp_path: Path) 
     assert not torch.equal(drawn.classifier.score.weight, trained.score.weight)
 
 
-
-
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc only")
 def test_large_blocks_are_reused() -> None:
-    """In a process of its own: 64 MB that were freed cost no page faults again, unless the user says so. A small
-    block that happens to lie behind a large one moves the next large one on, so the first rounds do not count.
-    Without huge pages, which some systems use by default: 64 MB of them are only 32 faults."""
+    """In a separate process: 64 MB that were freed cost no page faults again, unless the user sets MALLOC_
+    variables. A small block that happens to lie behind a large one moves the next large one on, so the first rounds do
+    not count. Without huge pages, which some systems use by default: 64 MB of them are only 32 faults."""
     code = """if True:
         import ctypes, os, resource, torch
         from rmtool.model.loading import tune_malloc

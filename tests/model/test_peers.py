@@ -42,7 +42,7 @@ def chats() -> list[Messages]:
 
 @pytest.fixture(scope="module")
 def tokenizer_with_bos() -> Any:
-    """A tokenizer like Llama 3's: the chat template adds a BOS token, and so does the tokenizer by default."""
+    """As Llama 3's: the template writes a BOS token, and so does the tokenizer by default."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = AutoTokenizer.from_pretrained(DEBUG_MODEL)
@@ -125,7 +125,7 @@ def test_plain_transformers_padded_on_either_side(checkpoint: Path, tmp_path: Pa
 
 
 def test_learned_positions_are_right_with_right_padding_only(tmp_path: Path, tokenizer: Any) -> None:
-    """Left-padded GPT-2 uses different positions and gives different rewards, unless position ids are passed."""
+    """GPT-2 padded on the left uses wrong positions and gives different rewards, unless it gets position ids."""
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
     torch.manual_seed(0)
@@ -164,15 +164,15 @@ def test_the_text_classification_pipeline(checkpoint: Path, tmp_path: Path, batc
     same(piped(checkpoint, **options), torch.tensor(expected).sigmoid().tolist())
 
 
-def test_the_pipeline_doubles_the_bos_token_by_default(trained: Path, tmp_path: Path) -> None:
-    """A tokenizer that adds a BOS token adds it before the chat template's."""
+def test_the_pipeline_adds_a_second_bos_token_by_default(trained: Path, tmp_path: Path) -> None:
+    """The tokenizer adds a BOS token to the one in the template."""
     expected = scored(trained, chats(), tmp_path)
     with pytest.raises(AssertionError):
         same(piped(trained, function_to_apply="none"), expected)
 
 
 def test_special_tokens_inside_a_message_are_text(trained: Path, tmp_path: Path) -> None:
-    """rmtool tokenizes "<|im_end|>" in a message as plain text; transformers and TRL do not by default.
+    """rmtool tokenizes "<|im_end|>" inside a message as plain text; transformers and TRL do not by default.
 
     apply_chat_template with sanitize_control_tokens=True gives the same token ids. In rendered text the two cannot be
     distinguished, so the pipeline gives such rows a different reward.
@@ -244,7 +244,7 @@ def test_trl_evaluates_to_the_same_numbers(checkpoint: Path, evaluated: dict[str
 
 
 def test_trl_tokenizes_strings_without_the_chat_template(trained: Path, tmp_path: Path) -> None:
-    """Rows of strings give different rewards in TRL: no chat template, and the EOS token appended."""
+    """Why a dataset of strings has different rewards in TRL: the text that it tokenizes."""
     row = {"prompt": "How do I cook bean chili? ", "chosen": "Slowly.", "rejected": "Look for Saturn."}
     trainer = trl_trainer(trained, [row], tmp_path, batch_size=1)
     tokenizer = load_for_inference(trained).encoder.tokenizer

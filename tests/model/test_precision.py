@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from helpers import TREES, build, tiny_config
+from helpers import GROUPS, build, tiny_config
 from torch import nn
 
 from rmtool.model.layout_choice import _head_inputs
@@ -68,7 +68,7 @@ def test_inference_without_bf16_gives_the_rewards_of_fp32(lacks: bool, checkpoin
     assert ("computing in fp32" in " ".join(loaded.notices)) == lacks
     expected = load_for_inference(checkpoint, precision="fp32").model
     with torch.no_grad():
-        rewards, exact = (model(model.collate(TREES)) for model in (loaded.model, expected))
+        rewards, exact = (model(model.collate(GROUPS)) for model in (loaded.model, expected))
     assert torch.equal(rewards, exact) == lacks
 
 
@@ -85,7 +85,7 @@ def in_dtype(config: Any, dtype: torch.dtype) -> RewardModel:
 
 def states(model: RewardModel) -> torch.Tensor:
     model.share_prompts(False)
-    return _head_inputs(model, model, TREES)
+    return _head_inputs(model, model, GROUPS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -107,7 +107,7 @@ def states(model: RewardModel) -> torch.Tensor:
     ids=lambda config: config.model_type,
 )
 def test_weights_of_16_bits_compute_in_fp32(config: Any, dtype: torch.dtype) -> None:
-    """As the same numbers kept in fp32 do; afterwards every weight is the one it was."""
+    """As the same numbers in fp32 do; afterwards every weight is unchanged."""
     half, whole = in_dtype(config, dtype), in_dtype(config, dtype)
     whole.classifier.float()
     before = {name: (weight.dtype, weight.data_ptr()) for name, weight in half.named_parameters()}
@@ -142,7 +142,7 @@ def test_weights_are_restored_when_a_forward_fails() -> None:
 
 
 class FourBit(nn.Linear):
-    """What bitsandbytes' Linear4bit has: it takes the dtype of its first input, unless told that it was chosen."""
+    """What bitsandbytes' Linear4bit has: it takes the dtype of its first input, unless one was set."""
 
     compute_type_is_set = False
     computed: list[torch.dtype | None]

@@ -1,4 +1,4 @@
-"""A reward belongs to its tokens, not to its batch: random batches against each response read alone by transformers.
+"""Rewards do not depend on the batch: random batches against each response alone through transformers.
 
 What is exact: the ids that are compared, and the order of every pair in fp32. What is only equal up to rounding: the
 rewards, within `BOUND`, because other shapes add the same products in another order.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from helpers import FAMILIES, TINY, TREES, VOCABULARY, WINDOW, alone, build, gradients, random_trees, relative
+from helpers import FAMILIES, GROUPS, TINY, VOCABULARY, WINDOW, alone, build, gradients, random_groups, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ from rmtool.errors import RmtoolError
 from rmtool.model.layout_choice import LayoutDecision, choose_layout
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing
-from rmtool.packing.attention import _one_node, packed_attention
+from rmtool.packing.attention import UnsupportedAttentionError, _one_node, packed_attention
 from rmtool.packing.layers import compile_layers
 from rmtool.packing.pack_layout import pack
 
@@ -26,13 +26,13 @@ from rmtool.packing.pack_layout import pack
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_packed_rewards_and_gradients_equal_one_by_one(family: str, checkpointing: bool) -> None:
     model = build(FAMILIES[family])
-    expected = alone(model, TREES)
+    expected = alone(model, GROUPS)
     expected_gradients = gradients(model, expected)
     if checkpointing:
         model.classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
     model.share_prompts(True)
-    rewards = model(pack(TREES))
+    rewards = model(pack(GROUPS))
     assert relative(rewards, expected) < 1e-5
     for name, gradient in gradients(model, rewards).items():
         assert relative(gradient, expected_gradients[name]) < 1e-5, name
@@ -42,7 +42,7 @@ def test_packed_rewards_and_gradients_equal_one_by_one(family: str, checkpointin
 def test_a_checkpointed_layer_is_recomputed_with_its_own_pack(reentrant: bool) -> None:
     """Two packs of one size, the second forward before the first backward."""
     shapes = (((20, (9, 6)),), ((11, (12, 12)),))
-    first, second = (random_trees(seed, shape) for seed, shape in enumerate(shapes))
+    first, second = (random_groups(seed, shape) for seed, shape in enumerate(shapes))
     model = build(FAMILIES["llama"])
     expected = gradients(model, alone(model, first))
     model.classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -57,13 +57,13 @@ def test_a_checkpointed_layer_is_recomputed_with_its_own_pack(reentrant: bool) -
 def test_a_classifier_may_be_wrapped_twice() -> None:
     first = build(FAMILIES["llama"])
     again = RewardModel(first.classifier, pad_id=0)
-    expected = alone(again, TREES)
+    expected = alone(again, GROUPS)
     again.share_prompts(True)
-    assert relative(again(pack(TREES)), expected) < 1e-5
+    assert relative(again(pack(GROUPS)), expected) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_gate_lets_these_families_share(family: str) -> None:
+def test_the_checks_let_these_families_share(family: str) -> None:
     model = build(FAMILIES[family])
     assert choose_layout(model, model, 512) == LayoutDecision(True)
     assert model.shares_prompts
@@ -72,9 +72,9 @@ def test_the_gate_lets_these_families_share(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral_window", "gpt_neox"])
 def test_padded_rewards_and_gradients_equal_one_by_one(family: str) -> None:
     model = build(FAMILIES[family])
-    expected = alone(model, TREES)
+    expected = alone(model, GROUPS)
     expected_gradients = gradients(model, expected)
-    rewards = model(model.collate(TREES))
+    rewards = model(model.collate(GROUPS))
     assert relative(rewards, expected) < 1e-5
     for name, gradient in gradients(model, rewards).items():
         assert relative(gradient, expected_gradients[name]) < 1e-5, name
@@ -83,11 +83,11 @@ def test_padded_rewards_and_gradients_equal_one_by_one(family: str) -> None:
 def test_a_model_with_soft_capped_attention_runs_padded_and_says_why() -> None:
     model = build(hf.Gemma2Config(**TINY, sliding_window=WINDOW, query_pre_attn_scalar=8))
     assert choose_layout(model, model, 512) == LayoutDecision(False, "unsupported attention argument: softcap")
-    assert relative(model(model.collate(TREES)), alone(model, TREES)) < 1e-5
+    assert relative(model(model.collate(GROUPS)), alone(model, GROUPS)) < 1e-5
 
 
 def test_the_probe_refuses_a_model_whose_positions_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third gate alone: nothing is declared wrong, but every response starts one position late."""
+    """The probe alone: the config is fine, but every response starts one position late."""
     model = build(FAMILIES["llama"])
     real = RewardModel._last_states
 
@@ -131,7 +131,7 @@ def subtree_ends(layout: Any) -> torch.Tensor:
 
 
 def dense_oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Any, window: int | None) -> torch.Tensor:
-    """One dense mask over the whole pack: a token sees what lies before it and is on its path."""
+    """One dense mask over the pack: a token attends to the tokens before it that are on its path."""
     at = torch.arange(batch.input_ids.shape[1])
     allowed = (at[None, :] <= at[:, None]) & (at[:, None] < subtree_ends(batch.layout)[None, :])
     if window is not None:
@@ -152,7 +152,7 @@ SHAPES = st.lists(
 @given(SHAPES, st.sampled_from([None, 1, 2, 5]), st.integers(0, 2**31), st.sampled_from([4, 5, VOCABULARY]))
 def test_packed_attention_equals_a_dense_mask(shapes: Any, window: int | None, seed: int, last: int) -> None:
     batch = pack(
-        random_trees(seed, tuple(shapes), last)
+        random_groups(seed, tuple(shapes), last)
     )  # few different ids: groups share beginnings, forests are deep
     torch.manual_seed(seed)
     tokens = batch.input_ids.shape[1]
@@ -162,6 +162,24 @@ def test_packed_attention_equals_a_dense_mask(shapes: Any, window: int | None, s
         torch.nn.Identity(), q, k, v, None, scaling=0.3, sliding_window=window, packed=batch.layout
     )
     torch.testing.assert_close(got, dense_oracle(q, k, v, batch, window))
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"packed": None}, "does not pass keyword arguments"),
+        ({"attention_mask": torch.ones(1)}, "custom attention masks"),
+        ({"dropout": 0.1}, "attention dropout"),
+        ({"is_causal": False}, "attention is not causal"),
+        ({"softcap": 30.0, "s_aux": torch.ones(1)}, "unsupported attention argument: s_aux, softcap"),
+    ],
+)
+def test_attention_that_is_not_computed_here_is_refused(given: dict[str, Any], reason: str) -> None:
+    batch = pack(GROUPS)
+    q = torch.randn(1, 4, batch.input_ids.shape[1], 8)
+    arguments = {"attention_mask": None, "packed": batch.layout, "softcap": None} | given
+    with pytest.raises(UnsupportedAttentionError, match=reason):
+        packed_attention(torch.nn.Identity(), q, q, q, **arguments)
 
 
 def test_fewer_queries_than_keys_see_the_last_keys() -> None:
@@ -178,7 +196,7 @@ def test_a_reward_does_not_depend_on_its_batch(seed: int, order: list[int], max_
 
     rng = np.random.default_rng(seed)
     shapes = tuple((int(rng.integers(0, 30)), tuple(rng.integers(1, 20, rng.integers(1, 4)))) for _ in range(6))
-    groups = random_trees(seed, shapes)
+    groups = random_groups(seed, shapes)
     model = MODEL
     model.share_prompts(shared)
     together = compute_rewards(model, [groups[index] for index in order], max_tokens, SilentUi())
@@ -199,15 +217,15 @@ def test_compiled_layers_are_exact_and_compiled_once_for_all_lengths(family: str
     config.update({"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2})
     model = build(config)
     model.share_prompts(True)
-    expected = model(model.collate(TREES))
+    expected = model(model.collate(GROUPS))
     expected_gradients = gradients(model, expected)
     assert compile_layers(model.backbone, "aot_eager") == 4
-    rewards = model(model.collate(TREES))
+    rewards = model(model.collate(GROUPS))
     assert relative(rewards, expected) < 1e-6
     for name, gradient in gradients(model, rewards).items():
         assert relative(gradient, expected_gradients[name]) < 1e-6, name
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0
     for seed in range(4):
-        model(model.collate(random_trees(seed, ((9 + seed, (3 + 2 * seed, 4)),) * (seed + 1))))
+        model(model.collate(random_groups(seed, ((9 + seed, (3 + 2 * seed, 4)),) * (seed + 1))))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, TREES, alone, build, gradients, relative
+from helpers import FAMILIES, GROUPS, alone, build, gradients, relative
 
 from rmtool.model.classifier import apply_liger
 from rmtool.model.layout_choice import choose_layout
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_one_kernel_call_equals_the_loop(window: int | None) -> None:
-    batch = pack(TREES).to(torch.device("cuda"))
+    batch = pack(GROUPS).to(torch.device("cuda"))
     tokens = batch.input_ids.shape[1]
     results = []
     for kernel in (_node_by_node, _varlen):
@@ -38,7 +38,7 @@ def test_one_kernel_call_equals_the_loop(window: int | None) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral_window"])
 def test_rewards_and_gradients_on_the_gpu(family: str, liger: bool, compiled: bool) -> None:
     model = build(FAMILIES[family])
-    expected = alone(model, TREES)
+    expected = alone(model, GROUPS)
     expected_gradients = gradients(model, expected)
     if liger:
         apply_liger(model.classifier)
@@ -46,7 +46,7 @@ def test_rewards_and_gradients_on_the_gpu(family: str, liger: bool, compiled: bo
     assert choose_layout(model, model, 512).shared
     if compiled:
         assert compile_layers(model.backbone) == 2
-    rewards: Any = model(model.collate(TREES)).cpu()
+    rewards: Any = model(model.collate(GROUPS)).cpu()
     assert relative(rewards, expected) < 1e-3
     for name, gradient in gradients(model, rewards).items():
         assert relative(gradient.cpu(), expected_gradients[name]) < 1e-2, name

@@ -1,4 +1,4 @@
-"""Mistakes made on purpose: each must make the check of `test_invariance.py` fail and the checks at load refuse."""
+"""Mutation tests: each mistake must fail the check of random batches, and the checks at load."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def refusal(pool: Pool) -> str:
 
 
 def require_red(pool: Pool) -> None:
-    """The check that batches are held to fails, and the probe at load says that the rewards change."""
+    """The check of batches fails, and the probe at load finds changed rewards."""
     with pytest.raises(AssertionError, match=r"a reward differs|changed their order"):
         check_many(pool, packed_seeds(pool, 4))
     assert "prefix sharing changes its rewards" in refusal(pool)
@@ -64,14 +64,14 @@ def test_a_mistake_is_caught(monkeypatch: Patch, mutant: Mutant, family: str) ->
     require_red(pool(family))
 
 
-def test_paths_that_are_written_again_change_nothing(monkeypatch: Patch) -> None:
+def test_paths_that_are_rebuilt_change_nothing(monkeypatch: Patch) -> None:
     """What the mutants of paths share is not itself a mutant."""
     install_pack(lambda batch: with_parents(batch, parents_of(batch.layout)), monkeypatch)
     require_green(pool("llama"))
 
 
 @pytest.mark.parametrize(("mutant", "family"), visible(KERNEL))
-def test_a_mistake_is_caught_where_one_kernel_reads_the_layout(monkeypatch: Patch, mutant: Mutant, family: str) -> None:
+def test_a_mistake_is_caught_in_the_layout_of_one_kernel(monkeypatch: Patch, mutant: Mutant, family: str) -> None:
     with monkeypatch.context() as sound:
         install_kernel(sound)
         require_green(pool(family))

@@ -1,4 +1,4 @@
-"""Trees, packs and plans: what must hold for any input."""
+"""Response groups, packs and plans: properties for any input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_si
 
 
 @given(SEQUENCES)
-def test_a_tree_gives_its_sequences_back(sequences: list[list[int]]) -> None:
+def test_a_group_returns_its_sequences(sequences: list[list[int]]) -> None:
     group = build_group(sequences)
     assert [ids.tolist() for ids in group.sequences()] == sequences
     assert all(len(response) for response in group.responses)
@@ -41,7 +41,7 @@ def test_the_prefix_is_the_longest_that_leaves_each_response_a_token(sequences: 
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=4))
-def test_a_pack_holds_every_distinct_prefix_once_and_reads_every_sequence(drawn: list[list[list[int]]]) -> None:
+def test_a_pack_holds_every_distinct_prefix_once_and_the_end_of_every_sequence(drawn: list[list[list[int]]]) -> None:
     batch = pack([build_group(sequences_) for sequences_ in drawn])
     layout, ids, positions = batch.layout, batch.input_ids[0], batch.position_ids[0]
     sequences = [sequence for sequences_ in drawn for sequence in sequences_]
@@ -122,7 +122,7 @@ def cost_of(groups: list[ResponseGroup], padded: bool) -> int:
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=20), st.integers(1, 60), st.integers(1, 8), st.booleans())
-def test_a_plan_is_a_partition_within_the_budget(drawn: Any, max_tokens: int, multiple: int, padded: bool) -> None:
+def test_a_plan_is_a_partition_within_the_limit(drawn: Any, max_tokens: int, multiple: int, padded: bool) -> None:
     groups = [build_group(sequences_) for sequences_ in drawn]
     packs = plan_packs(groups, max_tokens, multiple, padded)
     assert len(packs) % multiple == 0
@@ -141,13 +141,13 @@ def test_pairs_of_one_prompt_share_a_pack(order: list[int], ranks: int) -> None:
     assert sum(pack([groups[item] for item in items]).input_ids.numel() for items in packs if items) == 4 * 30 + 12 * 3
 
 
-def test_relatives_do_not_leave_the_other_ranks_idle() -> None:
+def test_groups_of_one_prompt_do_not_leave_other_ranks_idle() -> None:
     """Sixteen pairs under one long system prompt, eight ranks: each gets two."""
     groups = [build_group([[*range(2000), 5000 + at, 1], [*range(2000), 5000 + at, 2]]) for at in range(16)]
     assert [len(items) for items in plan_packs(groups, 8192, 8)] == [2] * 8
 
 
-def test_a_long_prompt_with_many_short_responses_is_cut_by_its_keys() -> None:
+def test_a_long_prompt_with_many_short_responses_is_split_by_its_keys() -> None:
     sequences = [np.array([*range(400), at], dtype=np.int32) for at in range(900)]
     plan = plan_inference_packs(windows(sequences), [401] * 900, 1500)
     assert len(plan.packs) > 1
@@ -157,7 +157,7 @@ def test_a_long_prompt_with_many_short_responses_is_cut_by_its_keys() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=30), st.integers(1, 40), st.booleans())
-def test_every_distinct_sequence_is_read_once(sequences: list[list[int]], max_tokens: int, padded: bool) -> None:
+def test_every_distinct_sequence_is_computed_once(sequences: list[list[int]], max_tokens: int, padded: bool) -> None:
     arrays = [np.array(ids, dtype=np.int32) for ids in sequences]
     plan = plan_inference_packs(windows(arrays), list(map(len, arrays)), max_tokens, padded)
     read = [item for items in plan.packs for item in items]
@@ -169,16 +169,16 @@ def test_every_distinct_sequence_is_read_once(sequences: list[list[int]], max_to
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=6))
-def test_a_spool_gives_its_trees_back_in_any_order(drawn: list[list[list[int]]]) -> None:
+def test_a_token_store_returns_its_groups_in_any_order(drawn: list[list[list[int]]]) -> None:
     groups = [build_group(sequences_) for sequences_ in drawn]
-    with tempfile.TemporaryDirectory() as folder, TokenStore(Path(folder)) as spool:
+    with tempfile.TemporaryDirectory() as folder, TokenStore(Path(folder)) as store:
         for group in groups:
-            spool.append(group)
+            store.append(group)
         assert not list(Path(folder).iterdir())
         for index in reversed(range(len(groups))):
-            assert np.array_equal(spool[index].prompt, groups[index].prompt)
-            assert all(map(np.array_equal, spool[index].responses, groups[index].responses))
-        assert [len(group.responses) for group in spool] == [len(group.responses) for group in groups]
+            assert np.array_equal(store[index].prompt, groups[index].prompt)
+            assert all(map(np.array_equal, store[index].responses, groups[index].responses))
+        assert [len(group.responses) for group in store] == [len(group.responses) for group in groups]
 
 
 def test_lengths_and_dtypes_are_what_kernels_want() -> None:
@@ -192,7 +192,7 @@ def test_lengths_and_dtypes_are_what_kernels_want() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_cutting_the_prompt_on_the_left_keeps_the_responses(count: int) -> None:
+def test_truncating_the_prompt_keeps_the_responses(count: int) -> None:
     group = build_group([[1, 2, 3, 4, 5], [1, 2, 3, 6]]).truncate_prompt(count)
     assert [ids.tolist() for ids in group.sequences()] == [[1, 2, 3, 4, 5][count:], [1, 2, 3, 6][count:]]
     assert np.array_equal(group.prompt, [1, 2, 3][count:])
@@ -210,7 +210,7 @@ def test_ranks_cost_alike_and_no_exchange_helps(sizes: list[int], ranks: int) ->
 
 
 def slow_keys(group: ResponseGroup) -> int:
-    """Every token of every response asks those before it; a prompt's tokens ask once."""
+    """Every token attends to those before it; a prompt's tokens once per prompt."""
     asked = {tuple(ids[: at + 1]) for ids in (ids.tolist() for ids in group.sequences()) for at in range(len(ids))}
     return sum(map(len, asked))
 

@@ -1,4 +1,4 @@
-"""The probe at load: judged in fp32 whatever the weights are kept in, and on attention where that is half precision."""
+"""The checks at load: a probe in fp32 whatever the weights' dtype, and the attention kernel of half precision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from helpers import TREES, tiny_config
+from helpers import GROUPS, tiny_config
 from helpers import build as build_fp32
 from mutants import HALF_ONLY, PACKS, Mutant, Patch, install_attention
 from rounding import RoundedProducts, round_forwards, rounded_matmul
@@ -27,7 +27,7 @@ DEEP = hf.LlamaConfig(**(tiny_config(97) | {"num_hidden_layers": 40, "initialize
 
 
 def build(config: Any, precision: str = "fp32", dtype: torch.dtype = torch.float32) -> RewardModel:
-    """The model of `test_exactness.py`, its backbone's weights in `dtype`."""
+    """A tiny model, its backbone's weights in `dtype`."""
     model = build_fp32(config)
     model.backbone.to(dtype)
     model.precision = precision
@@ -40,9 +40,9 @@ def test_a_deep_model_shares_prompts_in_half_precision(precision: str, dtype: to
     """Rounding alone moves its states by more than many a mistake would."""
     round_forwards(monkeypatch)
     model = build(DEEP, precision, dtype)
-    probe = prefix_sharing.Probe(TREES, lambda groups: _head_inputs(model, model, groups))
+    probe = prefix_sharing.Probe(GROUPS, lambda groups: _head_inputs(model, model, groups))
     model.share_prompts(True)
-    assert probe.error(_head_inputs(model, model, TREES)) > 20 * prefix_sharing.TOLERANCE
+    assert probe.error(_head_inputs(model, model, GROUPS)) > 20 * prefix_sharing.TOLERANCE
     assert choose_layout(model, model, 512).shared
     assert model.shares_prompts
     assert model.precision == precision
@@ -53,7 +53,7 @@ def test_a_model_that_padding_changes_is_refused_with_weights_of_16_bits(monkeyp
     round_forwards(monkeypatch)
     monkeypatch.setattr(prefix_sharing, "declared_reason", lambda _: "made to run padded")
     model = build(DEEP, "bf16", torch.bfloat16)
-    probe = prefix_sharing.Probe(TREES, lambda groups: _head_inputs(model, model, groups))
+    probe = prefix_sharing.Probe(GROUPS, lambda groups: _head_inputs(model, model, groups))
     assert probe.padding_error > prefix_sharing.PADDED_TOLERANCE
     assert choose_layout(model, model, 512).reason == "made to run padded"
 
@@ -61,7 +61,7 @@ def test_a_model_that_padding_changes_is_refused_with_weights_of_16_bits(monkeyp
 # ------------------------------------------------------------------------------------------------------- its bounds
 
 
-class Told(prefix_sharing.Probe):
+class FixedProbe(prefix_sharing.Probe):
     """A probe with these states of two sequences alone, and this difference between padded and alone."""
 
     def __init__(self, alone: torch.Tensor, padding_error: float):
@@ -83,19 +83,19 @@ class Told(prefix_sharing.Probe):
 def test_the_bound_follows_the_rounding_of_the_model(padding_error: float, error: float, shares: bool) -> None:
     alone = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     off = torch.tensor([[0.0, error], [0.0, 0.0]])
-    reason = prefix_sharing.probe_failure(Told(alone, padding_error), lambda: alone + off)
+    reason = prefix_sharing.probe_failure(FixedProbe(alone, padding_error), lambda: alone + off)
     assert (reason is None) == shares
 
 
 def test_states_far_from_zero_are_compared_with_a_tenth_of_their_length() -> None:
-    probe = Told(torch.tensor([[100.0, 0.0], [100.0, 1e-3]]), 0.0)
+    probe = FixedProbe(torch.tensor([[100.0, 0.0], [100.0, 1e-3]]), 0.0)
     assert probe.error(probe.alone_ND + 1e-3) == pytest.approx(2**0.5 * 1e-3 / 10, rel=1e-3)
 
 
 def test_weights_that_give_no_numbers_are_not_a_matter_of_padding() -> None:
-    prefix_sharing.require_padding(Told(torch.full((2, 2), torch.nan), float("nan")))
+    prefix_sharing.require_padding(FixedProbe(torch.full((2, 2), torch.nan), float("nan")))
     with pytest.raises(RmtoolError) as caught:
-        prefix_sharing.require_padding(Told(torch.ones(2, 2), float("nan")))
+        prefix_sharing.require_padding(FixedProbe(torch.ones(2, 2), float("nan")))
     assert caught.value.id == "E0412"
 
 
@@ -128,13 +128,13 @@ def test_the_probe_leaves_the_model_as_it_was(fails_at: int | None) -> None:
 
 
 def test_the_paths_of_leaves_are_the_whole_sequences() -> None:
-    batch = pack(TREES)
+    batch = pack(GROUPS)
     ids, inner = batch.input_ids[0], {node for path in batch.layout.paths for node in path[:-1]}
     paths = list(key_positions(batch.layout))
     assert torch.cat([own for own, _ in paths]).tolist() == list(range(len(ids)))
     assert all(path[-len(own) :].tolist() == own.tolist() for own, path in paths)
     got = sorted(ids[path].tolist() for node, (_, path) in enumerate(paths) if node not in inner)
-    assert got == sorted(sequence.tolist() for group in TREES for sequence in group.sequences())
+    assert got == sorted(sequence.tolist() for group in GROUPS for sequence in group.sequences())
 
 
 @pytest.mark.parametrize("scaling", [None, 0.3])
@@ -159,7 +159,7 @@ def test_a_model_that_scales_its_scores_is_judged_by_its_scale(precision: str, m
     )
     model = build(config, precision)
     assert choose_layout(model, model, 512).shared
-    # And its mistakes still count: against a reference with another scale everything would be rounding.
+    # And its mistakes still count: with a wrong scale in the reference everything would be rounding.
     for mutant in HALF_ONLY:
         with monkeypatch.context() as patch:
             mutant.install(patch)
@@ -183,7 +183,7 @@ def test_what_overflows_before_attention_is_not_its_mistake(monkeypatch: Patch) 
     check = KernelCheck()
     model.share_prompts(True)
     model.classifier.set_attn_implementation(attention_check.NAME)
-    _head_inputs(model, model, TREES)
+    _head_inputs(model, model, GROUPS)
     assert 0 < check.worst < 1
 
 
@@ -220,7 +220,7 @@ def checked(precision: str, change: Callable[[torch.Tensor], torch.Tensor], monk
     check = KernelCheck()
     model.share_prompts(True)
     model.classifier.set_attn_implementation(attention_check.NAME)
-    _head_inputs(model, model, TREES)
+    _head_inputs(model, model, GROUPS)
     return check.worst
 
 
@@ -237,7 +237,7 @@ def test_fp32_has_no_kernel_to_check(monkeypatch: Patch) -> None:
     assert checked("fp32", lambda output: output * 2, monkeypatch) == 0
 
 
-# ----------------------------------------------------------------------------------------------- what stands in for it
+# ---------------------------------------------------------------------------------------- the rounding used in tests
 
 
 def test_rounded_products_are_coarse_and_depend_on_the_shape() -> None:
