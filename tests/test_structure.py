@@ -41,7 +41,6 @@ LONG_FUNCTIONS = {
     "cli/eval.py:eval_": "its options, one after the other",
     "cli/train.py:train": "its options, one after the other",
     "recipe.py:_check": "too long as it was moved",
-    "training/worker.py:run": "too long as it was moved",
 }
 
 

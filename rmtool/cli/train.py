@@ -80,8 +80,8 @@ def train(
     overrides += [parse_set(text) for text in set_ or []]  # last: what is written out wins
     resolved = load_recipe(recipe, overrides)
     node = _node_rank(site, node_rank, resolved, dry_run)
-    told_by = site.told_by if (nodes, gpus_per_node) == (None, None) else ""
-    _train(resolved, output or RUNS / resolved.name, node, told_by, overwrite, dry_run, as_json)
+    launcher = site.source if (nodes, gpus_per_node) == (None, None) else ""
+    _train(resolved, output or RUNS / resolved.name, node, launcher, overwrite, dry_run, as_json)
 
 
 def _launch_overrides(
@@ -125,13 +125,13 @@ def _node_rank(site: LauncherEnv, node_rank: int | None, recipe: Recipe, dry_run
         what = f"the recipe uses {nodes} nodes, but the rank of this node is not set"
         raise RmtoolError("E0207", what, "pass --node-rank, or --nodes 1 to train on this node only")
     if node and node_rank is None and node >= nodes:
-        what = f"node rank {node} (from {site.told_by}) is out of range for {nodes} nodes"
+        what = f"node rank {node} (from {site.source}) is out of range for {nodes} nodes"
         raise RmtoolError("E0207", what, "leave out --nodes, or start it on fewer nodes; --node-rank 0 to run it here")
     return node or 0
 
 
 def _train(
-    recipe: Recipe, output: Path, node: int, told_by: str, overwrite: bool, dry_run: bool, as_json: bool
+    recipe: Recipe, output: Path, node: int, launcher: str, overwrite: bool, dry_run: bool, as_json: bool
 ) -> None:
     from rmtool.data.rejects import REJECTS_FILE, require_free
     from rmtool.ui import redirect_output
@@ -149,7 +149,7 @@ def _train(
             check_ready(recipe.hub.repo_id)
         inputs = sources_of((*recipe.data.train, *recipe.data.eval))
         require_free(output / REJECTS_FILE, [source.path for source in inputs])
-        plan = make_plan(recipe, output, node, told_by)
+        plan = make_plan(recipe, output, node, launcher)
         if dry_run:
             print_dry_run(plan, output, as_json, ui)
             return
@@ -186,9 +186,10 @@ def print_result(output: Path, metrics: dict[str, float], padded_reason: str | N
     """Print the final metrics, and where everything is."""
     from rmtool.data.rejects import REJECTS_FILE
     from rmtool.packing.prefix_sharing import describe_sharing
+    from rmtool.training.tracking import CURVES_FILE
 
     ui.table("Result", ("metric", "value"), [(name, f"{value:.4f}") for name, value in metrics.items()])
-    ui.result(f"checkpoint: {output / 'model'}\ncurves:     {output / 'curves.png'}")
+    ui.result(f"checkpoint: {output / 'model'}\ncurves:     {output / CURVES_FILE}")
     if (output / REJECTS_FILE).exists():
         ui.result(f"skipped rows: {output / REJECTS_FILE}")
     ui.result(f"prefix sharing: {describe_sharing(padded_reason)}")

@@ -1,1 +1,1 @@
-"""Training processes: started, watched, ended; which node this is."""
+"""Starts the training processes of one node, watches them, and ends them."""

@@ -1,13 +1,13 @@
-"""The run folder: made, locked, cleared of an earlier run, and read when a run is finished.
+"""The run folder: prepared, locked and cleared for a run; the results of a finished one.
 
-In: the folder that --output names. Out: the same folder, ready for a run; the metrics and manifest of a finished one.
+In: the folder that --output names. Out: the same folder, ready for a run; or the manifest and metrics of a finished
+run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,24 +16,19 @@ from rmtool.checkpoint import HELD_OUT_FILE, MANIFEST, Manifest, check_writable,
 from rmtool.data.rejects import REJECTS_FILE
 from rmtool.errors import RmtoolError
 from rmtool.recipe import CONFIG_FILE
+from rmtool.training.tracking import CURVES_FILE, METRICS_FILE, read_metrics
+from rmtool.training.worker_status import BEST_PREFIX, DATA_READ_FILE
 
-LOG_FILE = "train.log"  # of the launcher; each process has a log of its own
-
-
-# What a finished run leaves; written out, because the modules that write some of it import torch.
-_RUN_FILES = (
-    *("model", HELD_OUT_FILE, REJECTS_FILE, CONFIG_FILE, LOG_FILE),
-    *("metrics.jsonl", "curves.png", "report.json", "lengths.png"),
-)
+LOG_FILE = "train.log"  # output of `accelerate launch`; each rank has its own log
 
 
 def prepare_folder(output: Path, overwrite: bool) -> None:
-    """Make the run folder and see that it can be written.
+    """Create the run folder and check that it is writable.
 
     Raises:
-        RmtoolError: E0601 a finished run is there, E0501 it cannot be written.
+        RmtoolError: E0601 when it contains a finished run and `overwrite` is off, E0501 when it is not writable.
     """
-    _refuse_finished(output, overwrite)
+    refuse_finished(output, overwrite)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -42,55 +37,71 @@ def prepare_folder(output: Path, overwrite: bool) -> None:
 
 
 def is_finished(output: Path) -> bool:
-    """Whether the run folder holds a finished run."""
+    """Whether the run folder contains a finished run."""
     return (output / "model" / MANIFEST).is_file()
 
 
-def _refuse_finished(output: Path, overwrite: bool) -> None:
+def refuse_finished(output: Path, overwrite: bool) -> None:
+    """Raise if the run folder contains a finished run and `overwrite` is off.
+
+    Raises:
+        RmtoolError: E0601.
+    """
     if is_finished(output) and not overwrite:
-        hint = "choose another --output, or pass --overwrite to move it to previous/"
-        raise RmtoolError("E0601", f"{output} holds a finished run", hint)
-
-
-def _set_aside(output: Path) -> None:
-    """Move what an earlier run left to `previous/`: its model must not stand beside this run's held-out pairs."""
-    previous = output / "previous"
-    if (output / "model").exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        previous.mkdir()
-        for name in _RUN_FILES:
-            if (output / name).exists():
-                (output / name).rename(previous / name)
-    (output / REJECTS_FILE).unlink(missing_ok=True)
-    for best in output.glob("best-step-*"):  # of a run that was interrupted
-        previous.mkdir(exist_ok=True)
-        shutil.rmtree(previous / best.name, ignore_errors=True)
-        best.rename(previous / best.name)
-    for leftover in output.glob(".tmp-*"):
-        shutil.rmtree(leftover)
+        hint = "pass a different --output, or --overwrite to move the finished run to previous/"
+        raise RmtoolError("E0601", f"{output} already contains a finished run", hint)
 
 
 @contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Hold the run folder: a second run in it would mix its files with this one's. The lock goes with the process."""
+def lock_folder(output: Path) -> Iterator[None]:
+    """Lock the run folder, so that two runs cannot mix their files. The lock ends with the process.
+
+    Raises:
+        RmtoolError: E0602 when another process has locked it.
+    """
     with open(output / ".lock", "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RmtoolError(
-                "E0602", f"another rmtool trains in {output}", "wait for it, or choose another --output"
-            ) from error
+            hint = "wait until it ends, or pass a different --output"
+            raise RmtoolError("E0602", f"{output} is in use by another rmtool process", hint) from error
         yield
 
 
+def clear_folder(output: Path) -> None:
+    """Move the results of an earlier run to `previous/` and delete its status files and logs.
+
+    Results are moved together: an old model next to this run's held-out pairs would be evaluated on its training set.
+    """
+    from rmtool.dataset.report import LENGTHS_FILE, REPORT_FILE  # imports torch
+
+    results = ["model", HELD_OUT_FILE, REJECTS_FILE, CONFIG_FILE, LOG_FILE]
+    results += [METRICS_FILE, CURVES_FILE, REPORT_FILE, LENGTHS_FILE]
+    previous = output / "previous"
+    if (output / "model").exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        previous.mkdir()
+        for name in results:
+            if (output / name).exists():
+                (output / name).rename(previous / name)
+    for best in output.glob(f"{BEST_PREFIX}*"):  # from an interrupted run: hours of training
+        previous.mkdir(exist_ok=True)
+        shutil.rmtree(previous / best.name, ignore_errors=True)
+        best.rename(previous / best.name)
+    for temporary in output.glob(".tmp-*"):
+        shutil.rmtree(temporary)
+    ranks = (*output.glob("rank-*.json"), *output.glob("rank-*.log"))
+    for path in (*ranks, output / DATA_READ_FILE, output / REJECTS_FILE):
+        path.unlink(missing_ok=True)
+
+
 def final_manifest(output: Path) -> Manifest:
-    """What the finished run in `output` wrote beside its model."""
+    """The manifest of the finished run in `output`."""
     manifest = read_manifest(output / "model")
-    assert manifest, "a finished run has one"
+    assert manifest, "every finished run has a manifest"
     return manifest
 
 
 def final_metrics(output: Path, manifest: Manifest) -> dict[str, float]:
-    """The saved model's eval metrics, or the last step's training metrics where no pairs were held out."""
-    last = json.loads((output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    return manifest.metrics or {name: value for name, value in last.items() if "/" in name}
+    """The eval metrics of the saved model, or the training metrics of the last step if there is no eval set."""
+    return manifest.metrics or {name: value for name, value in read_metrics(output)[-1].items() if "/" in name}

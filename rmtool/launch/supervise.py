@@ -1,8 +1,8 @@
-"""From a plan to running processes, and the terminal that shows what they do.
+"""The training processes of one node: started, followed on the terminal, and ended.
 
 In: a `Plan`. Out: a finished run folder, or the error of the first process that failed.
-What they want to show comes through a pipe; what else they print goes to rank-R.log in the run folder.
-Cost: `accelerate launch` takes a few seconds to import its own libraries before a process starts.
+Progress comes through a pipe; all other output of a rank goes to rank-R.log in the run folder.
+Cost: `accelerate launch` imports its libraries for a few seconds before it starts a process.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -20,56 +21,66 @@ from pathlib import Path
 import psutil
 
 from rmtool.errors import ExitCode, RmtoolError
-from rmtool.launch.run_folder import LOG_FILE, _locked, _refuse_finished, _set_aside
-from rmtool.launch.watch import Failure, FailureMonitor, clear, read_statuses, started
+from rmtool.launch.run_folder import LOG_FILE, clear_folder, lock_folder, refuse_finished
+from rmtool.launch.watch import Failure, FailureMonitor, find_workers, read_statuses
 from rmtool.planning.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, Plan, launch_command
 from rmtool.recipe import CONFIG_FILE, dump_recipe, engine_of
-from rmtool.training.worker_status import LAUNCHER, die_with_parent, log_file
+from rmtool.training.worker_status import LAUNCHER, Status, die_with_parent, log_file
 from rmtool.ui import Replay, TerminalUi
 
 EVENTS_FILE = ".events"
-GRACE_S = 4.0  # between asking the processes to stop and killing them
-PATIENCE_S = 3.0  # for the others to end by themselves when one has failed
-LINES = 20  # of a failing process's log
-# What a user has set for other programs of theirs must not reach into this run; nor what started this command.
-FOREIGN = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PET_", "PMI_", "OMPI_", "MPI_", "MV2_")
-RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GRACE_S = 4.0  # from SIGTERM to SIGKILL
+PATIENCE_S = 3.0  # for the other processes to end by themselves after a failure
+LOG_LINES = 20  # of the failed process's log, in the error
+# Not inherited by the training processes: settings for other programs, and the variables of what started this command.
+FOREIGN_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PET_", "PMI_", "OMPI_", "MPI_", "MV2_")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What ended a process that reported no error, and a hint. Only SIGKILL may come from the kernel when the machine is out
+# of memory; when a GPU is, torch raises an exception.
+DEATHS: dict[int, tuple[str, str]] = {
+    signal.SIGKILL: (
+        "was killed by the system (SIGKILL), often out of memory",
+        "if the machine was out of memory, lower train.tokens_per_pack",
+    ),
+    signal.SIGTERM: ("was terminated (SIGTERM)", "check whether the scheduler or a user ended it"),
+    signal.SIGSEGV: ("crashed (SIGSEGV)", "check the Python traceback in its log"),
+    signal.SIGABRT: ("aborted (SIGABRT)", "check the Python traceback in its log"),
+}
 
 
 def run(plan: Plan, ui: TerminalUi, overwrite: bool = False) -> None:
-    """Write the run's config, start its processes, show their progress, and wait.
+    """Write the run's config, start its processes, show their progress, and wait for them.
 
     Raises:
-        RmtoolError: what the first failing process wrote down, or E0801 if it died without a word.
+        RmtoolError: the error of the first process that failed; E0801 when it died without one, E7001 when it met a
+            bug; E0207, E0601 or E0602 before any process starts.
     """
-    _require_devices(plan)
+    _check_devices(plan)
     plan.folder.mkdir(exist_ok=True)
-    with _locked(plan.folder):
-        _refuse_finished(plan.output, overwrite)  # again: another run may have ended meanwhile
-        _set_aside(plan.folder)
+    with lock_folder(plan.folder):
+        refuse_finished(plan.output, overwrite)  # again: another run may have finished before the lock
+        clear_folder(plan.folder)
         _run_processes(plan, ui)
 
 
-def _require_devices(plan: Plan) -> None:
-    """Each process of this node needs a GPU of its own; where there is none at all, they share the cores.
+def _check_devices(plan: Plan) -> None:
+    """Each process needs its own GPU; on a machine without GPUs all processes share the cores.
 
     Raises:
-        RmtoolError: E0207 more processes than GPUs, or several nodes and no address.
+        RmtoolError: E0207 when there are more processes than GPUs, or several nodes and no address.
     """
     import torch
 
     launch, found = plan.recipe.launch, torch.cuda.device_count()
     if found and launch.gpus_per_node > found:
-        what = f"{launch.gpus_per_node} processes per node, and this node has {found} GPUs"
-        raise RmtoolError("E0207", what, f"use --gpus-per-node {found}; the result is the same")
+        what = f"cannot start {launch.gpus_per_node} processes on this node: it has {found} GPU{'s' * (found > 1)}"
+        raise RmtoolError("E0207", what, f"pass --gpus-per-node {found}; the steps stay the same")
     if launch.nodes > 1 and not launch.main_address:
-        hint = "pass --main-address, or set MASTER_ADDR, to the name of node 0"
-        raise RmtoolError("E0207", f"{launch.nodes} nodes, and the first one's address is not known", hint)
+        raise RmtoolError("E0207", "the address of node 0 is not set", "pass --main-address, or set MASTER_ADDR")
 
 
 def _run_processes(plan: Plan, ui: TerminalUi) -> None:
     output = plan.folder
-    clear(output)
     (output / CONFIG_FILE).write_text(dump_recipe(plan.recipe), encoding="utf-8")
     (output / ACCELERATE_FILE).write_text(ACCELERATE_CONFIG, encoding="utf-8")
     with _events_pipe(output) as pipe, open(output / LOG_FILE, "wb") as log:
@@ -82,22 +93,27 @@ def _run_processes(plan: Plan, ui: TerminalUi) -> None:
             start_new_session=True,
             preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
         )
-        watch = FailureMonitor(output, plan.recipe.launch.gpus_per_node)
+        monitor = FailureMonitor(output, plan.recipe.launch.gpus_per_node)
         try:
-            _follow(child, pipe, Replay(ui), watch)
+            _follow(child, pipe, Replay(ui), monitor)
+            code = child.poll()
         finally:
             _stop(child)
-    _raise_failure(plan, watch.look(), child.returncode)
+    _raise_failure(plan, monitor.poll(), code)
 
 
 def _environment(plan: Plan) -> dict[str, str]:
     import torch
 
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN) and name not in RANKS}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(FOREIGN_PREFIXES) and name not in RANK_VARIABLES
+    }
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
     if not torch.cuda.is_available() and engine_of(plan.recipe.launch) == "ddp":
-        quiet["ACCELERATE_USE_CPU"] = "true"
-    return {**kept, **quiet, "RMTOOL_EVENTS": str(plan.folder / EVENTS_FILE), LAUNCHER: str(os.getpid())}
+        environment["ACCELERATE_USE_CPU"] = "true"
+    return environment | {"RMTOOL_EVENTS": str(plan.folder / EVENTS_FILE), LAUNCHER: str(os.getpid())}
 
 
 @contextlib.contextmanager
@@ -105,7 +121,7 @@ def _events_pipe(output: Path) -> Iterator[int]:
     path = output / EVENTS_FILE
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    # Opened for writing too: without a writer a pipe is always "ready", and a writer that ends closes nothing here.
+    # Also open for writing: a pipe without a writer always counts as readable.
     descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     try:
         yield descriptor
@@ -114,54 +130,80 @@ def _events_pipe(output: Path) -> Iterator[int]:
         path.unlink(missing_ok=True)
 
 
-def _follow(child: subprocess.Popen[bytes], pipe: int, replay: Replay, watch: FailureMonitor) -> None:
-    """Show events until the child is gone and the pipe is empty, or a process has failed and the others stay."""
+def _follow(child: subprocess.Popen[bytes], pipe: int, replay: Replay, monitor: FailureMonitor) -> None:
+    """Show events until the child has exited and the pipe is empty, or PATIENCE_S after a failure."""
     buffer = b""
     with selectors.DefaultSelector() as selector, contextlib.closing(replay):
         selector.register(pipe, selectors.EVENT_READ)
         while True:
-            gone = child.poll() is not None
-            if selector.select(0 if gone else 0.2):
+            exited = child.poll() is not None
+            if selector.select(0 if exited else 0.2):
                 *lines, buffer = (buffer + os.read(pipe, 1 << 16)).split(b"\n")
                 for line in lines:
                     replay.line(line.decode())
-            elif gone:
+            elif exited:
                 return
-            failure = watch.look()
+            failure = monitor.poll()
             if failure and time.monotonic() - failure.seen > PATIENCE_S:
                 return
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """End all that was started: some lead groups of their own, and some have lost the process that started them."""
+    """End every process that was started: some lead their own process groups, some have lost their parent."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in started():
+        for process in find_workers():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
         end = time.monotonic() + GRACE_S
-        while child.poll() is None or started():
-            if time.monotonic() > end:
-                break
+        while (child.poll() is None or find_workers()) and time.monotonic() < end:
             time.sleep(0.1)
 
 
-def _raise_failure(plan: Plan, failure: Failure | None, code: int) -> None:
-    statuses = read_statuses(plan.folder)
-    if failure is None and code == 0 and len(statuses) == plan.recipe.launch.gpus_per_node:
+def _raise_failure(plan: Plan, failure: Failure | None, code: int | None) -> None:
+    """Raise what the failed process reported, or what ended it; `code` is the exit code of `accelerate launch`."""
+    if failure is None and code == 0 and len(read_statuses(plan.folder)) == plan.recipe.launch.gpus_per_node:
         return
     status = failure.status if failure else None
-    log = log_file(plan.folder, status.rank) if status else plan.folder / LOG_FILE
-    which = "the training process"
+    name = "the training process"
     if plan.world_size > 1:
-        which = f"process {status.rank} of {plan.world_size}" if status else "a process that had hardly begun"
+        name = f"rank {status.rank} of {plan.world_size}" if status else "a process that was still starting up"
     if status and status.error:
         error = RmtoolError.from_dict(status.error)
-        error.what = f"{which}: {error.what}" if plan.world_size > 1 else error.what
+        error.what = f"{name}: {error.what}" if plan.world_size > 1 else error.what
         raise error
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES:]
+    log = log_file(plan.folder, status.rank) if status else plan.folder / LOG_FILE
+    lines = _read(log).splitlines()[-LOG_LINES:]
     tail = "\n    ".join(["", *lines]) if lines else None
     if status and status.exit == ExitCode.BUG:
-        raise RmtoolError("E7001", f"{which} met a bug in rmtool", f"report it, with {log}", found=tail)
-    what = failure.what if failure else f"died (exit code {code})"
-    hint = f"read the end of {log}; out of memory is the usual reason: lower train.tokens_per_pack"
-    raise RmtoolError("E0801", f"{which} {what}", hint, found=tail)
+        raise RmtoolError("E7001", f"internal error in {name}", f"report it with {log}", found=tail)
+    if failure and failure.stopped:
+        what, hint = "is stopped (SIGSTOP)", "check what stopped it, a scheduler or a debugger"
+    else:
+        what, hint = describe_death(exit_code(_read(plan.folder / LOG_FILE), status, code))
+    raise RmtoolError("E0801", f"{name} {what}", f"{hint}; see {log}", found=tail)
+
+
+def _read(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
+
+
+def exit_code(log: str, status: Status | None, code: int | None) -> int | None:
+    """The exit code of a process, negative for a signal: from torchrun's table or subprocess's exception in the log.
+
+    `code` is that of `accelerate launch`: 1 for whatever happened to its processes, so it counts only without a rank.
+    """
+    pid = status.pid if status else r"\d+"
+    if found := re.findall(r"died with <Signals\.\w+: (\d+)>", log):
+        return -int(found[-1])
+    if found := re.findall(rf"exitcode +: (-?\d+) \(pid: {pid}\)|returned non-zero exit status (\d+)", log):
+        return int("".join(found[-1]))  # torchrun lists what failed first last
+    return code if status is None or (code or 0) < 0 else None
+
+
+def describe_death(code: int | None) -> tuple[str, str]:
+    """What ended a process that reported no error, and a hint."""
+    number = -code if code and code < 0 else (code or 0) - 128  # 137: a shell's 128 + SIGKILL
+    if number in DEATHS:
+        return DEATHS[number]
+    how = "" if code is None else f" with signal {number}" if code < 0 else f" with exit code {code}"
+    return f"ended{how} and reported no error", "check the last lines of its log"

@@ -1,11 +1,11 @@
-"""Which training process failed first: exited, died or stopped.
+"""Detection of the first failed process: ended with an error, died, or stopped.
 
-In: a run folder with the statuses that its processes write. Out: a `Failure`, or None while all run.
+In: a run folder with the status files of its ranks. Out: a `Failure`, or None while all processes run.
+Cost: one small file per rank and poll; once a second a list of child processes (0.7 ms on a machine with 79 processes).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -13,80 +13,70 @@ from pathlib import Path
 
 import psutil
 
-from rmtool.training.worker_status import DATA_READ_FILE, LAUNCHER, STOPPED, Status
+from rmtool.training.worker_status import LAUNCHER, Status, process_state, read_status, status_file
 
-HANG_S = 10.0  # a process that somebody stopped, before all are ended
-
-
-class FailureMonitor:
-    """Which of so many processes failed first: died, ended with an error, or stands still."""
-
-    def __init__(self, folder: Path, processes: int):
-        self.folder = folder
-        self.processes = processes
-        self.first: Failure | None = None
-        self.standing: dict[int, float] = {}  # by process id: since when it is stopped
-        self.listed = time.monotonic()  # all of the machine's processes, last
-
-    def look(self) -> Failure | None:
-        """The first failure up to now."""
-        if self.first is None:
-            statuses = read_statuses(self.folder)
-            begun = {status.pid for status in statuses}
-            self.first = next(filter(None, map(self._failure, statuses)), None) or self._early(begun)
-        return self.first
-
-    def _early(self, begun: set[int]) -> Failure | None:
-        """A process that stands still and has not begun; it is known by what was started alone."""
-        now = time.monotonic()
-        if len(begun) == self.processes or now - self.listed < 1:
-            return None
-        self.listed = now
-        early = [process for process in started() if process.pid not in begun and process.info["status"] in STOPPED]
-        since = min([self._since(process.pid) for process in early], default=now)
-        return Failure(None, "stands still", now) if since < now - HANG_S else None
-
-    def _since(self, pid: int) -> float:
-        return self.standing.setdefault(pid, time.monotonic())
-
-    def _failure(self, status: Status) -> Failure | None:
-        now = time.monotonic()
-        if status.exit is not None:
-            return Failure(status, "failed", now) if status.exit else None
-        if not status.alive():
-            # Between the last look and this one it may have written how it ended.
-            again = next(found for found in read_statuses(self.folder) if found.rank == status.rank)
-            return Failure(status, "died", now) if again.exit is None else self._failure(again)
-        if not status.stopped():
-            self.standing.pop(status.pid, None)
-            return None
-        return Failure(status, "stands still", now) if self._since(status.pid) < now - HANG_S else None
+HANG_S = 10.0  # a process may be stopped for this time
+STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The process (None: one that has not begun), what happened to it, and when that was seen (time.monotonic)."""
+    """The process that failed (None: one without a status file yet) and when that was noticed (time.monotonic)."""
 
     status: Status | None
-    what: str
     seen: float
+    stopped: bool = False  # by SIGSTOP, or by a debugger
+
+
+class FailureMonitor:
+    """Watches the processes of one node; `poll` returns the first failure.
+
+    In: their run folder and number. Out: a `Failure`, the same one once there is one.
+    """
+
+    def __init__(self, folder: Path, processes: int):
+        self.folder = folder
+        self.processes = processes
+        self.failure: Failure | None = None
+        self.stopped_since: dict[int, float] = {}  # by process id
+        self.scanned = time.monotonic()
+
+    def poll(self) -> Failure | None:
+        """Return the first failure so far."""
+        if self.failure is None:
+            statuses = read_statuses(self.folder)
+            self.failure = next(filter(None, map(self._ended, statuses)), None) or self._stopped(statuses)
+        return self.failure
+
+    def _ended(self, status: Status) -> Failure | None:
+        """A process that ended with an error or died."""
+        if status.exit is None:
+            if process_state(status.pid) not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                return None
+            status = read_status(status_file(self.folder, status.rank))  # written since, if it ended normally
+        return Failure(status, time.monotonic()) if status.exit != 0 else None
+
+    def _stopped(self, statuses: list[Status]) -> Failure | None:
+        """A process that has been stopped for HANG_S."""
+        now = time.monotonic()
+        if now - self.scanned < 1:
+            return None
+        self.scanned = now
+        ranks = {status.pid: status for status in statuses}
+        starting = len(ranks) < self.processes
+        pids = [child.pid for child in psutil.Process().children(recursive=True) if starting or child.pid in ranks]
+        stopped = [pid for pid in pids if process_state(pid) in STOPPED]
+        self.stopped_since = {pid: self.stopped_since.get(pid, now) for pid in stopped}
+        hanging = [pid for pid, since in self.stopped_since.items() if now - since > HANG_S]
+        return Failure(ranks.get(hanging[0]), now, stopped=True) if hanging else None
 
 
 def read_statuses(folder: Path) -> list[Status]:
-    """Of every process that has begun; what was written first comes first."""
-    written = sorted((path.stat().st_mtime_ns, path) for path in folder.glob("rank-*.json"))
-    return [Status(**json.loads(path.read_text(encoding="utf-8"))) for _, path in written]
+    """The status of every rank that has started; the file written first comes first."""
+    return [read_status(path) for path in sorted(folder.glob("rank-*.json"), key=lambda path: path.stat().st_mtime_ns)]
 
 
-def clear(folder: Path) -> None:
-    """Remove what an earlier run left."""
-    for path in (*folder.glob("rank-*.json"), *folder.glob("rank-*.log"), folder / DATA_READ_FILE):
-        path.unlink(missing_ok=True)
-
-
-def started() -> list[psutil.Process]:
-    """The living processes that this launcher started, directly or not, whether or not they have begun: its mark is in
-    their environment.
-    """
-    mark, found = str(os.getpid()), psutil.process_iter(["environ", "status"])
-    return [process for process in found if (process.info["environ"] or {}).get(LAUNCHER) == mark]
+def find_workers() -> list[psutil.Process]:
+    """Every living process that this launcher started, directly or not: their environment has its process id."""
+    pid, found = str(os.getpid()), psutil.process_iter(["environ"])
+    return [process for process in found if (process.info["environ"] or {}).get(LAUNCHER) == pid]

@@ -50,7 +50,7 @@ class Plan:
     steps: int | None
     commands: tuple[str, ...]  # one per node
     node: int = 0  # this one
-    told_by: str = ""  # who said how many nodes there are, if not the recipe
+    launcher: str = ""  # what set the number of nodes, if not the recipe
 
     @property
     def folder(self) -> Path:
@@ -82,7 +82,7 @@ class Plan:
         held_out = f"{_held(data.holdout)} held out" if data.holdout else "none"
         when = f"every {train.eval_every} steps and at the end" if train.eval_every else "at the end"
         nodes = f"{launch.nodes} node{'s' * (launch.nodes > 1)} x {launch.gpus_per_node}"
-        told = f" (from {self.told_by})" if self.told_by else ""
+        told = f" (from {self.launcher})" if self.launcher else ""
         limit = f", at most {train.max_steps}" if train.max_steps else ""
         betas = " and ".join(f"{beta:g}" for beta in train.betas)
         share = f"{train.batch_size / self.world_size:g} per process"
@@ -131,7 +131,7 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, output: Path, node: int = 0, told_by: str = "") -> Plan:
+def make_plan(recipe: Recipe, output: Path, node: int = 0, launcher: str = "") -> Plan:
     """Read and check the local data, and work out what will run.
 
     Raises:
@@ -151,7 +151,7 @@ def make_plan(recipe: Recipe, output: Path, node: int = 0, told_by: str = "") ->
         pairs -= held
         steps = plan_steps(train.epochs, train.max_steps, pairs, train.batch_size)
     commands = tuple(_for_a_shell(launch_command(recipe, output, number)) for number in range(launch.nodes))
-    return Plan(recipe, output, world_size(launch), pairs, steps, commands, node, told_by)
+    return Plan(recipe, output, world_size(launch), pairs, steps, commands, node, launcher)
 
 
 def node_folder(output: Path, node: int) -> Path:

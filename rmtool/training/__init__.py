@@ -1,1 +1,1 @@
-"""One process's steps: the trainer, the engine around the model, metrics, status."""
+"""One training process: steps, engine, checkpoints, metrics and status."""

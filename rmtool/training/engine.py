@@ -1,10 +1,10 @@
-"""What a training step asks of the process group: gradients, an update, sums over ranks, and the whole weights.
+"""One interface to a single process, DDP, and DeepSpeed's ZeRO-2 and ZeRO-3.
 
-In: a `RewardModel`, its recipe and accelerate's `Accelerator`. Out: an `Engine`, the same calls for one process, DDP
-and DeepSpeed's ZeRO-2 and ZeRO-3; what shards, reduces and gathers is theirs.
-Weights, gradients and optimizer states are fp32 on every engine, and autocast is the model's own: an engine changes no
-step. Under ZeRO with bf16, weights and gradients travel in bf16, but for the score head's.
-Cost: of `weights`, one gather per parameter, and the model once in the main process's memory.
+In: a `RewardModel`, its recipe and accelerate's `Accelerator`. Out: an `Engine`: backward, update, sums over ranks and
+the full state dict; sharding, reduction and gathering are done by accelerate and DeepSpeed.
+Weights, gradients and optimizer states are fp32 on every engine, and autocast is done by the model, so the engine does
+not change a step. Under ZeRO with bf16, weights and gradients are sent in bf16, except those of the score head.
+Cost: `full_state_dict` gathers each parameter once, and keeps a copy of the model in the main process's memory.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from rmtool.model.reward_model import RewardModel
 from rmtool.model.weights import merged_weights
 from rmtool.recipe import engine_of
 
-# Elements. DeepSpeed's own sizes would take some 8 GB of a GPU; a matrix that is larger than a bucket goes alone.
-REDUCE_BUCKET = 16_000_000  # gradients that are sent together
-PREFETCH_BUCKET = 50_000_000  # weights that are fetched ahead of their use
-LIVE_PARAMETERS = 300_000_000  # weights that are whole at one time: a layer of a model with 8 billion, and the next
-PERSISTENT_PARAMETERS = 100_000  # weights up to this size stay whole on every rank
+# Sizes in elements. DeepSpeed's defaults take about 8 GB of GPU memory; a matrix larger than a bucket is sent alone.
+REDUCE_BUCKET = 16_000_000  # gradients reduced together
+PREFETCH_BUCKET = 50_000_000  # weights gathered before they are used
+LIVE_PARAMETERS = 300_000_000  # weights gathered at one time: two layers of a model with 8 billion parameters
+PERSISTENT_PARAMETERS = 100_000  # weights up to this size are not sharded
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    """DeepSpeed's settings for this recipe; nothing in them is left for others to fill in."""
+    """DeepSpeed's config for this recipe, without "auto" values."""
     train = recipe.train
     zero: dict[str, Any] = {
         "stage": int(engine_of(recipe.launch).removeprefix("zero")),
@@ -47,44 +47,44 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "stage3_max_live_parameters": LIVE_PARAMETERS,
         "stage3_max_reuse_distance": LIVE_PARAMETERS,
         "stage3_param_persistence_threshold": PERSISTENT_PARAMETERS,
-        "stage3_gather_16bit_weights_on_model_save": False,  # `Engine.weights` gathers
+        "stage3_gather_16bit_weights_on_model_save": False,  # see `Engine.full_state_dict`
     }
     if recipe.launch.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # packs are cut here, not there
+        "train_micro_batch_size_per_gpu": 1,  # rmtool plans packs itself
         "gradient_accumulation_steps": 1,
         "gradient_clipping": train.max_grad_norm or 0.0,
         "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # one optimizer everywhere: torch's AdamW
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW on every engine
         "torch_autocast": {
             "enabled": compute_precision(train.precision) == "bf16",
             "dtype": "bfloat16",
-            "lower_precision_safe_modules": ["torch.nn.Linear"],  # not its subclass that is the score head
+            "lower_precision_safe_modules": ["torch.nn.Linear"],  # not the score head, which is a subclass
         },
     }
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
-    """The process group of this process's place, as the launcher's variables say it."""
+    """Join the process group that the environment variables of `accelerate launch` describe."""
     engine = engine_of(recipe.launch)
     if engine == "single":
         return Accelerator()
-    # Gradients live in the buckets that DDP sends, not beside them.
     handlers = [
         InitProcessGroupKwargs(backend=None if torch.cuda.is_available() else "gloo"),
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # saves one copy of the gradients
     ]
     plugin = None
     if engine.startswith("zero"):
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(recipe))
-        _leave_out_shared_memory()
+        _disable_shared_memory_op()
     return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
 
 
-def _leave_out_shared_memory() -> None:
-    """Between CPU processes, have DeepSpeed use gloo alone: the kernel that it would compile waits for ever at the
-    lock that another compilation left behind when it was killed.
+def _disable_shared_memory_op() -> None:
+    """Let DeepSpeed use only gloo between CPU processes.
+
+    It would compile a kernel, and wait forever for the lock file of a compilation that was killed.
     """
     import deepspeed.ops
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
@@ -93,33 +93,39 @@ def _leave_out_shared_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held so far: on a GPU of its tensors, on a CPU all its memory."""
+    """Peak memory of this process in bytes: of its tensors on a GPU, of everything on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
-def require_agreement(common: dict[str, str]) -> None:
-    """All ranks must have the same values. To be called before a model is built: engines talk to each other then.
+def require_agreement(values: dict[str, str]) -> None:
+    """Check that all ranks have the same values. All ranks must call it.
+
+    Call it before the model is built: from then on engines communicate, and ranks that differ would hang.
 
     Raises:
-        RmtoolError: E0208 one has another, on every rank.
+        RmtoolError: E0208, on every rank, when a value differs.
     """
-    gathered_all = gather_object([common])
-    for rank, other in enumerate(gathered_all):
-        for name, value in gathered_all[0].items():
+    gathered = gather_object([values])
+    for rank, other in enumerate(gathered):
+        for name, value in gathered[0].items():
             if other[name] != value:
                 raise RmtoolError(
                     "E0208",
-                    f"process {rank} has another {name} than process 0",
-                    "give every node the same files, recipe and packages",
-                    found=f"{other[name]}, not {value}",
+                    f"rank {rank} and rank 0 have different {name}",
+                    "use the same files, recipe and package versions on every node",
+                    found=f"{other[name]} on rank {rank}, {value} on rank 0",
                 )
 
 
 @dataclass
 class Engine:
-    """`model` in `wrapped`, as accelerate prepared it, and its optimizer."""
+    """A model and its optimizer, prepared by accelerate.
+
+    In: a model (`model`; `wrapped` is what accelerate made of it). Out: gradients, updates, sums over all ranks and the
+    full state dict, with the same calls on every engine.
+    """
 
     accelerator: Accelerator
     model: RewardModel
@@ -129,26 +135,28 @@ class Engine:
 
     @classmethod
     def prepare(
-        cls, accelerator: Accelerator, model: RewardModel, optimizer: torch.optim.Optimizer, clip: float | None
+        cls, accelerator: Accelerator, model: RewardModel, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
     ) -> Engine:
+        """Wrap the model and its optimizer for the engine of this process group."""
         wrapped, optimizer = accelerator.prepare(model, optimizer)
-        return cls(accelerator, model, wrapped, optimizer, clip)
+        return cls(accelerator, model, wrapped, optimizer, max_grad_norm)
 
     @property
     def deepspeed(self) -> bool:
+        """Whether the engine is DeepSpeed's."""
         return hasattr(self.wrapped, "set_gradient_accumulation_boundary")
 
     @property
     def dist(self) -> DistInfo:
-        """This process's place among the ranks, for work that is shared out."""
+        """Rank, world size and sum, for code that divides work over ranks."""
         return DistInfo(self.accelerator.process_index, self.accelerator.num_processes, self.sum)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, on the CPU."""
+        """Sum over all ranks; the result is on the CPU."""
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the loss's gradients; with the step's `last` loss, they are averaged over the ranks."""
+        """Accumulate the gradients of this loss; after the `last` loss of a step, average them over all ranks."""
         if self.deepspeed:
             self.wrapped.set_gradient_accumulation_boundary(last)
             self.wrapped.backward(loss)
@@ -156,38 +164,40 @@ class Engine:
             self.accelerator.backward(loss)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """A block for forward and backward: gradients wait for the step's last loss where an engine can wait."""
-        waits = not last and not self.deepspeed
-        return self.accelerator.no_sync(self.wrapped) if waits else contextlib.nullcontext()
+        """Context for forward and backward: DDP reduces gradients only in the `last` pack of a step."""
+        no_sync = not last and not self.deepspeed
+        return self.accelerator.no_sync(self.wrapped) if no_sync else contextlib.nullcontext()
 
-    def update(self, rate: float, require: Callable[[float], None]) -> float:
-        """Clip the gradients and take the optimizer's step at this learning rate; returns their norm before.
+    def update(self, rate: float, check_norm: Callable[[float], None]) -> float:
+        """Clip the gradients and step the optimizer at this learning rate; return the norm before clipping.
 
-        `require` gets that norm, and raises where there must be no step; DeepSpeed tells it only after the step.
+        `check_norm` gets that norm, and raises to prevent the step; DeepSpeed computes the norm in its step, so there
+        the check follows it.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.deepspeed:
             self.wrapped.step()
             norm = float(self.wrapped.get_global_grad_norm())
-            require(norm)
+            check_norm(norm)
             return norm
         norm = self.clip()
-        require(norm)
+        check_norm(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
     def clip(self) -> float:
-        """Clip the gradients; their norm before. Not for DeepSpeed, which does so in its step."""
+        """Clip the gradients and return their norm before; not for DeepSpeed, which clips in its step."""
         return float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf))
 
-    def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
-        """The classifier's whole state dict on the CPU, in `dtype`, on the main process; None on the others. All ranks
-        must call it.
+    def full_state_dict(self, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+        """Gather the classifier's state dict in `dtype` on the CPU of the main process; None on the others.
+
+        All ranks must call it.
         """
-        keep, kept = self.accelerator.is_main_process, dict[str, torch.Tensor]()
+        main, weights = self.accelerator.is_main_process, dict[str, torch.Tensor]()
         for name, value in merged_weights(self.model.classifier, dtype):
-            if keep:
-                kept[name] = value
-        return kept if keep else None
+            if main:
+                weights[name] = value
+        return weights if main else None

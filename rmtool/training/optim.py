@@ -1,6 +1,6 @@
-"""The optimizer and its learning-rate schedule, counted in optimizer steps.
+"""Optimizer and learning-rate schedule.
 
-In: a model and a `TrainConfig`. Out: AdamW, and for each step a factor on the learning rate.
+In: a model and a `TrainConfig`. Out: AdamW, and a multiplier on the learning rate for each optimizer step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rmtool.model.classifier import is_matrix
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what is trainable; weight decay only on matrices (not on norms and biases)."""
+    """Build AdamW over the trainable parameters; weight decay applies to matrices, not to norms and biases."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if is_matrix(p)], "weight_decay": train.weight_decay},
@@ -26,9 +26,9 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
 
 
 def lr_multiplier(train: TrainConfig, step: int, total: int) -> float:
-    """The factor on the learning rate of `step` (from 0) of `total`.
+    """Return the multiplier on the learning rate for `step` (from 0) of `total`.
 
-    Warm-up rises from 1/warmup to 1; linear and cosine then fall to 0, reached after the last step.
+    It rises from 1/warmup_steps to 1, and then falls linearly or as a cosine to 0 after the last step.
     """
     if step < train.warmup_steps:
         return (step + 1) / train.warmup_steps

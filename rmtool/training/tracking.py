@@ -1,8 +1,8 @@
-"""A run's record: metrics.jsonl, the curves drawn from it, and Weights & Biases if asked for.
+"""Metrics of a run: metrics.jsonl, training curves, and Weights & Biases where the recipe enables it.
 
-In: one dictionary of numbers per step. Out: files in the run folder. A tracker never stops a run: what fails is said
-once, and the run's own files go on.
-Cost: one short write per step; the picture is drawn once, at the end.
+In: one dictionary of metrics per step. Out: files in the run folder. A wandb failure never stops a run: it is reported
+once, and metrics.jsonl continues.
+Cost: one small write per step; the curves are drawn once, at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ WANDB_TIMEOUT_S = 20
 
 
 class Tracker:
-    """Writes what it is given to metrics.jsonl and to wandb."""
+    """Writer of metrics to metrics.jsonl and wandb.
+
+    In: one dictionary of metrics per step. Out: one line of metrics.jsonl each, and one wandb step.
+    """
 
     def __init__(self, folder: Path, track: TrackConfig, config: Mapping[str, Any], ui: Ui):
         self.ui = ui
@@ -30,7 +33,7 @@ class Tracker:
         self.run = _start_wandb(folder, track, config, ui) if track.wandb else None
 
     def log(self, numbers: Mapping[str, float | int]) -> None:
-        """One step's numbers; `step` counts optimizer steps."""
+        """Log the metrics of one optimizer step; `numbers["step"]` is its number."""
         self.file.write(json.dumps(dict(numbers), allow_nan=False) + "\n")
         self.file.flush()
         if self.run is not None:
@@ -39,10 +42,11 @@ class Tracker:
             try:
                 self.run.log(dict(numbers), step=int(numbers["step"]))
             except (wandb.Error, OSError) as error:
-                self.ui.say(f"wandb failed and is off from here on: {error}")
+                self.ui.say(f"wandb logging failed, metrics.jsonl only from here on: {error}")
                 self.run = None
 
     def close(self) -> None:
+        """Close the file and finish the wandb run."""
         self.file.close()
         if self.run is not None:
             import wandb
@@ -50,7 +54,7 @@ class Tracker:
             try:
                 self.run.finish()
             except (wandb.Error, OSError) as error:
-                self.ui.say(f"wandb could not finish: {error}")
+                self.ui.say(f"cannot finish the wandb run: {error}")
 
 
 def _start_wandb(folder: Path, track: TrackConfig, config: Mapping[str, Any], ui: Ui) -> Any:
@@ -59,7 +63,7 @@ def _start_wandb(folder: Path, track: TrackConfig, config: Mapping[str, Any], ui
     online = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if online else "offline")
     if mode == "offline":
-        ui.say("wandb: offline (no API key, or WANDB_MODE says so); upload later with `wandb sync`")
+        ui.say("wandb: offline (no API key, or WANDB_MODE=offline); upload later with `wandb sync`")
     settings = wandb.Settings(init_timeout=WANDB_TIMEOUT_S, silent=True, console="off")
     try:
         return wandb.init(
@@ -71,17 +75,18 @@ def _start_wandb(folder: Path, track: TrackConfig, config: Mapping[str, Any], ui
             settings=settings,
         )
     except (wandb.Error, OSError, TimeoutError) as error:
-        ui.say(f"wandb is off, it could not be started: {error}")
+        ui.say(f"cannot start wandb, metrics.jsonl only: {error}")
         return None
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Read the metrics of every step in a run folder."""
     lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def draw_curves(folder: Path) -> Path:
-    """Loss, accuracy and margin over optimizer steps, training and held out, as a PNG."""
+    """Draw loss, accuracy and reward margin over optimizer steps, on the training and eval sets; return the PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -91,12 +96,12 @@ def draw_curves(folder: Path) -> Path:
     panels = (("loss", "loss"), ("accuracy", "accuracy"), ("reward_margin", "reward margin"))
     for axis, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
         train = [(row["step"], row[f"train/rm/{key}"]) for row in rows if f"train/rm/{key}" in row]
-        held = [(row["step"], row[f"eval/rm/{key}"]) for row in rows if f"eval/rm/{key}" in row]
+        evals = [(row["step"], row[f"eval/rm/{key}"]) for row in rows if f"eval/rm/{key}" in row]
         if train:
-            axis.plot(*zip(*train, strict=True), color="#9ab8d8", linewidth=0.8, label="training, each step")
-            axis.plot(*zip(*_smooth(train), strict=True), color="#1f5fa8", linewidth=1.8, label="training, smoothed")
-        if held:
-            axis.plot(*zip(*held, strict=True), color="#d1602b", marker="o", markersize=4, label="held out")
+            axis.plot(*zip(*train, strict=True), color="#9ab8d8", linewidth=0.8, label="train (per step)")
+            axis.plot(*zip(*_smooth(train), strict=True), color="#1f5fa8", linewidth=1.8, label="train (smoothed)")
+        if evals:
+            axis.plot(*zip(*evals, strict=True), color="#d1602b", marker="o", markersize=4, label="eval")
         axis.set_title(title)
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.25)
@@ -108,7 +113,7 @@ def draw_curves(folder: Path) -> Path:
 
 
 def _smooth(points: list[tuple[float, float]], weight: float = 0.9) -> list[tuple[float, float]]:
-    """Exponential mean with the start's bias taken out."""
+    """Exponential moving average with bias correction."""
     smoothed, mean, total = [], 0.0, 0.0
     for step, value in points:
         mean = weight * mean + (1 - weight) * value

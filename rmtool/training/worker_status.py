@@ -1,13 +1,14 @@
-"""What a training process leaves for the launcher that started it: that it lives, and how it ended.
+"""Status and log files of a training process, for the launcher.
 
-In: a run folder and a rank. Out: `rank-R.json` with the process's id and, at its end, its exit code and error, since
-launchers lose both; and `rank-R.log` with what it prints.
-Cost: two short writes per process.
+In: a run folder and a rank. Out: `rank-R.json` with the process id and, at the end, exit code and error, because
+`accelerate launch` reports neither; `rank-R.log` with everything the process prints.
+Cost: two small writes per process.
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -18,65 +19,68 @@ from typing import Any
 
 import psutil
 
-DATA_READ_FILE = ".data-read"  # a node's first process has read the data
-LAUNCHER = "RMTOOL_LAUNCHER"  # the process that started all others, and which none outlives
-STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+DATA_READ_FILE = ".data-read"  # the first process of a node has tokenized the data
+BEST_PREFIX = "best-step-"  # the best checkpoint so far, until the run ends
+LAUNCHER = "RMTOOL_LAUNCHER"  # environment variable: process id of the rmtool command, which no process outlives
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Status:
-    """`exit` is None while the process runs; `error` is `RmtoolError.as_dict`'s form."""
+    """State of a rank: `exit` is None while it runs, `error` is an `RmtoolError.as_dict`."""
 
     rank: int
     pid: int
     exit: int | None = None
     error: dict[str, Any] | None = None
 
-    def alive(self) -> bool:
-        """Whether the process is there and no zombie."""
-        return self._state() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
-    def stopped(self) -> bool:
-        """Whether somebody has stopped the process (SIGSTOP): it neither works nor dies."""
-        return self._state() in STOPPED
-
-    def _state(self) -> str:
-        try:
-            return str(psutil.Process(self.pid).status())
-        except psutil.NoSuchProcess:
-            return psutil.STATUS_DEAD
-
-
-def begin(folder: Path, rank: int) -> None:
-    """Say that this process has begun. It dies with the process that started it, so that none is left behind; what it
-    prints goes to a file of its own.
-    """
+def mark_started(folder: Path, rank: int) -> None:
+    """Write the first status, send all output to the rank's log, and let the process end with its launcher."""
     die_with_parent(signal.SIGKILL)
     launcher = os.environ.get(LAUNCHER)
     if launcher and not psutil.pid_exists(int(launcher)):
-        raise SystemExit("the rmtool process that started this one is gone")  # before it could be told so
+        raise SystemExit("the parent rmtool process has exited")  # before die_with_parent took effect
     log = os.open(log_file(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    faulthandler.enable()  # a crash in native code leaves a Python traceback in the log
     _write(folder, Status(rank, os.getpid()))
 
 
-def end(folder: Path, rank: int, exit_code: int, error: dict[str, Any] | None) -> None:
-    """Say how this process ends."""
+def mark_exited(folder: Path, rank: int, exit_code: int, error: dict[str, Any] | None) -> None:
+    """Write the last status."""
     _write(folder, Status(rank, os.getpid(), exit_code, error))
 
 
 def log_file(folder: Path, rank: int) -> Path:
-    """What `rank` prints."""
+    """The file with the output of `rank`."""
     return folder / f"rank-{rank}.log"
 
 
+def status_file(folder: Path, rank: int) -> Path:
+    """The file with the status of `rank`."""
+    return folder / f"rank-{rank}.json"
+
+
+def read_status(path: Path) -> Status:
+    """Read a status file."""
+    return Status(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def process_state(pid: int) -> str:
+    """The state of a process, as psutil names it; STATUS_DEAD if there is none."""
+    try:
+        return str(psutil.Process(pid).status())
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_DEAD
+
+
 def die_with_parent(number: int) -> None:
-    """Have the kernel send this signal when the parent process ends (Linux; elsewhere nothing is done)."""
+    """Have the kernel send this signal when the parent process ends (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
@@ -84,4 +88,4 @@ def die_with_parent(number: int) -> None:
 def _write(folder: Path, status: Status) -> None:
     temporary = folder / f".rank-{status.rank}.json"
     temporary.write_text(json.dumps(vars(status)), encoding="utf-8")
-    os.replace(temporary, folder / f"rank-{status.rank}.json")
+    os.replace(temporary, status_file(folder, status.rank))

@@ -1,4 +1,4 @@
-"""Where a command stands among nodes: Slurm's and torchrun's variables, and the scripts that start them."""
+"""Node layout from Slurm's and torchrun's variables, and the scripts that set them."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS
 
 
 @pytest.mark.parametrize(
-    ("variables", "site"),
+    ("variables", "env"),
     [
         ({}, LauncherEnv()),
         (STEP, LauncherEnv(2, 8, 1, "gpu03", None, "Slurm")),
         (STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"}, LauncherEnv(2, 8, 1, "10.0.0.1", 7, "Slurm")),
-        # A batch script's own shell: it is no step, and its command runs on one node.
+        # The shell of a batch script is not a step; its command runs on one node.
         ({name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"}, LauncherEnv()),
         ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "NPROC_PER_NODE": "4"},
-         LauncherEnv(2, 4, 0, "a", None, "torchrun's variables")),
+         LauncherEnv(2, 4, 0, "a", None, "torchrun variables")),
         ({"PET_NNODES": "2:4", "PET_NODE_RANK": "3", "PET_NPROC_PER_NODE": "8", "MASTER_ADDR": "a"},
-         LauncherEnv(4, 8, 3, "a", None, "torchrun's variables")),
+         LauncherEnv(4, 8, 3, "a", None, "torchrun variables")),
         ({"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "auto", "MASTER_ADDR": "a"},
-         LauncherEnv(2, None, 1, "a", None, "torchrun's variables")),
+         LauncherEnv(2, None, 1, "a", None, "torchrun variables")),
         ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "1", "RANK": "1",
-          "MASTER_ADDR": "a", "MASTER_PORT": "29500"}, LauncherEnv(2, None, 1, "a", 29501, "torchrun's variables")),
+          "MASTER_ADDR": "a", "MASTER_PORT": "29500"}, LauncherEnv(2, None, 1, "a", 29501, "torchrun variables")),
     ],
 )  # fmt: skip
-def test_the_site_is_what_the_variables_say(variables: dict[str, str], site: LauncherEnv) -> None:
-    assert detect_launcher_env(variables) == site
+def test_the_node_layout_comes_from_the_variables(variables: dict[str, str], env: LauncherEnv) -> None:
+    assert detect_launcher_env(variables) == env
 
 
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
         (STEP | {"SLURM_STEP_NUM_TASKS": "16"}, "--ntasks-per-node=1"),
-        (STEP | {"SLURM_NODEID": "one"}, "SLURM_NODEID"),
-        (STEP | {"MASTER_PORT": "0"}, "$MASTER_PORT is 0"),
-        ({"MASTER_PORT": "70000"}, "$MASTER_PORT is 70000"),
+        (STEP | {"SLURM_NODEID": "one"}, "SLURM_NODEID must be an integer"),
+        (STEP | {"MASTER_PORT": "0"}, "MASTER_PORT must be a port from 1 to 65535"),
+        ({"PET_MASTER_PORT": "70000"}, "PET_MASTER_PORT must be a port from 1 to 65535"),
         ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "8"}, "--nproc-per-node 1"),
     ],
 )
-def test_what_would_start_too_many_processes_is_refused(variables: dict[str, str], words: str) -> None:
+def test_too_many_processes_and_invalid_numbers_are_refused(variables: dict[str, str], words: str) -> None:
     with pytest.raises(RmtoolError) as caught:
         detect_launcher_env(variables)
     assert caught.value.id == "E0207"
@@ -72,19 +72,20 @@ def test_the_first_host_of_a_list(names: str, first: str) -> None:
     assert first_host(names) == first
 
 
-def test_processes_without_nodes_are_not_guessed_at(rmtool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pod or an MPI launcher that says which of 4 processes this is, and not how many stand on a node."""
+def test_a_world_size_without_a_node_count_is_refused(rmtool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod or an MPI launcher sets the rank of 4 processes, but not how many run on a node."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "7"}.items():
         monkeypatch.setenv(name, value)
     shown = rmtool("train", "--dry-run")
     assert shown.code == 2
-    assert "E0207" in shown.err
+    assert shown.error == "E0207"
+    assert "WORLD_SIZE is 4, but the number of nodes is not set" in shown.err
     assert "--nodes 4 --node-rank $RANK" in shown.err
-    told = launch_commands(["train", "--recipe", "tulu3-8b", "--nodes", "4", "--node-rank", "1"], rmtool)
-    assert {(each.num_machines, each.main_process_ip, each.main_process_port) for each in told} == {(4, "a", 7)}
+    commands = launch_commands(["train", "--recipe", "tulu3-8b", "--nodes", "4", "--node-rank", "1"], rmtool)
+    assert {(each.num_machines, each.main_process_ip, each.main_process_port) for each in commands} == {(4, "a", 7)}
 
 
-def test_a_node_beyond_the_recipes_is_told_who_counted(rmtool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_rank_out_of_range_names_its_source(rmtool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     shown = rmtool("train", "--nodes", "1", "--dry-run")
@@ -93,7 +94,7 @@ def test_a_node_beyond_the_recipes_is_told_who_counted(rmtool: Any, monkeypatch:
 
 
 def commands_of(script: str, tmp_path: Path, *, environment: dict[str, str]) -> list[list[str]]:
-    """What a script starts, each `srun` and `rmtool` replaced by a program that writes down its arguments."""
+    """The commands a script runs; `srun`, `rmtool` and `scontrol` are programs that write down their arguments."""
     log = tmp_path / "commands"
     for name in ("srun", "rmtool", "scontrol"):
         program = tmp_path / "bin" / name

@@ -1,4 +1,4 @@
-"""Whole runs as a user types them: the debug recipe, and processes that fail, die or are stopped."""
+"""Complete runs as a user types them: the debug recipe, and processes that fail, die or are stopped."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from rmtool import checkpoint, recipe
 from rmtool.data import rejects
 from rmtool.dataset import report
 from rmtool.launch import supervise as launch
-from rmtool.launch.run_folder import LOG_FILE, _set_aside
-from rmtool.launch.watch import FailureMonitor, clear, started
+from rmtool.launch.run_folder import LOG_FILE, clear_folder
+from rmtool.launch.watch import FailureMonitor, find_workers
 from rmtool.training import tracking
 from rmtool.training import worker_status as status
+from rmtool.training.worker_status import Status
 
 
 def shell(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -94,13 +95,14 @@ def test_a_worker_that_fails_or_dies_is_reported_by_the_launcher(causal_lm: Path
     assert (failed.returncode, "error[E0305]" in failed.stderr) == (3, True)
     assert "pairs.jsonl:" in failed.stderr
     assert not (tmp_path / "runs/smollm2-135m/model").exists()
-    # A module of the same name in front of the real one makes the process die without a word.
+    # A module of the same name before the real one makes the process die without a message.
     (tmp_path / "liger_kernel.py").write_text("")
     (tmp_path / "accelerate.py").write_text("import os\nos._exit(9)\n")
     died = shell("train", *flags, cwd=tmp_path)
     assert died.returncode == 8
-    assert "error[E0801]" in died.stderr
+    assert "error[E0801]: the training process ended with exit code 9 and reported no error" in died.stderr
     assert "train.log" in died.stderr
+    assert "memory" not in died.stderr
 
 
 def children(pid: int) -> list[int]:
@@ -156,7 +158,7 @@ def test_a_launcher_killed_at_once_leaves_no_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_overwriting_sets_the_old_run_aside_and_other_programs_settings_do_not_matter(debug_run: Any) -> None:
+def test_overwriting_moves_the_old_run_and_other_programs_settings_do_not_matter(debug_run: Any) -> None:
     folder, _ = debug_run
     shutil.copytree(folder / "runs/debug", folder / "runs/other", ignore=shutil.ignore_patterns(".*"))
     old = (folder / "runs/other/model/model.safetensors").read_bytes()
@@ -182,24 +184,30 @@ def test_overwriting_sets_the_old_run_aside_and_other_programs_settings_do_not_m
     assert again["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
 
 
-def test_all_of_a_finished_run_is_set_aside(tmp_path: Path) -> None:
-    """Every file that a run writes; an older rejects.jsonl must not look like this run's."""
+def test_all_files_of_a_finished_run_are_moved(tmp_path: Path) -> None:
+    """Every file that a run writes; an older rejects.jsonl must not pass for this run's."""
     files = [tracking.METRICS_FILE, tracking.CURVES_FILE, report.REPORT_FILE, report.LENGTHS_FILE]
     files += [checkpoint.HELD_OUT_FILE, rejects.REJECTS_FILE, recipe.CONFIG_FILE, LOG_FILE]
     for name in ("model/model.safetensors", *files, "mine.txt", "previous/old"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    _set_aside(tmp_path)
+    clear_folder(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "previous"]
     moved = tmp_path / "previous"
     assert sorted(path.name for path in moved.iterdir()) == sorted(["model", *files])
     assert all((moved / name).read_text() == name for name in files)
     (tmp_path / rejects.REJECTS_FILE).write_text("of a run that failed")
     (tmp_path / "best-step-7").mkdir()
-    _set_aside(tmp_path)
+    clear_folder(tmp_path)
     assert (moved / "best-step-7").is_dir()  # of a run that was interrupted: days may have gone into it
     assert not (tmp_path / rejects.REJECTS_FILE).exists()
     assert (moved / rejects.REJECTS_FILE).read_text() == rejects.REJECTS_FILE
+
+
+def test_the_run_folder_is_checked_without_torch() -> None:
+    """Its import takes a second, and a mistake in the data should show before."""
+    script = "import sys, rmtool.launch.run_folder; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
 def run_later(script: str, **variables: str) -> subprocess.Popen[str]:
@@ -207,7 +215,7 @@ def run_later(script: str, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_what_a_launcher_started_is_found_whoever_its_parent_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_found_without_their_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "GRACE_S", 1.0)
     mark = {status.LAUNCHER: str(os.getpid())}
     forks = "import os, time\nif os.fork(): os._exit(0)\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
@@ -215,37 +223,89 @@ def test_what_a_launcher_started_is_found_whoever_its_parent_is(monkeypatch: pyt
     assert orphan.stdout
     pid = int(orphan.stdout.readline())
     orphan.wait()
-    assert [process.pid for process in started()] == [pid]
+    assert [process.pid for process in find_workers()] == [pid]
     os.kill(pid, signal.SIGSTOP)  # it takes no SIGTERM now
     launch._stop(orphan)
-    assert started() == []
+    assert find_workers() == []
     other.kill()
     other.wait()
 
 
-def test_a_process_that_stands_still_before_it_has_begun_is_seen(
+def test_a_process_that_is_stopped_before_it_has_started_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rmtool.launch.watch.HANG_S", 0.5)
     sleeper = run_later("import time; time.sleep(60)", **{status.LAUNCHER: str(os.getpid())})
-    watch = FailureMonitor(tmp_path, 1)
+    monitor = FailureMonitor(tmp_path, 1)
     try:
         started = time.monotonic()
-        until(lambda: watch.look() is not None or time.monotonic() - started > 3)
-        assert watch.look() is None
+        until(lambda: monitor.poll() is not None or time.monotonic() - started > 3)
+        assert monitor.poll() is None
         sleeper.send_signal(signal.SIGSTOP)
-        until(lambda: watch.look() is not None, 10)
-        failure = watch.look()
+        until(lambda: monitor.poll() is not None, 10)
+        failure = monitor.poll()
         assert failure
-        assert (failure.status, failure.what) == (None, "stands still")
+        assert (failure.status, failure.stopped) == (None, True)
     finally:
         sleeper.kill()
         sleeper.wait()
 
 
-def test_a_process_begins_only_while_its_launcher_lives(tmp_path: Path) -> None:
+TORCHRUN = """\
+Failures:
+[1]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : 8 (pid: 70)
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 71)
+  traceback : Signal 9 (SIGKILL) received by PID 71
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "rank", "code", "expected"),
+    [
+        (TORCHRUN, 1, 1, -9),
+        (TORCHRUN, 0, 1, 8),
+        (TORCHRUN, None, 1, -9),
+        ("subprocess.CalledProcessError: Command '[...]' died with <Signals.SIGSEGV: 11>.", 0, 1, -11),
+        ("subprocess.CalledProcessError: Command '[...]' returned non-zero exit status 137.", 0, 1, 137),
+        ("", 0, 1, None),  # accelerate's own code, which does not depend on the rank's
+        ("", 0, -9, -9),  # accelerate itself was killed, and its processes with it
+        ("", None, 9, 9),
+    ],
+)
+def test_the_exit_code_of_a_rank_is_in_the_log(log: str, rank: int | None, code: int, expected: int | None) -> None:
+    assert launch.exit_code(log, None if rank is None else Status(rank, 70 + rank), code) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (-signal.SIGKILL, "was killed by the system (SIGKILL), often out of memory"),
+        (128 + signal.SIGKILL, "was killed by the system (SIGKILL), often out of memory"),
+        (-signal.SIGSEGV, "crashed (SIGSEGV)"),
+        (-signal.SIGABRT, "aborted (SIGABRT)"),
+        (-signal.SIGTERM, "was terminated (SIGTERM)"),
+        (-signal.SIGUSR1, "ended with signal 10 and reported no error"),
+        (3, "ended with exit code 3 and reported no error"),
+        (255, "ended with exit code 255 and reported no error"),
+        (None, "ended and reported no error"),
+    ],
+)
+def test_only_a_killed_process_may_have_been_out_of_memory(code: int | None, words: str) -> None:
+    what, hint = launch.describe_death(code)
+    assert what == words
+    assert ("memory" in hint) == ("SIGKILL" in what)
+
+
+def test_a_process_starts_only_while_its_launcher_lives(tmp_path: Path) -> None:
     script = (
-        f"from pathlib import Path; from rmtool.training.worker_status import begin; begin(Path({str(tmp_path)!r}), 0)"
+        "from pathlib import Path; from rmtool.training.worker_status import mark_started; "
+        f"mark_started(Path({str(tmp_path)!r}), 0)"
     )
     gone = run_later("")
     gone.wait()
@@ -256,11 +316,11 @@ def test_a_process_begins_only_while_its_launcher_lives(tmp_path: Path) -> None:
     assert (tmp_path / "rank-0.json").exists()
 
 
-def test_an_earlier_runs_traces_are_removed(tmp_path: Path) -> None:
-    """The mark that the data has been read, too: else a node's other processes would read while the first writes."""
+def test_status_files_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
+    """The mark that the data is tokenized, too: else the other processes of a node would not wait for the first."""
     for name in ("rank-0.json", "rank-3.log", status.DATA_READ_FILE, "mine.txt"):
         (tmp_path / name).write_text("{}")
-    clear(tmp_path)
+    clear_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -285,7 +345,7 @@ def test_compiled_layers_train_as_others_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_without_a_compiler_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_error_names_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     shown = shell(*COMPILED, cwd=tmp_path)

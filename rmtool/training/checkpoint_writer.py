@@ -1,0 +1,85 @@
+"""Checkpoints of a training run: the last one, or the best one so far.
+
+In: an `Engine`, its recipe and encoder. Out: `model/` in the run folder; until the run ends, the best checkpoint is
+`best-step-N/`.
+Cost per checkpoint: one `Engine.full_state_dict` and one write of the model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from rmtool.checkpoint import Manifest, public_name, write_folder, write_manifest
+from rmtool.config import Recipe
+from rmtool.model.precision import PRECISIONS, compute_precision
+from rmtool.model.weights import meta_copy
+from rmtool.recipe import as_dict, as_source
+from rmtool.tokenization.encoder import Encoder
+from rmtool.training.engine import Engine
+from rmtool.training.trainer import BestCheckpoint
+from rmtool.training.worker_status import BEST_PREFIX
+
+
+@dataclass(frozen=True)
+class CheckpointWriter:
+    """Writer of a run's checkpoints. All ranks must call its methods; the main process writes.
+
+    In: metrics of the checkpoint. Out: an ordinary transformers checkpoint with a manifest.
+    """
+
+    folder: Path
+    recipe: Recipe
+    engine: Engine
+    encoder: Encoder
+    manifest: Manifest  # without metrics
+
+    def save_best(self, best: BestCheckpoint) -> None:
+        """Write the best checkpoint so far, and delete the one before."""
+        name = f"{BEST_PREFIX}{best.step}"
+        self._save(name, best.metrics)
+        if self.engine.accelerator.is_main_process:
+            for old in set(self.folder.glob(f"{BEST_PREFIX}*")) - {self.folder / name}:
+                shutil.rmtree(old)
+
+    def finish(self, metrics: dict[str, float]) -> None:
+        """Write `model/`: the weights of the last step, or the best checkpoint where the recipe keeps that."""
+        if self.recipe.train.keep == "last":
+            self._save("model", metrics)
+        elif self.engine.accelerator.is_main_process:
+            [best] = self.folder.glob(f"{BEST_PREFIX}*")
+            best.rename(self.folder / "model")
+
+    def _save(self, name: str, metrics: dict[str, float]) -> None:
+        dtype = PRECISIONS[self.recipe.train.save_dtype]
+        weights = self.engine.full_state_dict(dtype)
+        if weights is None:
+            return
+        classifier = meta_copy(self.engine.model.classifier, dtype)
+
+        def fill(target: Path) -> None:
+            classifier.save_pretrained(target, state_dict=weights)
+            self.encoder.tokenizer.save_pretrained(target)
+            write_manifest(target, replace(self.manifest, metrics=metrics))
+
+        write_folder(self.folder / name, fill)
+
+
+def build_manifest(recipe: Recipe, encoder: Encoder, fingerprint: str, padded_reason: str | None) -> Manifest:
+    """Build the manifest of this run's checkpoints, without metrics."""
+    packages = ("rmtool", "torch", "transformers", "accelerate", "peft")
+    return Manifest(
+        fingerprint=fingerprint,
+        max_length=encoder.max_length,
+        precision=compute_precision(recipe.train.precision),
+        on_long=encoder.on_long,
+        on_empty=encoder.on_empty,
+        recipe=recipe.name,
+        base_model=public_name(recipe.model.path),
+        train_data=[public_name(as_source(source).path) for source in recipe.data.train],
+        padded_reason=padded_reason,
+        settings=as_dict(recipe)["train"] | {"lora": as_dict(recipe)["lora"]},
+        versions={name: metadata.version(name) for name in packages},
+    )
