@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Lint, type check and the quick tests, in .venv (made if it is not there). No network is needed beyond the package
-# index. Arguments go to pytest instead: scripts/test.sh -m slow, scripts/test.sh -m real, scripts/test.sh -k packing
-# `slow` tests start processes or go through many cases; `real` ones need ../shared and are skipped, with a word, where
-# it is not; `gpu` ones need a CUDA device. .ci/run runs them all.
+# Run lint, type checks and the quick tests in .venv (created if needed). Only the package index needs a network.
+# With arguments, run only pytest with them: scripts/test.sh -m slow, scripts/test.sh -k packing
+# `slow` tests start processes or cover many cases; `real` tests need ../shared and are skipped without it; `gpu` tests
+# need a CUDA device. .ci/run runs them all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
@@ -12,5 +12,5 @@ fi
 ruff check .
 ruff format --check .
 mypy
-# A file's tests stay on one worker: they share what its fixtures trained.
+# The tests of a file share trained models, so they stay on one worker.
 exec python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder

@@ -147,6 +147,22 @@ def test_a_stopped_run_leaves_no_process_and_can_be_run_again(number: int, code:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGKILL, "was killed by the system (SIGKILL)"), (signal.SIGSEGV, "crashed (SIGSEGV)")]
+)
+def test_a_single_process_that_dies_is_reported_by_its_signal(number: int, words: str, tmp_path: Path) -> None:
+    command = [PROGRAM, "train", "--recipe", "debug", "--set", "train.epochs=100"]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "runs/debug"
+    until(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0)
+    os.kill(json.loads((folder / "rank-0.json").read_text())["pid"], number)
+    shown = running.communicate(timeout=60)[1]
+    assert running.returncode == 8
+    assert f"error[E0801]: the training process {words}" in shown
+    assert "rank-0.log" in shown
+
+
+@pytest.mark.slow
 def test_a_launcher_killed_at_once_leaves_no_process(tmp_path: Path) -> None:
     running = subprocess.Popen([PROGRAM, "train", "--recipe", "debug"], cwd=tmp_path, stderr=subprocess.DEVNULL)
     until(lambda: (tmp_path / "runs/debug/.events").exists())
