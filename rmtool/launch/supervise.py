@@ -35,17 +35,6 @@ LOG_LINES = 20  # of the failed process's log, in the error
 # Not inherited by the training processes: settings for other programs, and the variables of what started this command.
 FOREIGN_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PET_", "PMI_", "OMPI_", "MPI_", "MV2_")
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# What ended a process that reported no error, and a hint. Only SIGKILL may come from the kernel when the machine is out
-# of memory; when a GPU is, torch raises an exception.
-DEATHS: dict[int, tuple[str, str]] = {
-    signal.SIGKILL: (
-        "was killed by the system (SIGKILL), often out of memory",
-        "if the machine was out of memory, lower train.tokens_per_pack",
-    ),
-    signal.SIGTERM: ("was terminated (SIGTERM)", "check whether the scheduler or a user ended it"),
-    signal.SIGSEGV: ("crashed (SIGSEGV)", "check the Python traceback in its log"),
-    signal.SIGABRT: ("aborted (SIGABRT)", "check the Python traceback in its log"),
-}
 
 
 def run(plan: Plan, ui: TerminalUi, overwrite: bool = False) -> None:
@@ -203,7 +192,12 @@ def exit_code(log: str, status: Status | None, code: int | None) -> int | None:
 def describe_death(code: int | None) -> tuple[str, str]:
     """What ended a process that reported no error, and a hint."""
     number = -code if code and code < 0 else (code or 0) - 128  # 137: a shell's 128 + SIGKILL
-    if number in DEATHS:
-        return DEATHS[number]
+    if number == signal.SIGKILL:  # the kernel's, when the machine is out of memory; for a GPU torch raises an exception
+        hint = "if the machine was out of memory, lower train.tokens_per_pack"
+        return "was killed by the system (SIGKILL), often out of memory", hint
+    if number == signal.SIGTERM:
+        return "was terminated (SIGTERM)", "check whether the scheduler or a user ended it"
+    if number in (signal.SIGSEGV, signal.SIGABRT):
+        return f"crashed ({signal.Signals(number).name})", "check the Python traceback in its log"
     how = "" if code is None else f" with signal {number}" if code < 0 else f" with exit code {code}"
     return f"ended{how} and reported no error", "check the last lines of its log"

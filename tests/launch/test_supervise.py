@@ -304,7 +304,7 @@ def test_the_exit_code_of_a_rank_is_in_the_log(log: str, rank: int | None, code:
         (-signal.SIGKILL, "was killed by the system (SIGKILL), often out of memory"),
         (128 + signal.SIGKILL, "was killed by the system (SIGKILL), often out of memory"),
         (-signal.SIGSEGV, "crashed (SIGSEGV)"),
-        (-signal.SIGABRT, "aborted (SIGABRT)"),
+        (-signal.SIGABRT, "crashed (SIGABRT)"),
         (-signal.SIGTERM, "was terminated (SIGTERM)"),
         (-signal.SIGUSR1, "ended with signal 10 and reported no error"),
         (3, "ended with exit code 3 and reported no error"),

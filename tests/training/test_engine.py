@@ -185,7 +185,7 @@ def ranks(folder: Path) -> dict[int, int]:
      (0, signal.SIGKILL, "rank 0 of 2 was killed by the system (SIGKILL), often out of memory"),
      (1, signal.SIGSTOP, "rank 1 of 2 is stopped (SIGSTOP)"),
      (1, signal.SIGTERM, "rank 1 of 2 was terminated (SIGTERM)"),
-     (1, signal.SIGSEGV, "rank 1 of 2 crashed (SIGSEGV)"), (1, signal.SIGABRT, "rank 1 of 2 aborted (SIGABRT)")],
+     (1, signal.SIGSEGV, "rank 1 of 2 crashed (SIGSEGV)"), (1, signal.SIGABRT, "rank 1 of 2 crashed (SIGABRT)")],
 )  # fmt: skip
 def test_all_ranks_are_gone_soon_after_one(place: Path, tmp_path: Path, rank: int, number: int, words: str) -> None:
     output = tmp_path / "run"
