@@ -53,7 +53,7 @@ def run(plan: Plan, ui: TerminalUi, overwrite: bool = False) -> None:
 
 
 def _check_devices(plan: Plan) -> None:
-    """Each process needs its own GPU; on a machine without GPUs all processes share the cores.
+    """Each process needs its own GPU; on a host without GPUs all processes share the cores.
 
     Raises:
         RmtoolError: E0207 when there are more processes than GPUs, or several nodes and no address.
@@ -192,8 +192,8 @@ def exit_code(log: str, status: Status | None, code: int | None) -> int | None:
 def describe_death(code: int | None) -> tuple[str, str]:
     """What ended a process that reported no error, and a hint."""
     number = -code if code and code < 0 else (code or 0) - 128  # 137: a shell's 128 + SIGKILL
-    if number == signal.SIGKILL:  # the kernel's, when the machine is out of memory; for a GPU torch raises an exception
-        hint = "if the machine was out of memory, lower train.tokens_per_pack"
+    if number == signal.SIGKILL:  # the kernel's, when the host is out of memory; for a GPU, torch raises an exception
+        hint = "if the host was out of memory, lower train.tokens_per_pack"
         return "was killed by the system (SIGKILL), often out of memory", hint
     if number == signal.SIGTERM:
         return "was terminated (SIGTERM)", "check whether the scheduler or a user ended it"

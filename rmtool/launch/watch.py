@@ -1,7 +1,7 @@
 """Detection of the first failed process: ended with an error, died, or stopped.
 
 In: a run folder with the status files of its ranks. Out: a `Failure`, or None while all processes run.
-Cost: one small file per rank and poll; once a second a list of child processes (0.7 ms on a machine with 79 processes).
+Cost: one small file per rank and poll; once a second a list of child processes (0.7 ms with 79 processes on the host).
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def test_a_worker_that_fails_or_dies_is_reported_by_the_launcher(causal_lm: Path
 
 
 def children(pid: int) -> list[int]:
-    """Child processes, each of which leads a session of its own."""
+    """Child processes, each of which leads its own session."""
     found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return [child for child in found if group_members(child)]
 

@@ -106,10 +106,10 @@ def test_two_launchers_are_two_nodes(place: Path, alone: Path) -> None:
         subprocess.Popen(command("nodes", "zero3", 1, *nodes, "--node-rank", rank), cwd=place, stderr=subprocess.PIPE)
         for rank in "01"
     ]
-    told = [process.communicate(timeout=200)[1].decode() for process in running]
-    assert [process.returncode for process in running] == [0, 0], told
+    shown = [process.communicate(timeout=200)[1].decode() for process in running]
+    assert [process.returncode for process in running] == [0, 0], shown
     assert_same(place / "nodes", alone)
-    assert "node 1 is done" in told[1]
+    assert "node 1 is done" in shown[1]
 
 
 @pytest.mark.slow
@@ -167,9 +167,9 @@ def test_nodes_that_differ_do_not_train(
         subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE)
         for words, folder in ((first, place), (second, other))
     ]
-    told = [process.communicate(timeout=200)[1].decode() for process in running]
-    assert [process.returncode for process in running] == [2, 2], told
-    assert all("E0208" in text and f"rank 1 and rank 0 have different {what}" in text for text in told)
+    shown = [process.communicate(timeout=200)[1].decode() for process in running]
+    assert [process.returncode for process in running] == [2, 2], shown
+    assert all("E0208" in text and f"rank 1 and rank 0 have different {what}" in text for text in shown)
 
 
 def ranks(folder: Path) -> dict[int, int]:
@@ -199,13 +199,13 @@ def test_all_ranks_are_gone_soon_after_one(place: Path, tmp_path: Path, rank: in
     os.kill(found[rank], number)
     # README's ten seconds, without the time that a loaded machine takes to end processes.
     assert launch.PATIENCE_S + launch.GRACE_S <= 10
-    told = running.communicate(timeout=60)[1].decode()
+    shown = running.communicate(timeout=60)[1].decode()
     assert running.returncode == 8
-    assert words in told
-    assert ("train.tokens_per_pack" in told) == (number == signal.SIGKILL)
+    assert words in shown
+    assert ("train.tokens_per_pack" in shown) == (number == signal.SIGKILL)
     if number in (signal.SIGSEGV, signal.SIGABRT):
         assert "Fatal Python error" in (output / f"rank-{rank}.log").read_text()
-    assert f"rank-{rank}.log" in told
+    assert f"rank-{rank}.log" in shown
     assert not any(group_members(pid) for pid in found.values())
     if number == signal.SIGKILL:  # the other rank reports a lost connection
         assert json.loads((output / f"rank-{1 - rank}.json").read_text())["error"]["code"] == "E0805"
@@ -249,9 +249,9 @@ def test_a_process_that_hangs_before_it_starts_is_ended_too(place: Path, tmp_pat
     until(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
     if engine == "single":
         running.send_signal(signal.SIGINT)
-    told = running.communicate(timeout=60)[1].decode()
-    assert running.returncode == (8 if engine == "ddp" else 130), told
-    assert ("a process that was still starting up is stopped (SIGSTOP)" in told) == (engine == "ddp")
+    shown = running.communicate(timeout=60)[1].decode()
+    assert running.returncode == (8 if engine == "ddp" else 130), shown
+    assert ("a process that was still starting up is stopped (SIGSTOP)" in shown) == (engine == "ddp")
     assert process_state(int((tmp_path / "pid").read_text())) in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
