@@ -290,6 +290,14 @@ def test_an_invalid_file_is_reported(tmp_path: Path, name: str, content: bytes, 
     assert name in str(caught.value.place) + caught.value.what
 
 
+def test_a_folder_and_a_json_object_are_refused_with_a_hint(tmp_path: Path) -> None:
+    (tmp_path / "object.json").write_text('{"a": 1}')
+    for path, hint in ((tmp_path, "pass a file in it"), (tmp_path / "object.json", "rename it to .jsonl")):
+        with pytest.raises(RmtoolError) as caught:
+            list(read_rows(str(path)))
+        assert caught.value.hint.startswith(hint)
+
+
 def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     import os
 
