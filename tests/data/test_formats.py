@@ -366,6 +366,7 @@ def test_a_system_prompt_and_transcripts_keep_their_turns(data: dict[str, Any]) 
         ({"prompt": [U("a"), A("b"), U("ok")], "chosen": [U("x"), A("y"), U("ok"), A("c")], "rejected": "r"},
          "does not contain the"),
         ({"prompt": "other", "chosen": f"{TALK}good", "rejected": f"{TALK}bad"}, "does not contain the"),
+        ({"prompt": [U("a"), A("b")], "chosen": [U("a"), A("b")], "rejected": "r"}, "does not contain the"),
         ({"system": "S", "chosen": [{"role": "system", "content": "T"}, U("u"), A("c")], "rejected": "r"},
          r'the system prompt in "chosen" differs'),
         ({"prompt": None, "chosen": "c", "rejected": "r"}, '"prompt" is null'),
