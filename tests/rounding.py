@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtool.model.reward_model import RewardModel
-from rmtool.packing.pack_layout import Batch
+from rmtool.packing.packs import Batch
 
 HALF = (torch.bfloat16, torch.float16)
 _ATEN = torch.ops.aten

@@ -21,7 +21,7 @@ from rmtool.data.record import PairMetadata
 from rmtool.data.sources import SourceCount
 from rmtool.dataset.batches import count_pairs, epoch_steps
 from rmtool.dataset.split import DROP_REASONS, Split
-from rmtool.packing.pack_layout import pack
+from rmtool.packing.packs import pack
 from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.response_group import ResponseGroup
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset

@@ -301,7 +301,7 @@ def train_order(trees: SharedTokens, spec: Event) -> int:
     from rmtool.data.record import Record
     from rmtool.dataset.batches import epoch_steps
     from rmtool.errors import Place
-    from rmtool.packing.pack_layout import pack
+    from rmtool.packing.packs import pack
     from rmtool.tokenization.pack_plan import plan_packs
 
     labels = Record(Place("synthetic", 1), (), ((), ()), ((0, 1),), (None,)).metadata()
@@ -322,7 +322,7 @@ def score_order(trees: SharedTokens, spec: Event) -> int:
 
     from rmtool.model.reward_model import RewardModel
     from rmtool.model.rewards import compute_rewards
-    from rmtool.packing.pack_layout import pack
+    from rmtool.packing.packs import pack
     from rmtool.tokenization.token_store import TokenStore
     from rmtool.ui import SilentUi
 

@@ -31,7 +31,7 @@ from rmtool.model.classifier import build_classifier, disable_dropout, init_scor
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing
-from rmtool.packing.attention import UnsupportedAttentionError
+from rmtool.packing.packs import UnsupportedAttentionError
 from rmtool.tokenization.response_group import ResponseGroup
 
 TABLE = ROOT / "tests" / "FAMILIES.md"

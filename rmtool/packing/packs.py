@@ -1,23 +1,27 @@
-"""Attention over a pack with prefix sharing, as one function in transformers' `AttentionInterface`.
+"""Packs: many response groups in one sequence, their layout, and the attention that keeps them apart.
 
-In: query, key and value of one pack, and its `PackLayout`, which the model passes through as the keyword argument
-`packed` (a module global would be wrong when a checkpointed layer is recomputed during another pack). Out: attention
-outputs, equal to running each response with its prompt alone.
-Cost: a prompt of P and responses of R_i tokens take P^2/2 + sum(R_i (P + R_i/2)) products instead of
-sum((P + R_i)^2 / 2); keys and values are copied once per response.
-Shapes: T tokens of a pack, H query heads, K key and value heads, D head size, 1 the batch;
-Q query and P key tokens of one node.
+In: `ResponseGroup`s. Out: a `PackedBatch` for the forward with prefix sharing, or a `PaddedBatch` for models without.
+`packed_attention`, a function in transformers' `AttentionInterface`, gives the outputs of running each response with
+its prompt alone. The model passes the `PackLayout` through as the keyword argument `packed` (a module global would
+be wrong when a checkpointed layer is recomputed during another pack).
+Cost: sorting the sequences, and one copy of their tokens. In attention, a prompt of P and responses of R_i tokens take
+P^2/2 + sum(R_i (P + R_i/2)) products instead of sum((P + R_i)^2 / 2); keys and values are copied once per response.
+Shapes: T unique tokens of a pack, S nodes of its prefix forest, N responses, L tokens of the longest sequence;
+H query heads, K key and value heads, D head size, 1 the batch; Q query and P key tokens of one node.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from rmtool.packing.pack_layout import PackLayout
+from rmtool.tokenization.response_group import NO_PARENT, Forest, ResponseGroup, build_forest
 
 NAME = "rmtool_packed"
 HALF = (torch.float16, torch.bfloat16)
@@ -26,6 +30,113 @@ HALF = (torch.float16, torch.bfloat16)
 # when it is None, False or already applied. Anything else with a value (a soft cap, sinks, a mask) is unsupported.
 HARMLESS = {"position_ids", "use_cache", "output_attentions", "is_causal", "cache_position", "position_embeddings"}
 HARMLESS |= {"output_hidden_states", "output_router_logits", "past_key_values", "past_key_value", "logits_to_keep"}
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """The attention structure of a pack. The queries of node s are its own tokens; its keys are the tokens of its path.
+
+    lengths:      S ints, tokens of each node, in their order in the pack
+    paths:        S tuples of nodes, from a root to the node itself: whose tokens its sequences begin with
+    cu_seqlens_q: int32[S + 1], cumulative lengths
+    cu_seqlens_k: int32[S + 1], cumulative lengths of the paths
+    kv_index:     int64[cu_seqlens_k[-1]], the position of each key in the pack
+    max_q, max_k: the longest node and the longest path, in tokens
+    """
+
+    lengths: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    kv_index: torch.Tensor
+    max_q: int
+    max_k: int
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """input_ids, position_ids int64[1, T]; reward_index int64[N], the position of each response's last token."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    reward_index: torch.Tensor
+    layout: PackLayout
+
+    def to(self, device: torch.device) -> PackedBatch:
+        layout = replace(
+            self.layout,
+            cu_seqlens_q=self.layout.cu_seqlens_q.to(device),
+            cu_seqlens_k=self.layout.cu_seqlens_k.to(device),
+            kv_index=self.layout.kv_index.to(device),
+        )
+        return PackedBatch(
+            self.input_ids.to(device), self.position_ids.to(device), self.reward_index.to(device), layout
+        )
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """input_ids, attention_mask int64[N, L], padded on the right; reward_index int64[N], each row's last real token."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    reward_index: torch.Tensor
+
+    def to(self, device: torch.device) -> PaddedBatch:
+        return PaddedBatch(self.input_ids.to(device), self.attention_mask.to(device), self.reward_index.to(device))
+
+
+Batch = PackedBatch | PaddedBatch
+
+
+def pack(groups: Sequence[ResponseGroup]) -> PackedBatch:
+    """Concatenate the groups, every common prefix once: a prompt for its responses, a system prompt for its prompts, a
+    response that two groups have. Rewards come out in the order of the groups, then of their responses.
+    """
+    forest = build_forest([ids for group in groups for ids in group.sequences()])
+    lengths_S = np.array([len(tokens) for tokens in forest.tokens])
+    last_S = np.cumsum(lengths_S) - 1
+    return PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate(forest.tokens).astype(np.int64))[None],
+        position_ids=torch.from_numpy(_ranges(np.array(forest.depths), lengths_S))[None],
+        reward_index=torch.from_numpy(last_S[list(forest.ends)]),
+        layout=_layout(lengths_S, forest),
+    )
+
+
+def _layout(lengths_S: np.ndarray, forest: Forest) -> PackLayout:
+    starts = np.concatenate(([0], np.cumsum(lengths_S)))
+    paths = list[tuple[int, ...]]()
+    for node, parent in enumerate(forest.parents):
+        paths.append((*(paths[parent] if parent != NO_PARENT else ()), node))
+    on_paths = np.concatenate(paths)
+    key_lengths_S = np.array(forest.depths) + lengths_S
+    return PackLayout(
+        lengths=tuple(lengths_S.tolist()),
+        paths=tuple(paths),
+        cu_seqlens_q=torch.from_numpy(starts.astype(np.int32)),
+        cu_seqlens_k=torch.from_numpy(np.concatenate(([0], np.cumsum(key_lengths_S))).astype(np.int32)),
+        kv_index=torch.from_numpy(_ranges(starts[on_paths], lengths_S[on_paths])),
+        max_q=int(lengths_S.max()),
+        max_k=int(key_lengths_S.max()),
+    )
+
+
+def _ranges(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenate the ranges of `lengths[i]` integers from `firsts[i]`, int64."""
+    ends = np.cumsum(lengths)
+    return np.repeat(firsts - (ends - lengths), lengths) + np.arange(ends[-1])
+
+
+def pad(groups: Sequence[ResponseGroup], pad_id: int) -> PaddedBatch:
+    """Build one row per response, padded on the right with `pad_id`; rewards in the same order as from `pack`."""
+    sequences = [ids for group in groups for ids in group.sequences()]
+    shape = len(sequences), max(map(len, sequences))
+    ids_NL, mask_NL = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for row, ids in enumerate(sequences):
+        ids_NL[row, : len(ids)] = ids
+        mask_NL[row, : len(ids)] = 1
+    return PaddedBatch(torch.from_numpy(ids_NL), torch.from_numpy(mask_NL), torch.from_numpy(mask_NL.sum(1) - 1))
 
 
 class UnsupportedAttentionError(Exception):

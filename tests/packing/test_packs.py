@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmtool.packing.pack_layout import pack, pad
+from rmtool.packing.packs import pack, pad
 from rmtool.tokenization.pack_plan import KEYS_PER_TOKEN, plan_inference_packs, plan_packs
 from rmtool.tokenization.response_group import Ids, ResponseGroup, Window, build_group, prefix_order
 from rmtool.tokenization.token_store import TokenStore
