@@ -130,7 +130,7 @@ def _evaluate(folder: Path, sources: list[str], samples: int, options: Inference
         selection = read_sources(places, record.RowOptions(options.columns), 0, rejects, ui)
         loaded = load(folder, options, ui)
         pairs = tokenize_subset(
-            loaded.encoder, selection, on_identical="keep", kept=True, label="eval", rejects=rejects, ui=ui
+            loaded.encoder, selection, on_identical="keep", use_cache=True, label="eval", rejects=rejects, ui=ui
         )
         rejects.raise_if_any()
     if not pairs.metadata:

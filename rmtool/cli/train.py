@@ -138,7 +138,7 @@ def _train(
 
     with redirect_output() as ui:
         from rmtool.cli.dry_run import print_dry_run
-        from rmtool.dataset.split import sources_of
+        from rmtool.dataset.split import resolve_sources
         from rmtool.launch import supervise
         from rmtool.launch.run_folder import prepare_folder
         from rmtool.planning.plan import make_plan
@@ -147,7 +147,7 @@ def _train(
             from rmtool.hub.push import check_ready
 
             check_ready(recipe.hub.repo_id)
-        inputs = sources_of((*recipe.data.train, *recipe.data.eval))
+        inputs = resolve_sources((*recipe.data.train, *recipe.data.eval))
         require_free(output / REJECTS_FILE, [source.path for source in inputs])
         plan = make_plan(recipe, output, node, launcher)
         if dry_run:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import marshal
-import pickle
 import re
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -115,30 +114,6 @@ class Record:
         key = int.from_bytes(blake2b(text, digest_size=8).digest()) if self.prompt else 0
         shared = _shared(self.preferences), _shared(self.margins), _shared(self.subset)
         return PairMetadata(self.place, key, *shared, self.weight)
-
-    def content(self) -> bytes:
-        """Return everything that token ids and compared responses depend on, for hashing: equal bytes if equal."""
-        prompt, *responses = [tuple(map(tuple, messages)) for messages in (self.prompt, *self.responses)]
-        return marshal.dumps((prompt, responses, self.tools, self.preferences), 2)  # later versions depend on identity
-
-    def pack(self) -> bytes:
-        """Return the record as bytes for `unpack`, in this process."""
-        place = self.place.file, self.place.line, self.place.column
-        places = [(place.file, place.line, place.column) for place in self.places]
-        rest = self.margins, self.subset, self.weight, self.row, places
-        return pickle.dumps((self.content(), place, *rest), protocol=5)
-
-    @classmethod
-    def unpack(cls, packed: bytes) -> Record:
-        content, place, margins, subset, weight, row, places = pickle.loads(packed)
-        prompt, responses, tools, preferences = marshal.loads(content)
-        return cls(
-            Place(*place),
-            tuple(map(Message._make, prompt)),
-            tuple(tuple(map(Message._make, messages)) for messages in responses),
-            *(preferences, margins, subset, weight, tools, row),
-            tuple(Place(*place) for place in places),
-        )
 
 
 # ------------------------------------------------------------------------------------------------- conversations

@@ -9,6 +9,7 @@ libraries report no line numbers, turn dates into objects and fill missing field
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import json
 import shutil
@@ -261,7 +262,13 @@ def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
                 yield error
 
 
-def _hub(source: str) -> Iterator[Row]:
+@functools.lru_cache(8)  # a dataset that was identified is the one that is read
+def load_hub_dataset(source: str) -> Any:
+    """Load a Hub dataset.
+
+    Raises:
+        RmtoolError: E0203 when the split is unknown; E0701 when the Hub is not reachable, or has no such dataset.
+    """
     import datasets
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -269,14 +276,17 @@ def _hub(source: str) -> Iterator[Row]:
     name, _, split = source.partition(":")
     split = split or KNOWN_SPLITS.get(name, "train")
     try:
-        rows = datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=split)
     except ValueError as error:  # an unknown split or configuration
         raise RmtoolError("E0203", f"{source}: {first_line(error)}", "set the split as owner/name:split") from error
     except (OSError, HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError) as error:
         hint = "check the name and the network, or pass a local file"
         what = f"cannot find the dataset {name} locally or on the Hub"
         raise RmtoolError("E0701", what, hint, found=first_line(error)) from error
-    for number, item in enumerate(rows, 1):
+
+
+def _hub(source: str) -> Iterator[Row]:
+    for number, item in enumerate(load_hub_dataset(source), 1):
         yield Row(Place(f"{source}[{number}]"), dict(item))
 
 

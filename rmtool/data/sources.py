@@ -1,54 +1,69 @@
-"""The records of one or several sources: read, given a format, and mixed as a recipe says.
+"""Records of one or several sources, mixed in the shares that a recipe sets.
 
-In: sources with their shares. Out: a `RecordSubset`: labels of the records, and the records themselves, when they are
-asked for.
-Cost: every source is read once; labels are held in memory, and text in a temporary file (but that of rated rows that
-are put together by prompt, while they are read).
+In: sources and their shares. Out: a `RecordSubset`: which records, their metadata, and on request their text.
+Cost: a source is parsed once per node: what was parsed is a cache entry (`record_store.py`), which other processes and
+later runs read until the source changes. In memory: the metadata (and while a format groups rows by prompt, the rows).
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import os
+import stat
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rmtool.config import Source
+from rmtool.data.cache_files import cache_errors, commit_entry, find_entry, unfinished_entry
 from rmtool.data.formats import Format, preference_records
 from rmtool.data.record import PairMetadata, Record, RowOptions
-from rmtool.data.record_store import RecordStore
+from rmtool.data.record_store import RecordStore, RecordWriter
 from rmtool.data.rejects import Rejects
-from rmtool.data.rows import read_rows
+from rmtool.data.rows import is_hub_source, load_hub_dataset, read_rows
 from rmtool.errors import RmtoolError
+
+_RECORDS = "records"  # the kind of cache entries
+_CLOCK_TICK_S = 0.02  # file systems give changes within a tick of the kernel's clock (up to 10 ms) the same time
 
 
 @dataclass
 class SourceCount:
-    """What was read of a source; `format` is what its first row was recognized as, and all others are."""
+    """Counts of a source, for the data report; `format` is the one recognized by its first row."""
 
     path: str
     format: str = "unknown"
     records: int = 0
     taken: int = 0
-    counted: str = "rows"  # or prompts, where rows of one prompt are put together
+    counted: str = "rows"  # or prompts, where rows are grouped by prompt
 
 
 @dataclass(frozen=True)
 class LoadedSource:
-    """A source that was read: its records in a file, their labels in memory, and a hash of their text."""
+    """A parsed source: its records in a file, their metadata in memory, and a hash of their text."""
 
     count: SourceCount
     records: RecordStore
     metadata: list[PairMetadata]
-    digest: bytes
+
+    @property
+    def digest(self) -> str:
+        return self.records.facts["digest"]
 
 
 @dataclass(frozen=True)
 class RecordSubset:
-    """Some records of some sources, in order: record `indices[i]` of source `scans[sources[i]]`."""
+    """Some records of some sources, in order: record `indices[i]` of source `loaded[sources[i]]`."""
 
-    scans: tuple[LoadedSource, ...] = ()
+    loaded: tuple[LoadedSource, ...] = ()
     sources: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     indices: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
@@ -57,87 +72,174 @@ class RecordSubset:
 
     def metadata(self) -> Iterator[PairMetadata]:
         for source, index in zip(self.sources.tolist(), self.indices.tolist(), strict=True):
-            yield self.scans[source].metadata[index]
+            yield self.loaded[source].metadata[index]
 
-    def take(self, places: Iterable[int]) -> RecordSubset:
-        """Those at these places, ascending."""
-        chosen = np.fromiter(places, dtype=np.int64)
-        return RecordSubset(self.scans, self.sources[chosen], self.indices[chosen])
+    def take(self, positions: Iterable[int]) -> RecordSubset:
+        """The records at these positions, which must ascend."""
+        chosen = np.fromiter(positions, dtype=np.int64)
+        return RecordSubset(self.loaded, self.sources[chosen], self.indices[chosen])
 
     def records(self) -> Iterator[Record]:
         """The records with their text."""
         for source, index in zip(self.sources.tolist(), self.indices.tolist(), strict=True):
-            yield self.scans[source].records[index]
+            yield self.loaded[source].records[index]
 
     def digest(self) -> str:
-        """A hash of all records' text, in order."""
+        """Hash the text of all records, in order."""
         digest = blake2b(digest_size=16)
-        for part in (*(scan.digest for scan in self.scans), self.sources.tobytes(), self.indices.tobytes()):
+        for part in (*(each.digest.encode() for each in self.loaded), self.sources.tobytes(), self.indices.tobytes()):
             digest.update(part)
         return digest.hexdigest()
 
 
 def select(
-    sources: Sequence[Source], reading: RowOptions, seed: int, rejects: Rejects, advance: Callable[[], None]
+    sources: Sequence[Source],
+    options: RowOptions,
+    seed: int,
+    rejects: Rejects,
+    advance: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda text: None,
+    use_cache: bool = False,
 ) -> RecordSubset:
-    """The mixture: all sources, read once; calls `advance` once per record.
+    """Load all sources and draw their shares.
 
     Raises:
-        RmtoolError: as `read_rows` and `draw_share`; bad rows go to `rejects`.
+        RmtoolError: as `load_source` and `draw_share`; invalid rows go to `rejects`.
     """
-    scans, numbers, indices = list[LoadedSource](), list[np.ndarray](), list[np.ndarray]()
+    loaded, numbers, indices = list[LoadedSource](), list[np.ndarray](), list[np.ndarray]()
     for number, source in enumerate(sources):
-        scan = _scan(source.path, reading, rejects, advance)
-        drawn = draw_share(source, len(scan.metadata), seed, number)
-        scan.count.taken = len(drawn)
-        scans.append(scan)
+        each = load_source(source.path, options, rejects, advance, say, use_cache)
+        drawn = draw_share(source, len(each.metadata), seed, number)
+        each.count.taken = len(drawn)
+        loaded.append(each)
         numbers.append(np.full(len(drawn), number, dtype=np.int32))
         indices.append(drawn)
-    return RecordSubset(tuple(scans), np.concatenate(numbers), np.concatenate(indices))
+    return RecordSubset(tuple(loaded), np.concatenate(numbers), np.concatenate(indices))
 
 
-def _scan(path: str, reading: RowOptions, rejects: Rejects, advance: Callable[[], None]) -> LoadedSource:
-    count, kept, metadata, digest = SourceCount(path), RecordStore(), list[PairMetadata](), blake2b(digest_size=16)
-    for record in read_records(path, reading, rejects, count, advance):
-        kept.append(record)
-        metadata.append(record.metadata())
-        digest.update(blake2b(record.content(), digest_size=16).digest())
-    kept.finish()
-    count.records = len(metadata)
-    return LoadedSource(count, kept, metadata, digest.digest())
+def load_source(
+    path: str,
+    options: RowOptions,
+    rejects: Rejects,
+    advance: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda text: None,
+    use_cache: bool = False,
+) -> LoadedSource:
+    """Load a source from the cache, or parse it (into the cache); calls `advance` once per parsed record.
+
+    Raises:
+        RmtoolError: as `read_rows`; E0502 the disk is full. Invalid rows go to `rejects`, from the cache, too.
+    """
+    key = _cache_key(path, options) if use_cache else None
+    if key and (entry := find_entry(_RECORDS, key, say)):
+        store = RecordStore(open(entry, "rb"))  # noqa: SIM115 - open as long as the store
+        for error, row in store.invalid_rows():
+            rejects.add(error, row)
+    elif key:
+        with unfinished_entry(_RECORDS) as unfinished:
+            store = _parse(path, options, rejects, advance, unfinished)
+            if key == _cache_key(path, options):  # else the file changed while it was read
+                commit_entry(unfinished, key, ".arrow")
+    else:
+        store = _parse(path, options, rejects, advance, None)
+    metadata = store.metadata()
+    count = SourceCount(path, store.facts["format"], len(metadata), counted=store.facts["counted"])
+    return LoadedSource(count, store, metadata)
+
+
+def _cache_key(path: str, options: RowOptions) -> str | None:
+    """A hash of everything the records depend on; None for a source that cannot be read."""
+    identity = _identity(path)
+    parts = [_code(), path, identity, asdict(options)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32] if identity else None
+
+
+def _identity(path: str) -> list[Any] | None:
+    """What changes whenever the content of a source does: a file's size, times and inode, a Hub dataset's fingerprint.
+
+    A file that was changed just now could change again without another time: wait until it cannot.
+    """
+    try:
+        status = os.stat(path)
+        while 0 <= time.time() - status.st_ctime < _CLOCK_TICK_S:
+            time.sleep(_CLOCK_TICK_S)
+            status = os.stat(path)
+    except FileNotFoundError:
+        return [load_hub_dataset(path)._fingerprint] if is_hub_source(path) else None
+    except (OSError, ValueError):
+        return None
+    regular = stat.S_ISREG(status.st_mode)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino] if regular else None
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of the code that parses, so that another version of it finds no entries of this one."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+class _Recorder(Rejects):
+    """Passes invalid rows on, and writes them to the record file."""
+
+    def __init__(self, rejects: Rejects, writer: RecordWriter):
+        super().__init__()
+        self._rejects, self._writer = rejects, writer
+
+    def add(self, error: RmtoolError, row: Any = None) -> None:
+        self._rejects.add(error, row)
+        self._writer.append_invalid(error, row)
+
+
+def _parse(
+    path: str, options: RowOptions, rejects: Rejects, advance: Callable[[], None], target: Path | None
+) -> RecordStore:
+    """Parse a source into the file `target`, or into one that has no name."""
+    folder = target.parent if target else Path(tempfile.gettempdir())
+    with cache_errors(folder):
+        file = open(target, "w+b") if target else tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the store
+    writer, count = RecordWriter(file, folder), SourceCount(path)
+    for record in read_records(path, options, _Recorder(rejects, writer), count, advance):
+        writer.append(record)
+    writer.finish(format=count.format, counted=count.counted)
+    return RecordStore(file)
 
 
 def draw_share(source: Source, count: int, seed: int, number: int) -> np.ndarray:
-    """Which of the `count` records of the mixture's source `number` stand in it, ascending: a function of nothing but
-    the arguments. With a fraction above 1, all of them stand in it once or more, and the rest is drawn.
+    """Draw the indices of the records that are used, ascending, from the `count` records of source `number`: a function
+    of nothing but the arguments. With a fraction above 1, all records are repeated, and the rest is drawn.
 
     Raises:
-        RmtoolError: E0308 the source has fewer records than are asked for, or the share comes to none.
+        RmtoolError: E0308 the source has fewer records than `rows`, or the share selects none.
     """
     if source.rows is not None and source.rows > count:
         raise RmtoolError(
             "E0308",
-            f"{source.rows:,} rows of {source.path} are asked for, and it has {count:,}",
-            f"write rows: {count}, or fraction: {source.rows / max(count, 1):.3g} to use some of them several times",
+            f"cannot take {source.rows:,} rows from {source.path}: it has {count:,}",
+            f"set rows: {count}, or fraction: {source.rows / max(count, 1):.3g} to repeat rows",
         )
     wanted = source.rows if source.rows is not None else round((source.fraction or 1.0) * count)
     if count and not wanted:
-        what = f"a fraction of {source.fraction:g} of {source.path} is none of its {count:,} rows"
-        raise RmtoolError("E0308", what, "raise the fraction, write rows: 1, or leave the source out")
+        what = f"fraction {source.fraction:g} of {source.path} selects none of its {count:,} rows"
+        raise RmtoolError("E0308", what, "set a larger fraction or rows: 1, or remove the source")
     whole, rest = divmod(wanted, count) if count else (0, 0)
     drawn = np.random.default_rng([seed, 2**30, number]).permutation(count)[:rest]
     return np.sort(np.concatenate([*[np.arange(count)] * whole, drawn])).astype(np.int64)
 
 
 def read_records(
-    path: str, reading: RowOptions, rejects: Rejects, count: SourceCount, advance: Callable[[], None]
+    path: str, options: RowOptions, rejects: Rejects, count: SourceCount, advance: Callable[[], None]
 ) -> Iterator[Record]:
-    """The records of one source, whose format `count` then names."""
+    """Parse the records of one source; sets the format in `count`.
+
+    Raises:
+        RmtoolError: as `read_rows`; invalid rows go to `rejects`.
+    """
 
     def recognized(format: Format) -> None:
         count.format = format.name
         count.counted = "prompts" if format.grouped else "rows"
 
-    for record in preference_records(read_rows(path, rejects), reading, rejects, recognized):
+    for record in preference_records(read_rows(path, rejects), options, rejects, recognized):
         advance()
         yield record

@@ -121,7 +121,7 @@ class DataReport:
 
 def build_report(split: Split, batch_size: int, seed: int) -> DataReport:
     """The report of `split`, for steps of `batch_size` pairs."""
-    train, held_out = split.train, split.held_out
+    train, held_out = split.train, split.eval
     prompts = {each.prompt_hash for each in train.metadata}
     overlap = [each for each in held_out.metadata if each.prompt_hash and each.prompt_hash in prompts]
     duplicates, conflicts = _count_repeated(train)

@@ -1,8 +1,8 @@
-"""A recipe's pairs: read, split into training and held out, and encoded.
+"""Training and eval set of a recipe: loaded, split and tokenized.
 
-In: a recipe and an encoder. Out: a `Split`, and the held-out pairs as a file that `rmtool eval` reads back.
-Cost: every row is rendered and tokenized once, on all cores, and the ids are kept in a file, for later runs too
-(`rmtool.dataset.cache`); the text is held in a file.
+In: a recipe and an encoder. Out: a `Split`, and the held-out pairs as a file that `rmtool eval` reads.
+Cost: every row is parsed once per node and tokenized once, on all cores; both results stay in the cache for other
+processes and later runs (`rmtool.data.record_store`, `rmtool.dataset.cache`).
 """
 
 from __future__ import annotations
@@ -31,123 +31,6 @@ from rmtool.tokenization.token_store import TokenStore
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset, tokenize_records, without_identical
 from rmtool.ui import Ui
 
-
-@dataclass(frozen=True)
-class Split:
-    """TokenizedDataset training and held-out pairs, and what was read of each source; `held_out_text` has the held-out
-    records.
-    """
-
-    train: TokenizedDataset
-    held_out: TokenizedDataset
-    sources: tuple[SourceCount, ...] = ()
-    skipped_rows: int = 0
-    held_out_text: RecordSubset = field(default_factory=RecordSubset)
-
-
-def reading_of(data: DataConfig) -> RowOptions:
-    """How this recipe's rows are read."""
-    return RowOptions(tuple(data.columns.items()), data.rating_margins)
-
-
-def sources_of(items: Sequence[str | Source]) -> list[Source]:
-    """Sources with the paths where they lie."""
-    return [replace(as_source(item), path=resolve(as_source(item).path)) for item in items]
-
-
-def load_split(recipe: Recipe, encoder: Encoder, rejects: Rejects, ui: Ui) -> Split:
-    """Read, shape, split and encode a recipe's data.
-
-    Raises:
-        RmtoolError: E0302 nothing is left to train on; E03xx as reading and encoding say. Bad rows go to `rejects`;
-            where it does not set them aside, they are raised together.
-    """
-    data, seed = recipe.data, recipe.train.seed
-    train = read_sources(sources_of(data.train), reading_of(data), seed, rejects, ui)
-    held = read_sources(sources_of(data.eval), reading_of(data), seed, rejects, ui) if data.eval else RecordSubset()
-    if data.rating_margins:
-        _say_without_margins(train, ui)
-    counts = tuple(scan.count for scan in (*train.scans, *held.scans))
-    if data.holdout:
-        kept, apart = hold_out(list(train.metadata()), data.holdout, seed)
-        train, held = train.take(kept), train.take(apart)
-    encode = functools.partial(tokenize_subset, encoder, on_identical=data.on_identical, kept=data.cache)
-    trained_on = encode(train, label="training", rejects=rejects, ui=ui)
-    held_out = encode(held, label="held-out", rejects=rejects, ui=ui)
-    rejects.raise_if_any()
-    if not trained_on.metadata:
-        raise RmtoolError("E0302", "no training pairs are left", "check data.holdout, data.on_long and data.max_length")
-    return Split(trained_on, held_out, counts, rejects.count, held.take(held_out.indices))
-
-
-def _say_without_margins(selection: RecordSubset, ui: Ui) -> None:
-    """A mixture may have sources without ratings, but not unseen."""
-    for scan in selection.scans:
-        margins = {margin for metadata in scan.metadata for margin in metadata.margins}
-        if margins == {None}:
-            ui.say(f"note: data.rating_margins is set, and {scan.count.path} has no ratings: its pairs have no margins")
-
-
-def read_sources(sources: Sequence[Source], reading: RowOptions, seed: int, rejects: Rejects, ui: Ui) -> RecordSubset:
-    """The sources' labels, read with a progress bar; says what each was recognized as."""
-    names = ", ".join(Path(source.path).name for source in sources)
-    with ui.progress(f"Reading {names}", None, "rows") as bar:
-        selection = select(sources, reading, seed, rejects, bar.advance)
-    for scan in selection.scans:
-        ui.say(f"{scan.count.path}: {scan.count.format}")
-    return selection
-
-
-def tokenize_subset(
-    encoder: Encoder, selection: RecordSubset, *, on_identical: str, kept: bool, label: str, rejects: Rejects, ui: Ui
-) -> TokenizedDataset:
-    """The selection's records, tokenized, or tokenized by an earlier run; bad ones go to `rejects`.
-
-    Args:
-        kept: whether to look for them in the cache, and leave them there.
-        label: what to call them.
-    """
-    if not len(selection):
-        return TokenizedDataset()
-    identity = encoder.identity() if kept else None
-    key = hashlib.sha256(f"{identity} {selection.digest()} {on_identical}".encode()).hexdigest()[:32]
-    tokenized = cache.get(key, ui.say) if identity else None
-    if tokenized is None:
-        with ui.progress(f"Tokenizing {label} pairs", len(selection), "rows") as bar:
-
-            def encode(groups: TokenStore) -> TokenizedDataset:
-                known = selection.metadata()
-                result = tokenize_records(
-                    encoder, selection.records(), on_identical, bar.advance, rejects, groups, known
-                )
-                result.groups = groups
-                return result
-
-            tokenized = cache.put(key, encode) if identity else encode(TokenStore(Path(tempfile.gettempdir())))
-    else:
-        ui.say(f"{label} pairs: tokenized by an earlier run")
-        tokenized.metadata = _labels_of(selection, tokenized, on_identical)
-        _reject_again(encoder, selection.take(tokenized.failed), on_identical, rejects)
-    for reason, count in sorted(tokenized.counts.items()):
-        ui.say(f"{label} rows {DROP_REASONS[reason]}: {count} of {len(selection)}")
-    return tokenized
-
-
-def _labels_of(selection: RecordSubset, tokenized: TokenizedDataset, on_identical: str) -> list[PairMetadata]:
-    """The labels of kept records, as `tokenize_records` gives them."""
-    metadata = list(selection.take(tokenized.indices).metadata())
-    if on_identical != "drop" or not tokenized.counts["identical_text"] + tokenized.counts["identical_after_rendering"]:
-        return metadata
-    pairs = zip(metadata, tokenized.groups, strict=True)
-    return [without_identical(each, group, on_identical, None)[0] for each, group in pairs]
-
-
-def _reject_again(encoder: Encoder, failed: RecordSubset, on_identical: str, rejects: Rejects) -> None:
-    if len(failed):
-        again = tokenize_records(encoder, failed.records(), on_identical, lambda: None, rejects)
-        assert not again.metadata, "records that fail and do not"
-
-
 DROP_REASONS = {
     "too_long": "dropped: longer than max length",
     "truncated": "with truncated prompt",
@@ -158,14 +41,136 @@ DROP_REASONS = {
 }
 
 
+@dataclass(frozen=True)
+class Split:
+    """The tokenized training and eval set, and counts of each source; `eval_records` is the text of the eval set."""
+
+    train: TokenizedDataset
+    eval: TokenizedDataset
+    sources: tuple[SourceCount, ...] = ()
+    skipped_rows: int = 0
+    eval_records: RecordSubset = field(default_factory=RecordSubset)
+
+
+def row_options(data: DataConfig) -> RowOptions:
+    """How the rows of a recipe's sources are parsed."""
+    return RowOptions(tuple(data.columns.items()), data.rating_margins)
+
+
+def resolve_sources(items: Sequence[str | Source]) -> list[Source]:
+    """Sources with resolved paths (bundled: files)."""
+    return [replace(as_source(item), path=resolve(as_source(item).path)) for item in items]
+
+
+def load_split(recipe: Recipe, encoder: Encoder, rejects: Rejects, ui: Ui) -> Split:
+    """Load, split and tokenize a recipe's data.
+
+    Raises:
+        RmtoolError: E0302 no training pairs are left; E03xx as loading and tokenizing do. Invalid rows go to
+            `rejects`; unless it skips them, they are raised together.
+    """
+    data, seed = recipe.data, recipe.train.seed
+    read = functools.partial(read_sources, options=row_options(data), seed=seed, use_cache=data.cache)
+    train = read(resolve_sources(data.train), rejects=rejects, ui=ui)
+    held_out = read(resolve_sources(data.eval), rejects=rejects, ui=ui) if data.eval else RecordSubset()
+    if data.rating_margins:
+        _report_missing_margins(train, ui)
+    counts = tuple(loaded.count for loaded in (*train.loaded, *held_out.loaded))
+    if data.holdout:
+        indices, held_out_indices = hold_out(list(train.metadata()), data.holdout, seed)
+        train, held_out = train.take(indices), train.take(held_out_indices)
+    tokenize = functools.partial(tokenize_subset, encoder, on_identical=data.on_identical, use_cache=data.cache)
+    train_set = tokenize(train, label="training", rejects=rejects, ui=ui)
+    eval_set = tokenize(held_out, label="eval", rejects=rejects, ui=ui)
+    rejects.raise_if_any()
+    if not train_set.metadata:
+        raise RmtoolError("E0302", "no training pairs are left", "check data.holdout, data.on_long and data.max_length")
+    return Split(train_set, eval_set, counts, rejects.count, held_out.take(eval_set.indices))
+
+
+def _report_missing_margins(subset: RecordSubset, ui: Ui) -> None:
+    """A mixture may have sources without ratings, but not unseen."""
+    for loaded in subset.loaded:
+        margins = {margin for metadata in loaded.metadata for margin in metadata.margins}
+        if margins == {None}:
+            ui.say(f"note: data.rating_margins is set, but {loaded.count.path} has no ratings: its pairs get no margin")
+
+
+def read_sources(
+    sources: Sequence[Source], options: RowOptions, seed: int, rejects: Rejects, ui: Ui, use_cache: bool = True
+) -> RecordSubset:
+    """Load the sources with a progress bar, and print the format of each.
+
+    Raises:
+        RmtoolError: as `rmtool.data.sources.select`.
+    """
+    names = ", ".join(Path(source.path).name for source in sources)
+    with ui.progress(f"Reading {names}", None, "rows") as bar:
+        subset = select(sources, options, seed, rejects, bar.advance, ui.say, use_cache)
+    for loaded in subset.loaded:
+        ui.say(f"{loaded.count.path}: {loaded.count.format}")
+    return subset
+
+
+def tokenize_subset(
+    encoder: Encoder, subset: RecordSubset, *, on_identical: str, use_cache: bool, label: str, rejects: Rejects, ui: Ui
+) -> TokenizedDataset:
+    """Tokenize records, or load them from the token cache; invalid ones go to `rejects`.
+
+    Args:
+        label: the name of the set in messages.
+
+    Raises:
+        RmtoolError: E0502 the cache cannot be written; as `tokenize_records`.
+    """
+    if not len(subset):
+        return TokenizedDataset()
+    identity = encoder.identity() if use_cache else None
+    key = hashlib.sha256(f"{identity} {subset.digest()} {on_identical}".encode()).hexdigest()[:32]
+    tokenized = cache.get(key, ui.say) if identity else None
+    if tokenized is None:
+        with ui.progress(f"Tokenizing {label} pairs", len(subset), "rows") as bar:
+
+            def encode(groups: TokenStore) -> TokenizedDataset:
+                known = subset.metadata()
+                result = tokenize_records(encoder, subset.records(), on_identical, bar.advance, rejects, groups, known)
+                result.groups = groups
+                return result
+
+            tokenized = cache.put(key, encode) if identity else encode(TokenStore(Path(tempfile.gettempdir())))
+    else:
+        ui.say(f"{label} pairs: loaded from the token cache")
+        tokenized.metadata = _metadata_of(subset, tokenized, on_identical)
+        _reject_again(encoder, subset.take(tokenized.failed), on_identical, rejects)
+    for reason, count in sorted(tokenized.counts.items()):
+        ui.say(f"{label} rows {DROP_REASONS[reason]}: {count} of {len(subset)}")
+    return tokenized
+
+
+def _metadata_of(subset: RecordSubset, tokenized: TokenizedDataset, on_identical: str) -> list[PairMetadata]:
+    """The metadata of records from the token cache, as `tokenize_records` returns it."""
+    metadata = list(subset.take(tokenized.indices).metadata())
+    if on_identical != "drop" or not tokenized.counts["identical_text"] + tokenized.counts["identical_after_rendering"]:
+        return metadata
+    pairs = zip(metadata, tokenized.groups, strict=True)
+    return [without_identical(each, group, on_identical, None)[0] for each, group in pairs]
+
+
+def _reject_again(encoder: Encoder, failed: RecordSubset, on_identical: str, rejects: Rejects) -> None:
+    """Tokenize the records that failed before, for their errors."""
+    if len(failed):
+        again = tokenize_records(encoder, failed.records(), on_identical, lambda: None, rejects)
+        assert not again.metadata, "records that failed now succeed"
+
+
 def write_held_out(path: Path, split: Split) -> None:
-    """The held-out pairs as rows that `rmtool eval` reads back."""
+    """Write the eval set as rows that `rmtool eval` reads."""
 
     def messages(items: Sequence[Message]) -> list[dict[str, Any]]:
         return [item.as_dict() for item in items]
 
     with open(path, "w", encoding="utf-8") as file:
-        for record, metadata in zip(split.held_out_text.records(), split.held_out.metadata, strict=True):
+        for record, metadata in zip(split.eval_records.records(), split.eval.metadata, strict=True):
             for (winner, loser), margin in zip(metadata.preferences, metadata.margins, strict=True):
                 row: dict[str, Any] = {
                     "chosen": messages((*record.prompt, *record.responses[winner])),
@@ -179,20 +184,19 @@ def write_held_out(path: Path, split: Split) -> None:
 
 
 def hold_out(metadata: Sequence[PairMetadata], pairs: int | float, seed: int) -> tuple[list[int], list[int]]:
-    """(places of the training records, places of the held-out ones): held out by prompt, so that no prompt stands on
-    both sides.
+    """Split records by prompt; returns the indices of the training records and those of the held-out ones.
 
-    Prompts are taken in a random order; one with more pairs than are still wanted is passed over. A record without a
-    prompt stands for itself.
+    Prompts are drawn at random; one with more pairs than are still missing is not held out. A record without a prompt
+    counts as a prompt.
 
     Args:
-        pairs: how many are held out; or, below 1, at most which share of them.
+        pairs: the number to hold out; or, below 1, the fraction to hold out at most.
 
     Raises:
-        RmtoolError: E0308 whole prompts do not add up to `pairs`.
+        RmtoolError: E0308 no set of complete prompts has `pairs` pairs.
     """
-    share = isinstance(pairs, float)
-    pairs = int(pairs * count_pairs(metadata)) if share else int(pairs)
+    is_fraction = isinstance(pairs, float)
+    pairs = int(pairs * count_pairs(metadata)) if is_fraction else int(pairs)
     groups: dict[int, list[int]] = {}
     for index, each in enumerate(metadata):
         groups.setdefault(each.prompt_hash or -index - 1, []).append(index)
@@ -204,10 +208,10 @@ def hold_out(metadata: Sequence[PairMetadata], pairs: int | float, seed: int) ->
         if size <= wanted:
             held.update(members[group])
             wanted -= size
-    if wanted and not share:
+    if wanted and not is_fraction:
         raise RmtoolError(
             "E0308",
-            f"{pairs} pairs cannot be held out by whole prompts, {pairs - wanted} can",
-            f"set data.holdout={pairs - wanted}, or name held-out files in data.eval",
+            f"cannot hold out exactly {pairs} pairs without splitting a prompt; {pairs - wanted} is possible",
+            f"set data.holdout={pairs - wanted}, or set data.eval to a file",
         )
     return [index for index in range(len(metadata)) if index not in held], sorted(held)

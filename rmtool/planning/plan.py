@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rmtool.config import Recipe, Source
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import is_hub_source
-from rmtool.data.sources import SourceCount, draw_share, read_records
-from rmtool.dataset.batches import plan_steps
-from rmtool.dataset.split import reading_of, sources_of
+from rmtool.data.sources import draw_share, load_source
+from rmtool.dataset.batches import count_pairs, plan_steps
+from rmtool.dataset.split import resolve_sources, row_options
 from rmtool.errors import RmtoolError
 from rmtool.recipe import as_source, engine_of, recipe_hash, world_size
 
@@ -141,7 +139,7 @@ def make_plan(recipe: Recipe, output: Path, node: int = 0, launcher: str = "") -
     if node >= launch.nodes:
         hint = f"count nodes from 0: --node-rank 0 to {launch.nodes - 1}, or set --nodes"
         raise RmtoolError("E0207", f"this is node {node} of {launch.nodes}", hint)
-    pairs = _count_pairs(recipe)
+    pairs = _count_training_pairs(recipe)
     steps = None
     if pairs is not None:
         train = recipe.train
@@ -173,28 +171,30 @@ def _held(holdout: int | float) -> str:
     return f"{holdout} pairs" if isinstance(holdout, int) else f"{holdout:.3g} of the pairs"
 
 
-def _count_pairs(recipe: Recipe) -> int | None:
-    """Pairs to train on, before any is held out; None if a source is on the Hub. Local rows are checked here already:
-    a mistake in line 3 shows in a second, not after the libraries are imported.
+def _count_training_pairs(recipe: Recipe) -> int | None:
+    """Count the pairs before any is held out; None if a source is on the Hub.
+
+    Local sources are parsed here already, into the cache: a mistake in line 3 shows in a second, not after the
+    libraries are imported.
 
     Raises:
-        RmtoolError: E03xx as reading says; bad rows are passed over where the recipe sets them aside.
+        RmtoolError: E03xx as loading does; invalid rows are passed over if the recipe skips them.
     """
     data = recipe.data
     with Rejects(Path(os.devnull) if data.on_bad_row == "skip" else None) as rejects:
-        train = [_count_source(source, number, recipe, rejects) for number, source in enumerate(sources_of(data.train))]
-        for number, source in enumerate(sources_of(data.eval)):
-            _count_source(source, number, recipe, rejects)
+        counts, _ = (
+            [_count_source(source, number, recipe, rejects) for number, source in enumerate(resolve_sources(sources))]
+            for sources in (data.train, data.eval)
+        )
         rejects.raise_if_any()
-    return None if None in train else sum(count or 0 for count in train)
+    return None if None in counts else sum(count or 0 for count in counts)
 
 
 def _count_source(source: Source, number: int, recipe: Recipe, rejects: Rejects) -> int | None:
     if is_hub_source(source.path):
         return None
-    records = read_records(source.path, reading_of(recipe.data), rejects, SourceCount(source.path), lambda: None)
-    pairs = np.array([len(record.preferences) for record in records], dtype=int)
-    return int(pairs[draw_share(source, len(pairs), recipe.train.seed, number)].sum())
+    metadata = load_source(source.path, row_options(recipe.data), rejects, use_cache=recipe.data.cache).metadata
+    return count_pairs(metadata[index] for index in draw_share(source, len(metadata), recipe.train.seed, number))
 
 
 def launch_command(recipe: Recipe, output: Path, node: int) -> list[str]:

@@ -162,8 +162,8 @@ def train_loop(
             episode += count_pairs(batch)
             numbers = {"step": step, "episode": episode, "epoch": episode / pairs, **numbers}
             bar.advance(1, f"loss {numbers['train/rm/loss']:.3f} acc {numbers['train/rm/accuracy']:.2f}")
-            if split.held_out.metadata and (step == total or (train.eval_every and step % train.eval_every == 0)):
-                metrics = run_eval(trainer, split.held_out, ui)
+            if split.eval.metadata and (step == total or (train.eval_every and step % train.eval_every == 0)):
+                metrics = run_eval(trainer, split.eval, ui)
                 ui.say(f"step {step}, {EVAL_PREFIX}: {describe(metrics)}")
                 numbers |= metrics
                 if best.update(step, metrics) and train.keep == "best" and save:

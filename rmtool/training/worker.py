@@ -120,7 +120,7 @@ def _local_main_first(recipe: Recipe, folder: Path, accelerator: Accelerator) ->
 def _common(recipe: Recipe, source: Path, fingerprint: str, split: Split) -> dict[str, str]:
     """What must be the same on every rank, by name."""
     data = hashlib.sha256()
-    for part in (split.train, split.held_out):
+    for part in (split.train, split.eval):
         for each, group in zip(part.metadata, part.groups, strict=True):
             data.update(repr((each.preferences, each.margins, each.weight)).encode())
             for ids in group.sequences():

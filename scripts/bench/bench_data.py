@@ -138,7 +138,7 @@ def run_rmtool(spec: Event) -> None:
     def work() -> int:
         selection = read_sources([Source(spec["data"])], PLAIN, 0, rejects, ui)
         encoded = tokenize_subset(
-            encoder, selection, on_identical="keep", kept=True, label="all", rejects=rejects, ui=ui
+            encoder, selection, on_identical="keep", use_cache=True, label="all", rejects=rejects, ui=ui
         )
         rejects.raise_if_any()
         return 2 * len(encoded.metadata)

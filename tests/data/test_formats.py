@@ -314,7 +314,7 @@ def test_invalid_rows_are_listed_together_or_skipped(tmp_path: Path) -> None:
 
 
 def mixed(tmp_path: Path, *sources: Source, seed: int = 0) -> list[str]:
-    records = select(sources, RowOptions(), seed, Rejects(), lambda: None).records()
+    records = select(sources, RowOptions(), seed, Rejects()).records()
     return [f"{Path(record.place.file).stem}{record.place.line}" for record in records]
 
 
@@ -328,10 +328,10 @@ def test_a_mixture_takes_its_shares_and_is_the_same_every_time(tmp_path: Path) -
     twice = mixed(tmp_path, Source(a, fraction=1.5))
     assert len(twice) == 60
     assert set(twice) == set(mixed(tmp_path, Source(a)))
-    with pytest.raises(RmtoolError, match=r"41 rows of .* are asked for, and it has 40"):
+    with pytest.raises(RmtoolError, match=r"cannot take 41 rows from .*: it has 40"):
         mixed(tmp_path, Source(a, rows=41))
     assert draw_share(Source("x", fraction=0.1), 0, 0, 0).tolist() == []
-    with pytest.raises(RmtoolError, match=r"0\.01 of .* is none of its 40 rows"):
+    with pytest.raises(RmtoolError, match=r"fraction 0\.01 of .* selects none of its 40 rows"):
         mixed(tmp_path, Source(a, fraction=0.01))
     assert len(mixed(tmp_path, Source(a, fraction=0.02))) == 1
 
@@ -413,7 +413,6 @@ def test_rated_rows_keep_their_places_and_must_agree(tmp_path: Path) -> None:
     assert [error.place.line for error in errors if error.place] == [4]
     assert "weight or subset differs from" in errors[0].what
     assert records[0].row == {"rows": [rows[0], rows[2]]}
-    assert Record.unpack(records[0].pack()) == records[0]
 
 
 def test_an_unpaired_surrogate_in_inner_json_is_text() -> None:

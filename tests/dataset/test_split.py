@@ -38,4 +38,4 @@ def test_a_hold_out_that_whole_prompts_cannot_give_is_refused() -> None:
     ]
     with pytest.raises(RmtoolError) as caught:
         hold_out(items, 15, 0)
-    assert (caught.value.id, "10 can" in caught.value.what) == ("E0308", True)
+    assert (caught.value.id, "10 is possible" in caught.value.what) == ("E0308", True)
