@@ -17,7 +17,7 @@ from rmtool.ui import SilentUi, TerminalUi, Ui, print_json
 if TYPE_CHECKING:
     from rmtool.config import Recipe
     from rmtool.dataset.report import DataReport
-    from rmtool.planning.estimate import Forecast
+    from rmtool.planning.estimate import ResourceEstimate
     from rmtool.planning.plan import Plan
     from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 
@@ -27,9 +27,9 @@ def print_dry_run(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> No
     if as_json:
         estimate = _estimate_run(plan, output, SilentUi())
         report = estimate.report.as_dict() if estimate.report else None
-        forecast = estimate.forecast.as_dict() if estimate.forecast else None
+        resources = estimate.resources.as_dict() if estimate.resources else None
         why = {"why": estimate.missing} if estimate.missing else {}
-        print_json({"plan": plan.as_dict(), "forecast": forecast, "report": report, **why}, ui)
+        print_json({"plan": plan.as_dict(), "resources": resources, "report": report, **why}, ui)
     else:
         ui.table(f"Plan: {plan.recipe.name}", ("", ""), plan.rows(), numeric_from=2)
         for node, command in enumerate(plan.commands):
@@ -38,8 +38,8 @@ def print_dry_run(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> No
         if estimate.report:
             ui.table("Data", ("", ""), estimate.report.rows(), numeric_from=2)
             ui.result(f"length histograms: {_lengths_place(output)}")
-        if estimate.forecast:
-            ui.table("Estimated resources", ("", ""), estimate.forecast.rows(), numeric_from=2)
+        if estimate.resources:
+            ui.table("Estimated resources", ("", ""), estimate.resources.rows(), numeric_from=2)
         if estimate.missing:
             ui.result(f"not estimated: {estimate.missing}")
     if estimate.report and estimate.report.skipped_rows:
@@ -60,7 +60,7 @@ class _DryRunEstimate:
     """What can be known before a run; `missing` names what could not, and why."""
 
     report: DataReport | None
-    forecast: Forecast | None
+    resources: ResourceEstimate | None
     missing: str
 
 
@@ -79,9 +79,9 @@ def _estimate_run(plan: Plan, output: Path, ui: Ui) -> _DryRunEstimate:
             raise
         return _DryRunEstimate(None, None, f"lengths, memory, time (cannot load {recipe.model.path}: {error.what})")
     if plan.pairs is None:
-        forecast, why = _estimate_memory(recipe, source, None, plan.steps)
+        resources, why = _estimate_memory(recipe, source, None, plan.steps)
         hub = "lengths, time (a dataset is on the Hub, and is loaded when training starts)"
-        return _DryRunEstimate(None, forecast, "; ".join(filter(None, (hub, why))))
+        return _DryRunEstimate(None, resources, "; ".join(filter(None, (hub, why))))
     return _estimate_with_data(recipe, source, output, ui)
 
 
@@ -108,11 +108,11 @@ def _estimate_with_data(recipe: Recipe, source: Path, output: Path, ui: Ui) -> _
 
 def _estimate_memory(
     recipe: Recipe, source: Path, data: TokenizedDataset | None, steps: int | None
-) -> tuple[Forecast | None, str]:
-    """The forecast, or why there is none."""
-    from rmtool.planning.estimate import forecast
+) -> tuple[ResourceEstimate | None, str]:
+    """Estimate the resources, or say why that is not possible."""
+    from rmtool.planning.estimate import estimate_resources
 
     try:
-        return forecast(recipe, source, data, steps), ""
+        return estimate_resources(recipe, source, data, steps), ""
     except RuntimeError as error:  # some experts' kernels know no tensors without memory
         return None, f"memory, time (the model does not support fake tensors: {first_line(error)})"

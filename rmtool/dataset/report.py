@@ -1,7 +1,6 @@
-"""What the data is like, before a model is trained on it.
+"""Data report: statistics of the training and eval sets.
 
-In: a `Split` and the recipe. Out: a `DataReport`: lines for people, data for scripts, and a picture of the lengths;
-and one conversation as the model will read it.
+In: a `Split` and the recipe. Out: a `DataReport` (a table, and JSON), length histograms, and an example conversation.
 Cost: a hash of every response's ids, and one sort of the lengths.
 """
 
@@ -10,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 LENGTHS_FILE = "lengths.png"
 REPORT_FILE = "report.json"
 PERCENTS = (0, 10, 50, 90, 99, 100)
-_SHOWN = 300  # characters of each end of the example
+_SHOWN = 300  # characters at each end of the example
 
 
 @dataclass(frozen=True)
@@ -39,32 +38,30 @@ class Lengths:
     percentiles: tuple[int, ...]
 
     def __str__(self) -> str:
-        named = [
-            f"{value:,} ({'shortest' if at == 0 else 'longest' if at == 100 else f'{at}%'})"
-            for at, value in zip(PERCENTS, self.percentiles, strict=True)
-        ]
-        return ", ".join(named)
+        names = {0: "min", 100: "max"}
+        percentiles = zip(PERCENTS, self.percentiles, strict=True)
+        return ", ".join(f"{names.get(percent, f'p{percent}')} {value:,}" for percent, value in percentiles)
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """Counts are of pairs unless said otherwise.
+    """Statistics of a `Split`; counts are of pairs unless named otherwise.
 
-    duplicates:    pairs that stand there again, prompt and both responses with the same ids
-    conflicts:     prompts and two responses that stand there in both orders
-    overlap:       held-out pairs whose prompt is trained on
-    longer_chosen: share of the pairs of unequal length whose longer response is the chosen one; None if there is none
+    duplicates:    repeated pairs: prompt and both responses have the same ids as those of an earlier pair
+    conflicts:     pairs that also occur with the opposite preference
+    overlap:       eval pairs whose prompt is also in the training set
+    longer_chosen: fraction of the pairs with unequal lengths whose chosen response is longer; None without such pairs
     padded, packed, shared: tokens of the training pairs, each step padded to its longest sequence, without padding,
-        and with what a step shares computed once
+        and with prefix sharing
     """
 
     sources: tuple[SourceCount, ...]
     skipped_rows: int
     dropped: dict[str, int]
-    dropped_held_out: dict[str, int]
+    dropped_eval: dict[str, int]
     records: int
     pairs: int
-    held_out: int
+    eval_pairs: int
     duplicates: int
     conflicts: int
     overlap: int
@@ -80,60 +77,49 @@ class DataReport:
         return asdict(self) | {"percents": PERCENTS}
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, value) for a table."""
-        sources = [
-            (
-                f"source {source.path}",
-                f"{source.format}: {source.records:,} {source.counted}, {source.taken:,} of them taken",
-            )
-            for source in self.sources
-        ]
-        fates = [(f"rows {DROP_REASONS[reason]}", f"{count:,}") for reason, count in sorted(self.dropped.items())]
-        fates += [
-            (f"held-out rows {DROP_REASONS[name]}", f"{count:,}")
-            for name, count in sorted(self.dropped_held_out.items())
-        ]
-        longer = (
-            "no pair has responses of unequal length" if self.longer_chosen is None else f"{self.longer_chosen:.1%}"
-        )
-        saved = [f"{1 - self.shared / tokens:.0%} of {name}" for name, tokens in self._without_sharing()]
+        """(label, value) for a table."""
+        longer = f"{self.longer_chosen:.1%} of pairs with unequal lengths" if self.longer_chosen is not None else ""
+        overlap = f"({self.overlap:,} with a prompt that is also in the training set)"
         return [
-            *sources,
-            ("bad rows set aside", f"{self.skipped_rows:,}"),
-            *fates,
+            *((f"source {each.path}", _describe_source(each)) for each in self.sources),
+            ("invalid rows skipped", f"{self.skipped_rows:,}"),
+            *((f"rows {DROP_REASONS[name]}", f"{count:,}") for name, count in sorted(self.dropped.items())),
+            *((f"eval rows {DROP_REASONS[name]}", f"{count:,}") for name, count in sorted(self.dropped_eval.items())),
             ("training pairs", f"{self.pairs:,} from {self.records:,} rows"),
-            ("held-out pairs", f"{self.held_out:,}, of which {self.overlap:,} have a prompt that is trained on"),
-            ("duplicates", f"{self.duplicates:,} pairs stand there again"),
-            ("label conflicts", f"{self.conflicts:,} pairs stand there in both orders"),
-            ("the longer response is chosen", longer),
-            ("prompt tokens", str(self.prompt)),
-            ("response tokens", str(self.response)),
-            ("tokens per pair", ", ".join(self._per_pair()) + f"; sharing saves {' and '.join(saved)}"),
+            ("eval pairs", f"{self.eval_pairs:,} {overlap}"),
+            ("duplicate pairs", f"{self.duplicates:,}"),
+            ("conflicting pairs", f"{self.conflicts:,} (same responses, opposite preference)"),
+            ("chosen response is longer", longer or "n/a (all lengths equal)"),
+            ("prompt length (tokens)", str(self.prompt)),
+            ("response length (tokens)", str(self.response)),
+            ("tokens per pair", self._tokens_per_pair()),
         ]
 
-    def _without_sharing(self) -> tuple[tuple[str, int], ...]:
-        return ("padded", self.padded), ("packed", self.packed)
+    def _tokens_per_pair(self) -> str:
+        padded, packed, shared = (f"{tokens / self.pairs:,.0f}" for tokens in (self.padded, self.packed, self.shared))
+        less_padded, less_packed = (f"{1 - self.shared / tokens:.0%} less" for tokens in (self.padded, self.packed))
+        saved = f"{less_padded} than padded, {less_packed} than packed"
+        return f"{padded} padded, {packed} packed, {shared} with prefix sharing ({saved})"
 
-    def _per_pair(self) -> Iterator[str]:
-        for name, tokens in (*self._without_sharing(), ("shared", self.shared)):
-            yield f"{tokens / self.pairs:,.0f} {name}"
+
+def _describe_source(source: SourceCount) -> str:
+    return f"{source.format}; {source.records:,} {source.counted}, {source.taken:,} used"
 
 
 def build_report(split: Split, batch_size: int, seed: int) -> DataReport:
-    """The report of `split`, for steps of `batch_size` pairs."""
-    train, held_out = split.train, split.eval
-    prompts = {each.prompt_hash for each in train.metadata}
-    overlap = [each for each in held_out.metadata if each.prompt_hash and each.prompt_hash in prompts]
+    """Compute the report of `split`, for steps of `batch_size` pairs."""
+    train, prompts = split.train, {each.prompt_hash for each in split.train.metadata}
+    overlap = [each for each in split.eval.metadata if each.prompt_hash and each.prompt_hash in prompts]
     duplicates, conflicts = _count_repeated(train)
     padded, packed, shared = _step_tokens(train, batch_size, seed)
     return DataReport(
         sources=split.sources,
         skipped_rows=split.skipped_rows,
         dropped={"identical_text": 0, "identical_after_rendering": 0, **train.counts},
-        dropped_held_out=dict(held_out.counts),
+        dropped_eval=dict(split.eval.counts),
         records=len(train.metadata),
         pairs=count_pairs(train.metadata),
-        held_out=count_pairs(held_out.metadata),
+        eval_pairs=count_pairs(split.eval.metadata),
         duplicates=duplicates,
         conflicts=conflicts,
         overlap=count_pairs(overlap),
@@ -147,7 +133,7 @@ def build_report(split: Split, batch_size: int, seed: int) -> DataReport:
 
 
 def _count_repeated(tokenized: TokenizedDataset) -> tuple[int, int]:
-    """Pairs that stand there again, and pairs that stand there in both orders; by 64-bit hashes of their ids."""
+    """Count duplicate and conflicting pairs, by 64-bit hashes of their ids."""
     winners, losers = array("Q"), array("Q")
     for metadata, group in zip(tokenized.metadata, tokenized.groups, strict=True):
         prompt = hashlib.blake2b(group.prompt.tobytes(), digest_size=8)
@@ -178,10 +164,10 @@ def _lengths(values: Sequence[int]) -> Lengths:
 
 
 def _step_tokens(tokenized: TokenizedDataset, batch_size: int, seed: int) -> tuple[int, int, int]:
-    """Tokens of the first epoch's steps: padded, packed, shared."""
+    """Count the tokens of the first epoch's steps: padded, packed, with prefix sharing."""
     padded = packed = shared = 0
-    for units in epoch_steps(tokenized.metadata, tokenized.groups, seed, 0, batch_size):
-        groups = [unit.group for unit in units]
+    for items in epoch_steps(tokenized.metadata, tokenized.groups, seed, 0, batch_size):
+        groups = [item.group for item in items]
         lengths = [len(group.prompt) + len(ids) for group in groups for ids in group.responses]
         padded += len(lengths) * max(lengths)
         packed += sum(lengths)
@@ -190,23 +176,23 @@ def _step_tokens(tokenized: TokenizedDataset, batch_size: int, seed: int) -> tup
 
 
 def example(encoder: Encoder, metadata: PairMetadata, group: ResponseGroup) -> str:
-    """The chosen response of a record's first pair, as the model reads it, and where its reward is read."""
+    """Show the chosen conversation of a record's first pair as the model gets it, and the token with the reward."""
     ids = group.sequence(metadata.preferences[0][0]).tolist()
     text = encoder.tokenizer.decode(ids)
     if len(text) > 2 * _SHOWN:
         text = f"{text[:_SHOWN]} [... {len(text) - 2 * _SHOWN:,} characters ...] {text[-_SHOWN:]}"
     last = encoder.tokenizer.convert_ids_to_tokens(ids[-1])
-    return f"{text}\n(the reward is read at the last of these {len(ids):,} tokens, {last!r}, id {ids[-1]})"
+    return f"{text}\n({len(ids):,} tokens; the reward is taken at the last one, {last!r}, id {ids[-1]})"
 
 
 def write_report(report: DataReport, tokenized: TokenizedDataset, folder: Path) -> None:
-    """report.json and lengths.png."""
+    """Write report.json and lengths.png."""
     (folder / REPORT_FILE).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     draw_lengths(tokenized, folder / LENGTHS_FILE)
 
 
 def draw_lengths(tokenized: TokenizedDataset, path: Path) -> None:
-    """Histograms of prompt, chosen and rejected lengths, as a PNG."""
+    """Draw histograms of prompt, chosen and rejected lengths, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

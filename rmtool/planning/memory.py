@@ -1,8 +1,8 @@
-"""The memory that training takes on one device, by part, worked out before anything is loaded.
+"""Memory that training takes on one device, by part.
 
 In: a recipe, a folder with a config.json, and the tokens of a pack. Out: a `Memory`.
-Weights, gradients and optimizer states are counted. What a forward and backward add is seen: the model runs once on
-tensors that have shapes and no memory, while everything that is alive is added up.
+Weights, gradients and optimizer states are counted. Activations are measured: a few layers run forward and backward
+on fake tensors (shapes without storage), and the bytes that are alive at the same time are added up.
 Cost: some seconds for 32 layers; no weights are read.
 """
 
@@ -32,19 +32,19 @@ from rmtool.recipe import engine_of, world_size
 from rmtool.tokenization.response_group import ResponseGroup, build_group
 from rmtool.training.engine import LIVE_PARAMETERS, PERSISTENT_PARAMETERS, REDUCE_BUCKET
 
-MOST_PAIRS = 8  # in the pack that is tried: each takes time, and many need hardly more than few
-TRIED_LAYERS = (3, 5)  # the first has nothing before it
+MOST_PAIRS = 8  # in the fake pack: each takes time, and more need hardly more memory
+TRIED_LAYERS = (3, 5)  # numbers of layers that are run; those between are assumed to take the difference each
 FP32, BF16 = 4, 2  # bytes
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a byte for 64 and 4 for 64 x 256 (arXiv 2305.14314, 3)
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes per weight: 4 bits, a byte per 64, 4 per 64 x 256 (arXiv 2305.14314, 3)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, and in the node's own memory (`host`) per process, where optimizer states wait there.
+    """Bytes on one device; `host`: bytes in CPU memory per process, for offloaded states.
 
-    optimizer:   both moments, and the copy of the weights that ZeRO steps
-    activations: what a pack's forward and backward hold at most, beside the parts named here
-    buffers:     weights gathered from other ranks, and gradients on their way to them
+    optimizer:   both moments, and the copy of the weights that ZeRO updates
+    activations: most that a forward and backward of a pack holds, without the other parts
+    buffers:     weights gathered from other ranks, and gradients sent to them
     """
 
     parameters: int
@@ -63,10 +63,10 @@ class Memory:
 
 
 def plan_memory(recipe: Recipe, folder: Path, tokens: int, per_pair: int = 512) -> Memory:
-    """Of training as `recipe` says the model whose config.json is in `folder`, with packs of `tokens` tokens, some
-    `per_pair` of them of one pair.
+    """Estimate the memory of training the model whose config.json is in `folder`, with packs of `tokens` tokens, about
+    `per_pair` of them per pair.
 
-    Counted with torch's own kernels: Liger's hold less.
+    Measured with torch's own kernels; Liger's hold less.
     """
     engine, processes = engine_of(recipe.launch), world_size(recipe.launch)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -93,8 +93,8 @@ def plan_memory(recipe: Recipe, folder: Path, tokens: int, per_pair: int = 512) 
 
 
 def _buckets(recipe: Recipe, trainable: int) -> int:
-    """Gradients on their way. DDP sends them from where they are; DeepSpeed has buffers, one of each kind that is sent,
-    and two under ZeRO-2, which fills one while the other is sent.
+    """Bytes of gradient buckets. DDP sends gradients from where they are; DeepSpeed has a bucket per dtype, and ZeRO-2
+    two, one filled while the other is sent.
     """
     engine = engine_of(recipe.launch)
     if engine in ("single", "ddp"):
@@ -104,14 +104,14 @@ def _buckets(recipe: Recipe, trainable: int) -> int:
 
 
 def fake_model(recipe: Recipe, folder: Path, depth: int | None = None) -> RewardModel:
-    """The model that training builds, or its first `depth` layers; to be called in a FakeTensorMode, and run in it."""
+    """Build the model of a training run, or its first `depth` layers, for use in a FakeTensorMode."""
     with unset_fake_temporarily(), torch.device("meta"):  # peft moves what it adds, which fake tensors forbid
         classifier, _ = build_classifier(folder, dtype=torch.float32, random_weights=True)
         if depth:
             keep_first_layers(getattr(classifier, classifier.base_model_prefix), depth)
         make_trainable(classifier, recipe)
         model = RewardModel(classifier, 0, recipe.train.precision)
-    # Where weights arrive in bf16, autocast has nothing to copy.
+    # With bf16 weights, autocast makes no copies.
     arrive = engine_of(recipe.launch) == "zero3" or recipe.lora.quantize != "none"
     half = torch.bfloat16 if recipe.train.precision == "bf16" and arrive else torch.float32
     for module in model.modules():
@@ -125,9 +125,7 @@ def fake_model(recipe: Recipe, folder: Path, depth: int | None = None) -> Reward
 
 
 def padded_reason(model: RewardModel) -> str | None:
-    """Why a hollow model will not share prompts, as far as shapes tell: some attention says only when called that it
-    cannot. None if it might.
-    """
+    """Why a fake model will not share prefixes; None if it might. Some attention only shows it when called."""
     if reason := prefix_sharing.declared_reason(model.backbone):
         return reason
     shares = model.shares_prompts
@@ -143,7 +141,7 @@ def padded_reason(model: RewardModel) -> str | None:
 
 
 def _frozen_bytes(recipe: Recipe, model: RewardModel) -> int:
-    """Of the weights that are not trained."""
+    """Bytes of the frozen weights."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     if recipe.lora.quantize == "none":
         return FP32 * sum(p.numel() for p in frozen)
@@ -153,9 +151,9 @@ def _frozen_bytes(recipe: Recipe, model: RewardModel) -> int:
 
 
 def _activations(recipe: Recipe, folder: Path, model: RewardModel, tokens: int, per_pair: int) -> int:
-    """The most bytes that are alive beside weights and gradients, in a forward and backward over `tokens` tokens.
+    """Peak bytes besides weights and gradients, in a forward and backward over `tokens` tokens.
 
-    They grow evenly with the layers, but for the gradient of the embedding, which is there when they are gone.
+    They are linear in the number of layers, except for the gradient of the embedding, made when they are freed.
     """
     pairs = min(max(1, tokens // per_pair), MOST_PAIRS)
     groups = [_pair(tokens // pairs, first, not model.shares_prompts) for first in range(pairs)]
@@ -170,10 +168,10 @@ def _activations(recipe: Recipe, folder: Path, model: RewardModel, tokens: int, 
 
 def _most_alive(recipe: Recipe, model: RewardModel, groups: Sequence[ResponseGroup]) -> int:
     _embedding(model).requires_grad_(False)
-    frees = engine_of(recipe.launch).startswith("zero")
+    frees = engine_of(recipe.launch).startswith("zero")  # gradients, once they are in the bucket
     for parameter in model.parameters():
         if parameter.requires_grad and not frees:
-            parameter.grad = torch.zeros_like(parameter)  # of the step's packs before
+            parameter.grad = torch.zeros_like(parameter)  # of the step's earlier packs
         if parameter.requires_grad and frees:
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
     known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -189,18 +187,18 @@ def _embedding(model: RewardModel) -> torch.Tensor:
 
 
 def _pair(tokens: int, first: int, padded: bool) -> ResponseGroup:
-    """A pair of so many tokens: half of them its prompt, or a quarter and a quarter where it is computed twice."""
+    """A pair of `tokens` tokens, half of them in its prompt (padded: a quarter, which counts twice)."""
     response = max(1, tokens // 4)
     prompt = [first] * (response if padded else 2 * response)
     return build_group([prompt + [1] * response, prompt + [2] * response])
 
 
 def _forget_gradient(parameter: torch.Tensor) -> None:
-    parameter.grad = None  # it has gone into the bucket
+    parameter.grad = None  # it was copied to the bucket
 
 
 class LiveTensorTracker(TorchDispatchMode):
-    """Bytes of the tensors made inside of the block that are still alive, and how many they were at `most`."""
+    """Tracks bytes of tensors made in the block: alive `now`, and at `most`."""
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         super().__init__()
@@ -211,10 +209,10 @@ class LiveTensorTracker(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         for value in tree_leaves(results):
             if isinstance(value, torch.Tensor):
-                self._take(value.untyped_storage())
+                self._add(value.untyped_storage())
         return results
 
-    def _take(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         if storage in self.seen:
             return
         self.seen.add(storage)

@@ -1,7 +1,7 @@
-"""What a recipe will run: pairs, steps, processes, and the `accelerate launch` command of every node.
+"""Plan of a run: pairs, steps, processes, and the `accelerate launch` command of every node.
 
-In: a recipe and an output folder. Out: a `Plan`; nothing is written and no process started.
-Cost: local data files are read once, which also finds their mistakes before any large library is imported.
+In: a recipe and a run folder. Out: a `Plan`; no process is started.
+Cost: local data files are parsed once, into the cache; their mistakes show before any large library is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rmtool.dataset.split import resolve_sources, row_options
 from rmtool.errors import RmtoolError
 from rmtool.recipe import as_source, engine_of, recipe_hash, world_size
 
-# accelerate takes what a command leaves out from a file in the user's home, unless it is given another.
+# accelerate reads what a command leaves out from a file in the user's home, unless it is given another one.
 ACCELERATE_FILE = "accelerate.yaml"
 ACCELERATE_CONFIG = """\
 compute_environment: LOCAL_MACHINE
@@ -33,8 +33,9 @@ num_processes: 1
 machine_rank: 0
 use_cpu: false
 """
-ADDRESS = "$MASTER_ADDR"  # stands for the first node's address where a plan does not know it
+ADDRESS = "$MASTER_ADDR"  # in place of the address of node 0, if it is not set
 PORT = 29500
+UNKNOWN = "unknown until the dataset is loaded"
 
 
 @dataclass(frozen=True)
@@ -47,75 +48,80 @@ class Plan:
     pairs: int | None
     steps: int | None
     commands: tuple[str, ...]  # one per node
-    node: int = 0  # this one
-    launcher: str = ""  # what set the number of nodes, if not the recipe
+    node: int = 0  # the rank of this node
+    launcher: str = ""  # which launcher's variables set the number of nodes, if not the recipe
 
     @property
     def folder(self) -> Path:
-        """Where this node's processes find their config and leave their logs: the first node's is the run folder."""
+        """The folder of this node's config and logs; that of node 0 is the run folder."""
         return node_folder(self.output, self.node)
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, value) for a table."""
-        recipe, train, data, launch = self.recipe, self.recipe.train, self.recipe.data, self.recipe.launch
-        unknown = "known when the dataset is loaded"
-        weights = f"LoRA rank {recipe.lora.rank}" if recipe.lora.rank else "all weights"
-        weights = "the score head alone" if train.freeze == "backbone" else weights
-        kept = (
-            "the last step's weights"
-            if train.keep == "last"
-            else f"the weights with the best eval {train.metric_for_best}"
-        )
-        stop = (
-            f"; stops after {train.early_stopping_patience} evaluations without a better one"
-            if train.early_stopping_patience
-            else ""
-        )
-        smooth = f", labels smoothed by {train.label_smoothing:g}" if train.label_smoothing else ""
-        centering = (
-            f", plus {train.center_rewards_coefficient:g} (chosen + rejected)^2"
-            if train.center_rewards_coefficient
-            else ""
-        )
-        held_out = f"{_held(data.holdout)} held out" if data.holdout else "none"
-        when = f"every {train.eval_every} steps and at the end" if train.eval_every else "at the end"
-        nodes = f"{launch.nodes} node{'s' * (launch.nodes > 1)} x {launch.gpus_per_node}"
-        told = f" (from {self.launcher})" if self.launcher else ""
-        limit = f", at most {train.max_steps}" if train.max_steps else ""
-        betas = " and ".join(f"{beta:g}" for beta in train.betas)
-        share = f"{train.batch_size / self.world_size:g} per process"
-        pushed = f", then pushed to {recipe.hub.repo_id}" if recipe.hub.repo_id else ""
+        """(label, value) for a table."""
+        return [*self._data_rows(), *self._process_rows(), *self._training_rows(), *self._output_rows()]
+
+    def _data_rows(self) -> list[tuple[str, str]]:
+        recipe, data = self.recipe, self.recipe.data
+        trainable = f"LoRA rank {recipe.lora.rank} and score head" if recipe.lora.rank else "all"
+        trainable = "score head only" if recipe.train.freeze == "backbone" else trainable
+        held_out = f"{_amount(data.holdout)} held out from the training data" if data.holdout else ""
+        every = f"every {recipe.train.eval_every} steps and " if recipe.train.eval_every else ""
         return [
-            ("recipe", f"{recipe.name}, {recipe_hash(recipe)} (sha256 of what decides what is learned)"),
-            ("model", f"{recipe.model.path} ({recipe.model.weights} weights; trained: {weights})"),
-            ("training data", ", ".join(map(_shown, data.train))),
-            ("training pairs", unknown if self.pairs is None else f"{self.pairs:,}"),
-            ("evaluation", f"{', '.join(map(_shown, data.eval)) or held_out}; {when}"),
-            ("longest sequence", f"{data.max_length:,} tokens; longer: {data.on_long}"),
-            ("processes", f"{self.world_size} = {nodes}{told}, {engine_of(launch)}, {train.precision}"),
-            *self._precision_rows(),
-            ("pairs per step", f"{train.batch_size:,} over all processes ({share})"),
-            ("tokens per pack", f"at most {train.tokens_per_pack:,} unique tokens per forward and process"),
-            ("steps", f"{unknown if self.steps is None else f'{self.steps:,}'} (epochs: {train.epochs}{limit})"),
-            ("loss", f"{train.loss.replace('_', '-')}{smooth}{centering}"),
-            ("learning rate", f"{train.learning_rate:g}, {train.schedule}, {train.warmup_steps} warm-up steps"),
-            ("optimizer", f"AdamW, betas {betas}, eps {train.eps:g}, weight decay {train.weight_decay:g}"),
-            ("gradients", f"clipped at norm {train.max_grad_norm}" + ", checkpointed" * train.gradient_checkpointing),
-            ("seed", str(train.seed)),
-            ("tracking", f"wandb project {recipe.track.project}" if recipe.track.wandb else "the run folder only"),
-            ("checkpoint", f"{self.output / 'model'}: {kept}, {train.save_dtype}{pushed}{stop}"),
+            ("recipe", f"{recipe.name} (config hash {recipe_hash(recipe)})"),
+            ("base model", f"{recipe.model.path} ({recipe.model.weights} weights)"),
+            ("trainable parameters", trainable),
+            ("training data", ", ".join(map(_describe_source, data.train))),
+            ("training pairs", UNKNOWN if self.pairs is None else f"{self.pairs:,}"),
+            ("eval data", ", ".join(map(_describe_source, data.eval)) or held_out or "none"),
+            ("evaluation", f"{every}at the end" if data.eval or data.holdout else "off"),
+            ("max length", f"{data.max_length:,} tokens (longer: {data.on_long})"),
         ]
 
-    def _precision_rows(self) -> list[tuple[str, str]]:
-        """A remark where this machine multiplies much faster in another precision."""
-        if self.recipe.train.precision != "fp32":
-            return []
-        from rmtool.model.precision import fast_bf16_device  # imports torch
+    def _process_rows(self) -> list[tuple[str, str]]:
+        train, launch = self.recipe.train, self.recipe.launch
+        nodes = f"{launch.nodes} node{'s' * (launch.nodes > 1)}"
+        gpus = f"{launch.gpus_per_node} GPU{'s' * (launch.gpus_per_node > 1)}"
+        source = f", from {self.launcher}" if self.launcher else ""
+        return [
+            ("processes", f"{self.world_size} ({nodes} x {gpus}{source})"),
+            ("engine", engine_of(launch)),
+            ("precision", train.precision + _precision_tip(train.precision)),
+            ("global batch size", f"{train.batch_size:,} pairs ({train.batch_size / self.world_size:g} per process)"),
+            ("max tokens per pack", f"{train.tokens_per_pack:,} (unique tokens per forward pass)"),
+        ]
 
-        device = fast_bf16_device()
-        if device is None:
-            return []
-        return [("precision", f"fp32 (bf16 is several times faster on {device}: --set train.precision=bf16)")]
+    def _training_rows(self) -> list[tuple[str, str]]:
+        train = self.recipe.train
+        limit = f", max_steps: {train.max_steps:,}" if train.max_steps else ""
+        smoothing = f", label smoothing {train.label_smoothing:g}" if train.label_smoothing else ""
+        coefficient = train.center_rewards_coefficient
+        centering = f", centering {coefficient:g} * (r_chosen + r_rejected)^2" if coefficient else ""
+        betas = " and ".join(f"{beta:g}" for beta in train.betas)
+        steps = UNKNOWN if self.steps is None else f"{self.steps:,}"
+        clipping = f"max norm {train.max_grad_norm:g}" if train.max_grad_norm else "off"
+        return [
+            (
+                "optimizer steps",
+                f"{steps} (epochs: {train.epochs}{limit})",
+            ),
+            ("loss", f"{train.loss}{smoothing}{centering}"),
+            ("learning rate", f"{train.learning_rate:g}, {train.schedule} schedule, {train.warmup_steps} warmup steps"),
+            ("optimizer", f"AdamW, betas {betas}, eps {train.eps:g}, weight decay {train.weight_decay:g}"),
+            ("gradient clipping", clipping),
+            ("gradient checkpointing", "on" if train.gradient_checkpointing else "off"),
+            ("seed", str(train.seed)),
+        ]
+
+    def _output_rows(self) -> list[tuple[str, str]]:
+        recipe, train = self.recipe, self.recipe.train
+        step = "last step" if train.keep == "last" else f"best eval {train.metric_for_best}"
+        rows = [("checkpoint", f"{self.output / 'model'} ({step}, {train.save_dtype})")]
+        if train.early_stopping_patience:
+            rows.append(("early stopping", f"after {train.early_stopping_patience} evaluations without improvement"))
+        if recipe.hub.repo_id:
+            rows.append(("push to", recipe.hub.repo_id))
+        tracking = f"wandb project {recipe.track.project}" if recipe.track.wandb else "metrics.jsonl only"
+        return [*rows, ("tracking", tracking)]
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -130,25 +136,25 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, output: Path, node: int = 0, launcher: str = "") -> Plan:
-    """Read and check the local data, and work out what will run.
+    """Load the local data, and plan the run.
 
     Raises:
-        RmtoolError: E02xx and E03xx for files that are missing or malformed.
+        RmtoolError: E0207 the node rank is out of range, E02xx and E03xx as loading does, E0302 nothing is left to
+            train on.
     """
-    launch = recipe.launch
+    launch, train, holdout = recipe.launch, recipe.train, recipe.data.holdout
     if node >= launch.nodes:
-        hint = f"count nodes from 0: --node-rank 0 to {launch.nodes - 1}, or set --nodes"
-        raise RmtoolError("E0207", f"this is node {node} of {launch.nodes}", hint)
-    pairs = _count_training_pairs(recipe)
-    steps = None
+        hint = f"set --node-rank to 0 to {launch.nodes - 1}, or set --nodes"
+        raise RmtoolError("E0207", f"node rank {node} is out of range for {launch.nodes} nodes", hint)
+    steps, pairs = None, _count_training_pairs(recipe)
     if pairs is not None:
-        train = recipe.train
-        held = recipe.data.holdout if isinstance(recipe.data.holdout, int) else int(recipe.data.holdout * pairs)
-        if held >= pairs:
-            raise RmtoolError("E0302", f"data.holdout is {held}, and there are {pairs} pairs", "hold out fewer pairs")
-        pairs -= held
+        held_out = holdout if isinstance(holdout, int) else int(holdout * pairs)
+        if held_out >= pairs:
+            hint = f"set data.holdout below {pairs}"
+            raise RmtoolError("E0302", f"cannot hold out {held_out:,} of {pairs:,} pairs", hint)
+        pairs -= held_out
         steps = plan_steps(train.epochs, train.max_steps, pairs, train.batch_size)
-    commands = tuple(_for_a_shell(launch_command(recipe, output, number)) for number in range(launch.nodes))
+    commands = tuple(_shell_line(launch_command(recipe, output, number)) for number in range(launch.nodes))
     return Plan(recipe, output, world_size(launch), pairs, steps, commands, node, launcher)
 
 
@@ -156,19 +162,29 @@ def node_folder(output: Path, node: int) -> Path:
     return output / f"node-{node}" if node else output
 
 
-def _for_a_shell(command: list[str]) -> str:
-    """The command as one line to paste; $MASTER_ADDR is left for the shell to fill in."""
+def _shell_line(command: list[str]) -> str:
+    """The command as one line to paste; $MASTER_ADDR is left to the shell."""
     return " ".join(part if part == ADDRESS else shlex.quote(part) for part in command)
 
 
-def _shown(item: str | Source) -> str:
+def _describe_source(item: str | Source) -> str:
     source = as_source(item)
     share = f"{source.rows:,} rows of " if source.rows else f"{source.fraction:g} of " if source.fraction else ""
     return share + source.path
 
 
-def _held(holdout: int | float) -> str:
-    return f"{holdout} pairs" if isinstance(holdout, int) else f"{holdout:.3g} of the pairs"
+def _amount(holdout: int | float) -> str:
+    return f"{holdout:,} pairs" if isinstance(holdout, int) else f"{holdout:.3g} of the pairs"
+
+
+def _precision_tip(precision: str) -> str:
+    """A remark if this machine is much faster in bf16."""
+    if precision != "fp32":
+        return ""
+    from rmtool.model.precision import fast_bf16_device  # imports torch
+
+    device = fast_bf16_device()
+    return f" (bf16 is several times faster on {device}: --set train.precision=bf16)" if device else ""
 
 
 def _count_training_pairs(recipe: Recipe) -> int | None:
@@ -207,12 +223,12 @@ def launch_command(recipe: Recipe, output: Path, node: int) -> list[str]:
     if launch.nodes > 1:
         command += ["--main_process_ip", launch.main_address or ADDRESS]
     if engine_of(launch) != "single":
-        # On one node 0: any port that is free, so that two runs do not meet.
+        # On one node 0, any free port, so that two runs do not meet.
         port = launch.main_port or (PORT if launch.nodes > 1 else 0)
         command += ["--main_process_port", str(port), *_engine_arguments(engine_of(launch))]
-        # Seconds after which torch ends the others when one has died; by then rmtool has seen which one it was.
+        # Seconds until torch ends the other processes when one died; by then rmtool has seen which one it was.
         command += ["--monitor_interval", "1"]
-    # Autocast is the model's own (see model.py): with accelerate's on top there would be two.
+    # RewardModel applies autocast itself; accelerate would add a second one.
     return [*command, "--mixed_precision", "no", "--module", "rmtool.training.worker", str(folder)]
 
 
@@ -225,5 +241,5 @@ def _engine_arguments(engine: str) -> list[str]:
 
 
 def _threads(processes: int) -> int:
-    """The cores of this machine, shared out; the processes of one with GPUs use them to read data."""
+    """The cores per process of this node; with GPUs, processes use them to tokenize."""
     return max(1, len(os.sched_getaffinity(0)) // processes)

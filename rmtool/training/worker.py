@@ -59,8 +59,8 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     encoder, notices = training_encoder(recipe, source)
     fingerprint = encoder.fingerprint()
     with _local_main_first(recipe, folder, accelerator):
-        split = _read(recipe, folder, encoder, main, ui)
-    require_agreement(_common(recipe, source, fingerprint, split))
+        split = _load_data(recipe, folder, encoder, main, ui)
+    require_agreement(_rank_fingerprint(recipe, source, fingerprint, split))
     if main:
         write_held_out(folder / HELD_OUT_FILE, split)
 
@@ -89,36 +89,36 @@ def _compile(model: RewardModel) -> str:
     return str(compile_layers(model.backbone) or "none (unsupported model structure)")
 
 
-def _read(recipe: Recipe, folder: Path, encoder: Encoder, main: bool, ui: Ui) -> Split:
-    """The data, and the report on it."""
-    aside = folder / REJECTS_FILE if recipe.data.on_bad_row == "skip" else None
-    with Rejects(aside if main or aside is None else Path(os.devnull)) as rejects:
+def _load_data(recipe: Recipe, folder: Path, encoder: Encoder, main: bool, ui: Ui) -> Split:
+    """Load the data; the main process also reports on it, and writes the invalid rows."""
+    path = folder / REJECTS_FILE if recipe.data.on_bad_row == "skip" else None
+    with Rejects(path if main or path is None else Path(os.devnull)) as rejects:
         split = load_split(recipe, encoder, rejects, ui)
     if main:
         report = build_report(split, recipe.train.batch_size, recipe.train.seed)
         ui.facts("Data", report.rows())
-        ui.say(f"an example: {example(encoder, split.train.metadata[0], split.train.groups[0])}")
+        ui.say(f"example conversation: {example(encoder, split.train.metadata[0], split.train.groups[0])}")
         write_report(report, split.train, folder)
     return split
 
 
 @contextlib.contextmanager
 def _local_main_first(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """A node's first process before its others, which find its token ids in the cache.
+    """Run the block in a node's first process before the others, which then find its records and tokens in the cache.
 
-    By a file: others that wait in a collective call would be taken for hanging while a million rows are tokenized.
+    By a file: processes that wait in a collective call would look hung while a million rows are tokenized.
     """
     if accelerator.is_local_main_process or not recipe.data.cache:
         yield
         (folder / DATA_READ_FILE).touch()
         return
     while not (folder / DATA_READ_FILE).exists():
-        time.sleep(0.2)  # the launcher ends this process where the first one fails
+        time.sleep(0.2)  # the launcher ends this process if the first one fails
     yield
 
 
-def _common(recipe: Recipe, source: Path, fingerprint: str, split: Split) -> dict[str, str]:
-    """What must be the same on every rank, by name."""
+def _rank_fingerprint(recipe: Recipe, source: Path, fingerprint: str, split: Split) -> dict[str, str]:
+    """Fingerprints of what must be the same on every rank, by name."""
     data = hashlib.sha256()
     for part in (split.train, split.eval):
         for each, group in zip(part.metadata, part.groups, strict=True):

@@ -16,7 +16,7 @@ from transformers import Gemma2Config
 from rmtool.checkpoint import Manifest
 from rmtool.cli.train import print_result
 from rmtool.packing.prefix_sharing import describe_sharing
-from rmtool.planning.estimate import forecast
+from rmtool.planning.estimate import estimate_resources
 from rmtool.planning.plan import make_plan
 from rmtool.recipe import load_recipe
 from rmtool.ui import TerminalUi
@@ -68,7 +68,7 @@ def test_the_result_of_training_ends_with_it(
 def test_a_dry_run_foresees_it(gemma2: Path, checkpoint: Path) -> None:
     recipe = load_recipe("smollm2-135m")
     for folder, reason in ((gemma2, "unsupported attention argument: softcap"), (checkpoint, None)):
-        seen = forecast(recipe, folder, None, None)
+        seen = estimate_resources(recipe, folder, None, None)
         row = dict(seen.rows())["prefix sharing"]
         assert row == (describe_sharing(reason) if reason else "on (verified when the model is loaded)")
         assert (seen.as_dict()["prefix_sharing"], seen.as_dict()["padded_reason"]) == (reason is None, reason)
@@ -83,9 +83,9 @@ def test_the_plan_says_where_bf16_is_faster(
     data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
     recipe = load_recipe("debug", [("data.train", [str(data)]), ("data.holdout", 2)])
     recipe = replace(recipe, train=replace(recipe.train, precision=precision))
-    row = dict(make_plan(recipe, tmp_path / "run").rows()).get("precision", "")
+    row = dict(make_plan(recipe, tmp_path / "run").rows())["precision"]
     told = "fp32 (bf16 is several times faster on this CPU: --set train.precision=bf16)"
-    assert row == (told if device and precision == "fp32" else "")
+    assert row == (told if device and precision == "fp32" else precision)
 
 
 def test_a_benchmark_measures_it_and_says_so(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_a_dry_run_ends_as_the_run_would(rmtool: Any, causal_lm: Path, tmp_path:
     for more in ((), ("--json",)):
         shown = rmtool(*command, "--dry-run", "--on-bad-row", "skip", *more)
         assert shown.code == 1
-        assert "set aside" in shown.out or json.loads(shown.out)["report"]["skipped_rows"] == 1
+        assert "invalid rows skipped" in shown.out or json.loads(shown.out)["report"]["skipped_rows"] == 1
 
 
 def test_a_dry_run_does_not_change_a_finished_run(rmtool: Any, causal_lm: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_dry_run_does_not_change_a_finished_run(rmtool: Any, causal_lm: Path, 
     for more in ((), ("--overwrite",), ("--json",)):
         shown = rmtool(*command, *more)
         assert shown.code == 0, shown.err
-        assert "longer response" in shown.out or json.loads(shown.out)["report"]["pairs"] == 4
+        assert "chosen response is longer" in shown.out or json.loads(shown.out)["report"]["pairs"] == 4
         assert str(run / LENGTHS_FILE) not in shown.out.replace("\n", "")
         assert before == sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
 

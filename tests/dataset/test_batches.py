@@ -1,4 +1,4 @@
-"""Loss, metrics, schedule, order of pairs: the parts of a step that need no model."""
+"""Order and number of the pairs in each optimizer step."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def test_an_epoch_has_every_pair_once(count: int, batch_size: int) -> None:
     groups = [build_group([[1, 2, n] for n in range(len(record.responses))]) for record in items]
     steps = list(epoch_steps([item.metadata() for item in items], groups, seed=1, epoch=0, batch_size=batch_size))
     pairs = count_pairs(item.metadata() for item in items)
-    assert [sum(len(unit.preferences) for unit in step) for step in steps[:-1]] == [batch_size] * (len(steps) - 1)
+    assert [sum(len(item.preferences) for item in step) for step in steps[:-1]] == [batch_size] * (len(steps) - 1)
     assert len(steps) == plan_steps(1, None, pairs, batch_size)
     seen = []
-    for unit in (unit for step in steps for unit in step):
-        for winner, loser, margin in unit.preferences:
-            ids = [int(unit.group.sequences()[response][-1]) for response in (winner, loser)]
-            seen.append((str(unit.metadata.place), *ids, margin))
+    for item in (item for step in steps for item in step):
+        for winner, loser, margin in item.preferences:
+            ids = [int(item.group.sequences()[response][-1]) for response in (winner, loser)]
+            seen.append((str(item.metadata.place), *ids, margin))
     expected = [
         (str(record.place), winner, loser, margin or 0.0)
         for record in items

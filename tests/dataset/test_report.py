@@ -33,7 +33,7 @@ def test_a_report_counts_what_was_planted(tokenizer: Any, tmp_path: Path) -> Non
     train = encoded(tokenizer, [*rows, rows[3], rows[3], swapped(rows[4]), same])
     held = encoded(tokenizer, [rows[7] | {"chosen": "another"}, {"prompt": "new", "chosen": "a", "rejected": "b"}])
     report = build_report(Split(train, held, (SourceCount("f.jsonl", "pairs", 24, 24),), 3), 4, 0)
-    assert (report.records, report.pairs, report.held_out) == (23, 23, 2)
+    assert (report.records, report.pairs, report.eval_pairs) == (23, 23, 2)
     assert (report.duplicates, report.conflicts, report.overlap) == (2, 1, 1)
     assert (report.dropped, report.skipped_rows) == ({"identical_text": 1, "identical_after_rendering": 0}, 3)
     lengths = [(len(group.responses[0]), len(group.responses[1])) for group in train.groups]
@@ -44,8 +44,9 @@ def test_a_report_counts_what_was_planted(tokenizer: Any, tmp_path: Path) -> Non
     assert report.packed == sum(len(ids) for group in train.groups for ids in group.sequences())
     assert report.shared < report.packed < report.padded
     shown = dict(report.rows())
-    assert shown["label conflicts"].startswith("1 pairs")
-    assert shown["source f.jsonl"] == "pairs: 24 rows, 24 of them taken"
+    assert shown["conflicting pairs"] == "1 (same responses, opposite preference)"
+    assert shown["eval pairs"] == "2 (1 with a prompt that is also in the training set)"
+    assert shown["source f.jsonl"] == "pairs; 24 rows, 24 used"
     draw_lengths(train, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
@@ -56,5 +57,5 @@ def test_an_example_shows_special_tokens_and_where_the_reward_is_read(tokenizer:
     ids = train.groups[0].sequence(0)
     assert tokenizer.decode(ids) in text
     assert tokenizer.eos_token in text
-    assert f"the last of these {len(ids)} tokens" in text
+    assert f"({len(ids)} tokens; the reward is taken at the last one" in text
     assert f"id {ids[-1]}" in text

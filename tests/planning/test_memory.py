@@ -116,5 +116,5 @@ def held(rmtool: Any, command: list[str | Path]) -> int:
     """
     shown = rmtool(*command[1:-1], f"dry-{command[-1]}", "--dry-run", "--json")
     assert shown.code == 0, shown.err
-    memory = json.loads(shown.out)["forecast"]["memory"]
+    memory = json.loads(shown.out)["resources"]["memory"]
     return int(memory["total"] + memory["host"] - (memory["buffers"] if "launch.engine=zero2" in command else 0))
