@@ -33,7 +33,7 @@ def cache_folder(kind: str) -> Path:
 def find_entry(kind: str, key: str, say: Callable[[str], None]) -> Path | None:
     """Find and verify the entry of a key; None if there is none, or it is corrupted."""
     for path in cache_folder(kind).glob(f"{key}-*"):
-        with contextlib.suppress(FileNotFoundError):  # removed by another process
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # removed by another process, or another user's
             if f"-{_checksum(path)}." in path.name:
                 with contextlib.suppress(OSError):  # another user's entry can be read, but not marked as used
                     os.utime(path)

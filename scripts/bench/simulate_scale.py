@@ -168,9 +168,9 @@ def simulate(
     from rmtool.tokenization.pack_plan import key_count, plan_packs
 
     drawn = draw.integers(len(lengths), size=pairs)
-    trees = [group_of(*lengths[index], number) for number, index in enumerate(drawn)]
-    costs = np.array([tree.unique_tokens + model.key_cost * key_count(tree) for tree in trees])
-    packs = plan_packs(trees, max_tokens, world, key_cost=model.key_cost)
+    groups = [group_of(*lengths[index], number) for number, index in enumerate(drawn)]
+    costs = np.array([group.unique_tokens + model.key_cost * key_count(group) for group in groups])
+    packs = plan_packs(groups, max_tokens, world, key_cost=model.key_cost)
     work = np.array([costs[items].sum() for items in packs]).reshape(-1, world)
     jitter = draw.choice(np.array(measured.residuals), size=work.shape)
     times = (work + measured.fixed_tokens) * jitter * 6 * model.multiplied / (machine.peak * machine.utilization)
@@ -187,7 +187,7 @@ def simulate(
 
 
 def group_of(prompt: int, responses: Sequence[int], number: int) -> Any:
-    """A tree with these lengths whose tokens no other one begins with."""
+    """A response group with these lengths whose tokens no other one begins with."""
     from rmtool.tokenization.response_group import build_group
 
     start = [number] * prompt
@@ -205,8 +205,8 @@ def read_lengths(data: Path, folder: Path, max_length: int) -> list[tuple[int, t
     config = DataConfig((str(data),), max_length=max_length, on_long="drop", on_empty="keep", on_identical="drop")
     recipe = Recipe("simulated", ModelConfig(str(folder)), config, TrainConfig(batch_size=1, learning_rate=1.0))
     encoder, _ = training_encoder(recipe, folder)
-    trees = load_split(recipe, encoder, Rejects(), SilentUi()).train.groups
-    return [(len(tree.prompt), tuple(len(response) for response in tree.responses)) for tree in trees]
+    groups = load_split(recipe, encoder, Rejects(), SilentUi()).train.groups
+    return [(len(group.prompt), tuple(len(response) for response in group.responses)) for group in groups]
 
 
 def describe_model(folder: Path | None) -> Model:

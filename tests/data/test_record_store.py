@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,12 @@ def test_a_changed_source_is_parsed_again(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sources, "_code", lambda: "changed")
     load(path)
     assert len(entries()) == 4
+
+
+def test_a_file_that_was_changed_just_now_could_change_unseen_and_is_waited_for(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", pair_rows(5))
+    sources._identity(str(path))
+    assert time.time() - path.stat().st_ctime >= sources._CLOCK_TICK_S
 
 
 def test_a_source_that_changes_while_it_is_read_has_no_entry(tmp_path: Path) -> None:
