@@ -128,6 +128,12 @@ def test_a_format_is_recognized_and_gives_its_pairs(name: str) -> None:
     assert texts(preference_record(row(data))) == expected
 
 
+def test_records_have_their_row_as_written_and_its_subset() -> None:
+    for name, subset in (("LMSYS arena, 55k", None), ("RMB pair", "Pairwise_set/x"), ("RewardBench", "x")):
+        record = preference_record(row(EXAMPLES[name][1]))
+        assert (record.row, record.subset) == (EXAMPLES[name][1], subset)
+
+
 def test_every_format_has_an_example() -> None:
     assert {format.name for format in FORMATS} == {name for name, *_ in EXAMPLES.values()} | {
         "rated rows, grouped by prompt"
@@ -252,6 +258,7 @@ def test_a_row_in_a_different_format_is_invalid() -> None:
         ("PKU-SafeRLHF", {"better_response_id": True}, '"better_response_id" must be one of 0, 1'),
         ("Chatbot Arena", {"winner": "a"}, '"winner" must be one of model_a, model_b'),
         ("LMSYS arena, 55k", {"winner_tie": 1}, "exactly one of"),
+        ("LMSYS arena, 55k", {"prompt": Q}, "must have the same number of turns"),
         ("LMSYS arena, 55k", {"prompt": "[1]"}, '"prompt" must be a string'),
         ("JudgeBench", {"label": "A=B"}, '"label" must be one of A>B, B>A'),
         ("Nectar", {"answers": []}, '"answers" must be a non-empty list'),
