@@ -1,136 +1,274 @@
-"""What a recipe may say: every key, its kind, its default and its meaning.
+"""Recipe sections: the type, default, limits and meaning of every key.
 
-Frozen, and never written to: what is computed from a recipe (steps, packs, addresses) lives elsewhere. `recipe.py`
-reads recipes and refuses what does not fit.
+In: mappings, as YAML gives them (`recipe.py` reads them). Out: frozen sections with valid values, or an error.
+Nothing is cast but lists to tuples and integers to floats. Values computed from a recipe (steps, packs, addresses) are
+not stored in it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import contextlib
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic.dataclasses import dataclass
+
+from rmtool.errors import RmtoolError
+
+RENAMED_KEYS = {
+    "train.center": "train.center_rewards_coefficient",
+    "train.best_by": "train.metric_for_best",
+    "train.patience": "train.early_stopping_patience",
+    "launch.utilisation": "launch.expected_mfu",
+    "launch.utilization": "launch.expected_mfu",
+    "launch.processes_per_node": "launch.gpus_per_node",
+}
 
 
-@dataclass(frozen=True)
+def _float_from_text(value: object) -> object:
+    """Convert text to a float: YAML 1.1 reads 1e-5 as a string."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+_FLOAT = BeforeValidator(_float_from_text)
+_ONE_OR_MORE = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+_OFF = BeforeValidator(lambda value: "off" if value is False else value)  # YAML 1.1 reads a bare off as false
+_NO_OTHER_KEYS = ConfigDict(extra="forbid")
+
+Count = Annotated[StrictInt, Field(ge=1)]
+Size = Annotated[StrictInt, Field(ge=0)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), _FLOAT]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), _FLOAT]
+Fraction = Annotated[float, Field(strict=True, ge=0, lt=1), _FLOAT]
+BelowHalf = Annotated[float, Field(strict=True, ge=0, lt=0.5), _FLOAT]
+Port = Annotated[StrictInt, Field(ge=1, le=65535)]
+
+
+def _require(holds: bool, what: str, hint: str) -> None:
+    """Raise E0205 for values that are valid alone but not together."""
+    if not holds:
+        raise RmtoolError("E0205", what, hint)
+
+
+@dataclass(frozen=True, config=_NO_OTHER_KEYS)
 class ModelConfig:
-    """What is trained."""
+    """The base model."""
 
-    path: str  # a Hub id, a local folder, or bundled:...
-    revision: str | None = None  # a branch, tag or commit of the Hub repository
-    weights: Literal["pretrained", "random"] = "pretrained"  # random: only the folder's config.json is read
-    head: Literal["auto", "new"] = "auto"  # auto: go on with the checkpoint's score head if it has one
-    chat_template: str | None = None  # a .jinja file or "tulu"; default: the tokenizer's own
+    path: str  # a Hub id, a local folder, or bundled:NAME
+    revision: str | None = None  # branch, tag or commit of the Hub repository
+    weights: Literal["pretrained", "random"] = "pretrained"  # random: use only config.json and the tokenizer
+    head: Literal["auto", "new"] = "auto"  # score head; auto: load it if the checkpoint has one; new: reinitialize it
+    chat_template: str | None = None  # a .jinja file or "tulu"; default: the tokenizer's
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_NO_OTHER_KEYS)
 class Source:
-    """One part of a mixture; without `fraction` and `rows`, all of it."""
+    """One source of a data mixture: all of it, unless `fraction` or `rows` is set."""
 
-    path: str  # a file (.jsonl .json .parquet, .gz) or a Hub dataset (owner/name or owner/name:split)
-    fraction: float | None = None  # of its prompts; above 1, some stand in it several times
-    rows: int | None = None  # so many of its prompts
+    path: str  # a file (.jsonl, .json, .parquet, each also as .gz) or a Hub dataset (owner/name or owner/name:split)
+    fraction: Positive | None = None  # fraction of the source to use; above 1, rows are repeated
+    rows: Count | None = None  # number of rows to use (of prompts, in formats that are grouped by prompt)
+
+    @model_validator(mode="after")
+    def _check(self) -> Source:
+        both = self.fraction is not None and self.rows is not None
+        _require(not both, f"fraction and rows of {self.path} cannot both be set", "remove one of them")
+        return self
 
 
-@dataclass(frozen=True)
+Sources = Annotated[tuple[str | Source, ...], _ONE_OR_MORE]
+
+
+@dataclass(frozen=True, config=_NO_OTHER_KEYS)
 class DataConfig:
-    """What it is trained and evaluated on."""
+    """The training set and the eval set."""
 
-    train: tuple[str | Source, ...]  # paths, or mappings with path and fraction or rows
-    eval: tuple[str | Source, ...] = ()  # likewise
-    holdout: int | float = 0  # without `eval`: so many training pairs, or this share of them, are held out by prompt
-    columns: dict[str, str] = field(default_factory=dict)  # our field name: the data's; dots lead into objects
-    rating_margins: bool = False  # a pair's margin is the difference of its ratings, or of score_chosen and _rejected
-    on_bad_row: Literal["fail", "skip"] = "fail"  # skip: bad rows are set aside in rejects.jsonl
-    max_length: int = 2048  # tokens of prompt and response together
-    on_long: Literal["error", "drop", "truncate_prompt"] = "error"
-    on_empty: Literal["error", "drop", "keep"] = "error"  # a response without text
-    cache: bool = True  # token ids are kept for later runs, in $RMTOOL_CACHE or ~/.cache/rmtool
-    on_identical: Literal["error", "drop"] = "error"  # a pair whose two responses are the same
+    train: Annotated[Sources, Field(min_length=1)]  # training data: paths, or mappings with path and fraction or rows
+    eval: Sources = ()  # eval data, in the same form
+    holdout: Size | Fraction = 0  # number or fraction of training pairs to hold out, split by prompt; excludes `eval`
+    columns: dict[str, str] = field(default_factory=dict)  # field name: column name; dots for nested columns
+    rating_margins: StrictBool = False  # use differences of ratings, or of score_chosen and score_rejected, as margins
+    on_bad_row: Literal["fail", "skip"] = "fail"  # invalid rows; skip: write them to rejects.jsonl
+    max_length: Annotated[StrictInt, Field(ge=2)] = 2048  # max tokens of prompt and response together
+    on_long: Literal["error", "drop", "truncate_prompt"] = "error"  # pairs longer than max_length
+    on_empty: Literal["error", "drop", "keep"] = "error"  # pairs with an empty response
+    cache: StrictBool = True  # store tokenized data for later runs, in $RMTOOL_CACHE or ~/.cache/rmtool
+    on_identical: Literal["error", "drop"] = "error"  # pairs whose two responses are the same
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        hint = "set data.holdout=0, or data.eval=[]"
+        _require(not (self.eval and self.holdout), "data.eval and data.holdout cannot both be set", hint)
+        return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_NO_OTHER_KEYS)
 class TrainConfig:
-    """How it is trained. Numbers of pairs are global: they mean the same on any number of processes."""
+    """The optimization. Numbers of pairs and steps are global: the same on any number of processes."""
 
-    batch_size: int  # pairs per optimizer step, over all processes
-    learning_rate: float
-    epochs: int = 1
-    max_steps: int | None = None  # stop earlier, after this many optimizer steps
-    seed: int = 0
-    tokens_per_pack: int = 8192  # unique tokens per forward on one device; bounds memory, changes no result
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = 0  # in optimizer steps
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-5
-    max_grad_norm: float | None = 1.0
-    use_margins: bool = True  # rows with a "margin": it is taken off the difference of their rewards
-    loss: Literal["bradley_terry", "hinge"] = "bradley_terry"
-    label_smoothing: float = 0.0  # share of the labels that are taken to be wrong; for bradley_terry
-    center_rewards_coefficient: float = (
-        0.0  # what the square of a pair's summed rewards counts in its loss: rewards stay around 0
-    )
-    freeze: Literal["none", "backbone"] = "none"  # backbone: only the score head is trained
-    precision: Literal["fp32", "bf16"] = "fp32"
-    gradient_checkpointing: bool = False
-    liger: Literal["auto", "off"] = "auto"  # auto: on CUDA devices
-    compile: bool = False  # torch.compile for the decoder layers; its start takes longer than short runs gain
-    eval_every: int | None = None  # optimizer steps; evaluation at the end happens in any case
-    keep: Literal["last", "best"] = "last"  # which weights are saved: of the last step, or of the best evaluation
-    metric_for_best: Literal["accuracy", "loss"] = "accuracy"
-    early_stopping_patience: int | None = None  # evaluations without a better one, after which training stops
-    save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the final checkpoint
+    batch_size: Count  # global batch size: pairs per optimizer step, over all processes
+    learning_rate: Positive  # peak learning rate, after warmup
+    epochs: Count = 1  # passes over the training set
+    max_steps: Count | None = None  # stop after this many optimizer steps
+    seed: Size = 0  # random seed
+    # max unique tokens per forward pass and device; limits memory, does not change results
+    tokens_per_pack: Count = 8192
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # learning rate schedule after warmup
+    warmup_steps: Size = 0  # optimizer steps of linear warmup
+    weight_decay: NonNegative = 0.0  # AdamW
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # AdamW
+    eps: Positive = 1e-5  # AdamW
+    max_grad_norm: Positive | None = 1.0  # gradient clipping; null: off
+    use_margins: StrictBool = True  # rows with a "margin": subtract it from the reward difference in the loss
+    # train/rm/loss is this loss, with margins, label smoothing and centering; eval/rm/loss is plain bradley_terry.
+    loss: Literal["bradley_terry", "hinge"] = "bradley_terry"  # training loss
+    label_smoothing: BelowHalf = 0.0  # assumed fraction of wrong labels
+    # coefficient of (r_chosen + r_rejected)^2 in the loss (TRL: center_rewards_coefficient)
+    center_rewards_coefficient: NonNegative = 0.0
+    freeze: Literal["none", "backbone"] = "none"  # backbone: train only the score head
+    precision: Literal["fp32", "bf16"] = "fp32"  # of computation; weights and optimizer states are fp32
+    gradient_checkpointing: StrictBool = False  # recompute activations in the backward pass to save memory
+    liger: Annotated[Literal["auto", "off"], _OFF] = "auto"  # Liger kernels; auto: on CUDA devices
+    compile: StrictBool = False  # torch.compile the decoder layers; startup takes longer than short runs gain
+    eval_every: Count | None = None  # optimizer steps between evaluations; one at the end happens in any case
+    keep: Literal["last", "best"] = "last"  # checkpoint to save: of the last step, or of the best evaluation
+    metric_for_best: Literal["accuracy", "loss"] = "accuracy"  # of eval/rm, for keep=best and early stopping
+    early_stopping_patience: Count | None = None  # stop after this many evaluations without improvement
+    save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights in the checkpoint
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        _require(
+            not (self.compile and self.gradient_checkpointing),
+            "train.compile and train.gradient_checkpointing cannot both be true: torch compiles no checkpointed layer",
+            "set one of them to false",
+        )
+        _require(
+            not self.label_smoothing or self.loss == "bradley_terry",
+            f"train.label_smoothing must be 0 with train.loss={self.loss}",
+            "set train.loss=bradley_terry, or train.label_smoothing=0",
+        )
+        _require(
+            self.early_stopping_patience is None or self.eval_every is not None,
+            "train.eval_every must be set for train.early_stopping_patience",
+            "set train.eval_every to a number of steps",
+        )
+        return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_NO_OTHER_KEYS)
 class LoraConfig:
-    """Low-rank adapters; the score head is always trained and saved with them."""
+    """Low-rank adapters, merged into the checkpoint. The score head is always trained with them."""
 
-    rank: int = 0  # 0: train all weights
-    alpha: int = 16
-    targets: str | tuple[str, ...] = "all-linear"
-    quantize: Literal["none", "4bit"] = "none"  # 4bit: QLoRA, frozen weights in NF4; on CUDA devices
+    rank: Size = 0  # 0: train all weights
+    alpha: Count = 16  # adapters are scaled by alpha / rank
+    targets: str | tuple[str, ...] = "all-linear"  # names of linear layers
+    quantize: Literal["none", "4bit"] = "none"  # 4bit: QLoRA, frozen weights in NF4; needs a CUDA device
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraConfig:
+        what = "lora.rank must be at least 1 with lora.quantize=4bit"
+        _require(self.quantize == "none" or self.rank > 0, what, "set lora.rank=16, or lora.quantize=none")
+        return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_NO_OTHER_KEYS)
 class LaunchConfig:
-    """On what it is trained."""
+    """Nodes, processes and the engine."""
 
-    nodes: int = 1
-    gpus_per_node: int = 1  # one per GPU
-    engine: Literal["auto", "single", "ddp", "zero2", "zero3"] = "auto"  # auto: single or, for several processes, ddp
-    offload_optimizer: bool = False  # zero2 and zero3: optimizer states wait in the CPU's memory
-    peak_tflops: float = 989.0  # of one device, for the plan's estimate of time; an H100 in bf16, dense
-    expected_mfu: float = 0.4  # what share of it the plan counts on
-    main_address: str | None = None  # of the first node; default: $MASTER_ADDR
-    main_port: int | None = None  # on it; default: $MASTER_PORT, else 29500, or on one node any that is free
+    nodes: Count = 1  # number of nodes
+    gpus_per_node: Count = 1  # processes per node, one per GPU; without GPUs they share the CPU
+    engine: Literal["auto", "single", "ddp", "zero2", "zero3"] = "auto"  # auto: single, or ddp for several processes
+    offload_optimizer: StrictBool = False  # zero2 and zero3: keep optimizer states in CPU memory
+    peak_tflops: Positive = 989.0  # of one device, for the estimated time; default: H100, dense bf16
+    expected_mfu: Annotated[float, Field(strict=True, gt=0, le=1), _FLOAT] = 0.4  # assumed MFU, for the estimated time
+    main_address: str | None = None  # hostname or IP address of node 0; default: $MASTER_ADDR
+    main_port: Port | None = None  # of node 0; default: $MASTER_PORT, else 29500, or any free port on one node
+
+    @model_validator(mode="after")
+    def _check(self) -> LaunchConfig:
+        processes = world_size(self)
+        _require(
+            self.engine != "single" or processes == 1,
+            f"launch.engine must be auto, ddp, zero2 or zero3 for {processes} processes",
+            "set launch.engine=auto",
+        )
+        _require(
+            not self.offload_optimizer or self.engine in ("zero2", "zero3"),
+            "launch.engine must be zero2 or zero3 with launch.offload_optimizer=true",
+            "set launch.engine=zero3, or launch.offload_optimizer=false",
+        )
+        return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_NO_OTHER_KEYS)
 class TrackConfig:
-    """Where metrics go besides the run's own files."""
+    """Experiment tracking, next to metrics.jsonl in the run folder."""
 
-    wandb: bool = False
-    project: str = "rmtool"
-    name: str | None = None  # default: the recipe's name
+    wandb: StrictBool = False  # log to Weights & Biases
+    project: str = "rmtool"  # project on Weights & Biases
+    name: str | None = None  # run name on Weights & Biases; default: the recipe's name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_NO_OTHER_KEYS)
 class HubConfig:
-    """Publishing at the end of training; off unless repo_id is set."""
+    """Upload at the end of training."""
 
-    repo_id: str | None = None
-    public: bool = False
+    repo_id: str | None = None  # owner/name to push the checkpoint to; null: do not push
+    public: StrictBool = False  # make the repository public
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_NO_OTHER_KEYS)
 class Recipe:
     """One training run."""
 
-    name: str
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
-    track: TrackConfig = field(default_factory=TrackConfig)
-    hub: HubConfig = field(default_factory=HubConfig)
+    name: str  # default: the file name
+    model: ModelConfig  # base model
+    data: DataConfig  # training and eval data
+    train: TrainConfig  # optimization
+    lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank adapters
+    launch: LaunchConfig = field(default_factory=LaunchConfig)  # nodes and processes
+    track: TrackConfig = field(default_factory=TrackConfig)  # experiment tracking
+    hub: HubConfig = field(default_factory=HubConfig)  # upload
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        train, lora = self.train, self.lora
+        _require(
+            train.freeze == "none" or not lora.rank,
+            f"lora.rank must be 0 with train.freeze={train.freeze}: adapters train the backbone",
+            "set train.freeze=none, or lora.rank=0",
+        )
+        _require(
+            lora.quantize == "none" or engine_of(self.launch) in ("single", "ddp"),
+            "launch.engine must be single or ddp with lora.quantize=4bit: ZeRO cannot shard 4-bit weights",
+            "set launch.engine=auto, or lora.quantize=none",
+        )
+        compares = train.keep == "best" or train.early_stopping_patience is not None
+        _require(
+            not compares or bool(self.data.eval or self.data.holdout),
+            "eval data must be set for train.keep=best and train.early_stopping_patience",
+            "set data.holdout or data.eval",
+        )
+        return self
+
+
+def world_size(launch: LaunchConfig) -> int:
+    """Return the number of processes on all nodes."""
+    return launch.nodes * launch.gpus_per_node
+
+
+def engine_of(launch: LaunchConfig) -> str:
+    """Return the engine to run: single, ddp, zero2 or zero3. DDP with one process is single."""
+    if world_size(launch) == 1 and launch.engine in ("auto", "ddp"):
+        return "single"
+    return "ddp" if launch.engine == "auto" else launch.engine
+
+
+def as_source(item: str | Source) -> Source:
+    """Return a data source as a `Source`, also if it is written as a path only."""
+    return Source(item) if isinstance(item, str) else item

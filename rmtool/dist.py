@@ -1,6 +1,6 @@
-"""A process's place among those that share work, and how their parts are added up.
+"""Rank, world size and sum over ranks, without torch.distributed in the signatures that need them.
 
-In: nothing. Out: `DistInfo`; `SINGLE_PROCESS` is the one process that does everything.
+In: nothing. Out: `DistInfo`; `SINGLE_PROCESS` for a single process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class DistInfo:
-    """`rank` of `world_size`; `sum` adds a tensor up over all of them, which all must call."""
+    """`rank` of `world_size` processes; `sum` adds a tensor over all ranks, and all ranks must call it."""
 
     rank: int = 0
     world_size: int = 1

@@ -1,35 +1,109 @@
-"""The user's mistakes, as one exception with an id, a place and one thing to do next.
+"""User errors: one exception class with an id, a place and a hint, and the registry of all ids.
 
-In: what went wrong, said once where it is noticed. Out: the text (or JSON) that every command prints for it, and the
-process's exit code. Our own mistakes are `assert`s; they end as exit code 70 with a request to report them.
+In: what is wrong, raised where it is found. Out: the text or JSON that every command prints, and the exit code.
+Bugs are not RmtoolErrors: they fail an `assert` or raise anything else, and end with exit code 70.
+`python -m rmtool.errors > docs/errors.md` writes the table of all ids.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+__all__ = [
+    "ERRORS",
+    "ExitCode",
+    "Place",
+    "RmtoolError",
+    "first_line",
+    "format_error",
+    "out_of_memory",
+]
+
 
 class ExitCode(IntEnum):
-    """What a script may branch on."""
+    """Exit codes of all commands, for scripts."""
 
-    OK = 0  # done, all of it
-    SET_ASIDE = 1  # ran to the end; some rows were set aside, or the answer is "no"
-    USAGE = 2  # usage or recipe error, nothing started
-    DATA = 3  # bad input data
-    MODEL = 4  # bad model, tokenizer or checkpoint
-    MACHINE = 5  # this machine: disk, permission, memory
-    CONFLICT = 6  # the output is taken
-    REMOTE = 7  # a remote service failed
-    TRAINING = 8  # training failed: not finite, or a process died
-    BUG = 70  # a bug in rmtool
+    OK = 0  # completed
+    PARTIAL = 1  # completed, but rows were skipped or dropped, or rewards are NaN or inf
+    USAGE = 2  # invalid usage or recipe; nothing was started
+    DATA = 3  # invalid input data
+    MODEL = 4  # invalid model, tokenizer or checkpoint
+    MACHINE = 5  # this machine: disk, permissions, memory, hardware
+    CONFLICT = 6  # output exists or is in use
+    REMOTE = 7  # the Hub or the network failed
+    TRAINING = 8  # training failed: NaN or inf, or a process died
+    BUG = 70  # internal error: a bug in rmtool
     INTERRUPTED = 130  # Ctrl-C
+
+
+# Every id, and what it means. The first two digits are the exit code.
+ERRORS = {
+    "E0201": "file, recipe or chat template not found, or not a supported file",
+    "E0202": "the recipe is not valid YAML",
+    "E0203": "unknown configuration or split of a Hub dataset",
+    "E0204": "unknown recipe key or field name",
+    "E0205": "invalid recipe value",
+    "E0206": "invalid value of a command-line option",
+    "E0207": "the number of nodes or processes, the node rank or the main address is missing or inconsistent",
+    "E0208": "ranks differ in recipe, model, data, tokenizer or package versions",
+    "E0271": "invalid repo id",
+    "E0272": "symlinks in the checkpoint point to files that are not uploaded",
+    "E0273": "no usable Hugging Face token",
+    "E0274": "the Hub rejected the token",
+    "E0275": "the token has no write access to the repository",
+    "E0276": "the repository is public, but a private one was requested",
+    "E0277": "the Hub rejected the metadata of the model card",
+    "E0278": "push while HF_HUB_OFFLINE is set",
+    "E0301": "a line or file cannot be parsed, or changed while it was read",
+    "E0302": "no rows or pairs are left",
+    "E0303": "invalid row",
+    "E0304": "chosen and rejected response have the same token ids",
+    "E0305": "a conversation exceeds the max length",
+    "E0306": "empty response",
+    "E0307": "a conversation cannot be rendered by the chat template or tokenized",
+    "E0308": "cannot select this number of rows, or hold out this number of pairs",
+    "E0401": "the model has no score head",
+    "E0402": "the model has more than one label",
+    "E0403": "the tokenizer or chat template differs from the one in training",
+    "E0404": "model, checkpoint or tokenizer not found, or cannot be loaded",
+    "E0405": "the chat template is missing or unsupported",
+    "E0406": "unsupported model class",
+    "E0407": "the checkpoint has no safetensors weights",
+    "E0408": "the checkpoint's manifest is corrupted",
+    "E0409": "a reward is NaN or inf",
+    "E0410": "the max length exceeds the limit of the model's RoPE scaling",
+    "E0411": "the max length exceeds the model's position embeddings",
+    "E0412": "padding changes the rewards of this model",
+    "E0471": "the folder is not a complete checkpoint",
+    "E0472": "a weights file is corrupted",
+    "E0501": "a file cannot be read or written",
+    "E0502": "writing failed, e.g. no space left on device",
+    "E0503": "out of memory",
+    "E0504": "torch.compile failed",
+    "E0505": "4-bit weights need a CUDA device and bitsandbytes",
+    "E0570": "a file of the checkpoint cannot be read",
+    "E0601": "output exists",
+    "E0602": "another process is training in the run folder",
+    "E0701": "model or dataset not found locally or on the Hub",
+    "E0771": "the connection to the Hub failed",
+    "E0772": "the Hub timed out",
+    "E0773": "the Hub returned an error",
+    "E0774": "unexpected response from the Hub",
+    "E0775": "the Hub's storage rejected a file",
+    "E0801": "a training process died",
+    "E0802": "loss or gradient norm is NaN or inf",
+    "E0803": "the parent rmtool process has exited",
+    "E0805": "lost the connection to another rank",
+    "E7001": "internal error: a bug in rmtool",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where in the user's files: `file:line:column`, as much of it as is known. Lines and columns count from 1."""
+    """A place in a user's file, `file:line:column`, as far as it is known. Lines and columns count from 1."""
 
     file: str
     line: int | None = None
@@ -40,16 +114,16 @@ class Place:
 
 
 class RmtoolError(Exception):
-    """A mistake that the user can mend.
+    """An error that the user can fix.
 
     Args:
-        id: "E" and four digits; the first two are the exit code (E0312 exits with 3).
-        what: one sentence, what is wrong.
-        hint: one thing to do next.
-        place: where, if it is in a file.
-        found: what stood there, if that helps.
-        rows: what is wrong with each of several rows, a sentence with its place each.
-        more: how many rows beside those.
+        id: a key of `ERRORS`; its first two digits are the exit code (E0303 exits with 3).
+        what: what is wrong, with the value: one lowercase line without a period.
+        hint: what to do, as one imperative with a flag, key, path or valid value.
+        place: the file, line and column.
+        found: the invalid value.
+        rows: several invalid rows, each with its place.
+        more: the number of invalid rows that are not listed.
     """
 
     def __init__(
@@ -62,8 +136,7 @@ class RmtoolError(Exception):
         rows: tuple[str, ...] = (),
         more: int = 0,
     ):
-        assert id[0] == "E", id
-        assert len(id) == 5, id
+        assert id in ERRORS, id
         super().__init__(what)
         self.id, self.what, self.hint, self.place, self.found = id, what, hint, place, found
         self.rows, self.more = rows, more
@@ -73,7 +146,7 @@ class RmtoolError(Exception):
         return RmtoolError, (self.id, self.what, self.hint, self.place, self.found, self.rows, self.more)
 
     def as_dict(self) -> dict[str, Any]:
-        """The `--json` form, without the outer {"error": ...}."""
+        """Return the object that `--json` prints under "error"."""
         place = self.place or Place("")
         return {
             "code": self.id,
@@ -89,14 +162,14 @@ class RmtoolError(Exception):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RmtoolError:
-        """The inverse of `as_dict`: a worker process writes its error to a file, the launcher shows it."""
+        """Rebuild an error from `as_dict`: a worker process writes it to a file, the launcher prints it."""
         place = Place(data["file"], data["line"], data["column"]) if data["file"] else None
         rows, more = tuple(data.get("rows", ())), data.get("more_rows", 0)
         return cls(data["code"], data["message"], data["hint"], place, data["found"], rows, more)
 
 
 def format_error(error: RmtoolError) -> str:
-    """The one way an error looks on the terminal (without color)."""
+    """Return an error as it is printed on the terminal, without color."""
     lines = [f"error[{error.id}]: {error.what}"]
     if error.rows:
         lines += [f"  --> {row}" for row in error.rows]
@@ -105,10 +178,26 @@ def format_error(error: RmtoolError) -> str:
         lines.append(f"  --> {error.place}")
     if error.found:
         lines.append(f"  found: {error.found}")
-    lines.append(f"  do: {error.hint}")
+    lines.append(f"  hint: {error.hint}")
     return "\n".join(lines)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a different library's message, to quote it in ours."""
+    """Return the first line of an exception's message, or its class name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def out_of_memory(setting: str) -> RmtoolError:
+    """Return the error for a full device; `setting` is what limits the memory."""
+    return RmtoolError("E0503", "out of memory in a forward pass", f"lower {setting}")
+
+
+def error_table() -> str:
+    """Return docs/errors.md: all ids as a Markdown table."""
+    rows = [f"| {id} | {meaning} | {int(id[1:3])} |" for id, meaning in ERRORS.items()]
+    title = "# Errors\n\nGenerated by `python -m rmtool.errors > docs/errors.md`.\n"
+    return "\n".join((title, "| id | meaning | exit code |", "|---|---|---|", *rows, ""))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(error_table())

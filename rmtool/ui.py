@@ -1,8 +1,9 @@
-"""What a person sees: words, tables and progress, drawn by rich on a terminal and as plain lines elsewhere.
+"""Terminal output: messages, tables and progress bars, by rich on a terminal and as plain lines elsewhere.
 
-In: sentences, table rows, and counts of work done. Out: stderr (words, progress) and stdout (results).
-A training process does not own the terminal: it is started with RMTOOL_EVENTS set to a pipe, writes the same calls
-there as JSON lines (`PipeUi`), and the launcher replays them on its own terminal (`replay`).
+In: text, table rows, and counts of completed work. Out: stderr (messages, progress) and stdout (results), and the log
+file, which gets the output of libraries and tracebacks.
+A training process does not own the terminal: it writes the same calls as JSON lines to the pipe $RMTOOL_EVENTS
+(`PipeUi`), and the launcher replays them on its terminal (`Replay`).
 Cost: a progress update is a dictionary write; a terminal is redrawn at most ten times a second.
 """
 
@@ -17,89 +18,68 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from rmtool.errors import RmtoolError, format_error
 
-PLAIN_INTERVAL_S = 10.0  # without a terminal: at most one progress line in this time
+_PARENT_EXITED = ("E0803", "the parent rmtool process has exited", "run the command again")
+PLAIN_INTERVAL_S = 10.0  # without a terminal: minimum seconds between progress lines
 
 
 class Bar(Protocol):
-    """A piece of long work under way."""
+    """The progress of one long task."""
 
     def advance(self, count: int = 1, note: str = "") -> None: ...
 
 
 class Ui(Protocol):
-    """What the rest of rmtool may show."""
+    """The output that every part of rmtool may use."""
 
     def say(self, text: str) -> None: ...
-
     def progress(self, label: str, total: int | None, unit: str) -> contextlib.AbstractContextManager[Bar]: ...
-
     def facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None: ...
 
 
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
+def _rate(speed: float) -> str:
+    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
+
+
+class _RateColumn(rich_progress.ProgressColumn):
+    def render(self, task: rich_progress.Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if not speed else f"{_short(speed)} {task.fields['unit']}/s", style="progress.data.speed")
+        return Text("" if not speed else f"{_rate(speed)} {task.fields['unit']}/s", style="progress.data.speed")
 
 
-def _short(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+class _Bar:
+    """A bar that rich draws, or a line every PLAIN_INTERVAL_S where rich is disabled."""
 
-
-class _RichBar:
-    def __init__(self, progress: Progress, label: str, total: int | None, unit: str):
-        self.progress = progress
-        self.task = progress.add_task(label, total=total, unit=unit, note="")
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        # An empty note keeps the one that stands there.
-        if note:
-            self.progress.update(self.task, note=note)
-        self.progress.update(self.task, advance=count)
-
-
-class _PlainBar:
-    def __init__(self, ui: TerminalUi, label: str, total: int | None, unit: str):
-        self.ui, self.label, self.total, self.unit = ui, label, total, unit
-        self.done, self.note, self.start = 0, "", time.monotonic()
-        self.last = self.start
+    def __init__(self, ui: TerminalUi, progress: rich_progress.Progress, label: str, total: int | None, unit: str):
+        self.ui, self.progress = ui, progress
+        self.id = progress.add_task(label, total=total, unit=unit, note="")
+        self.start = self.last = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        self.done, self.note = self.done + count, note or self.note
-        if time.monotonic() - self.last >= PLAIN_INTERVAL_S:
+        if note:  # without one, the last note stays
+            self.progress.update(self.id, note=note)
+        self.progress.update(self.id, advance=count)
+        if self.progress.disable and time.monotonic() - self.last >= PLAIN_INTERVAL_S:
             self.last = time.monotonic()
-            self.line()
+            self.print_line()
 
-    def line(self) -> None:
-        elapsed = time.monotonic() - self.start
-        rate = self.done / elapsed if elapsed else 0.0
-        of = f"/{self.total}" if self.total is not None else ""
-        left = (
-            f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate and self.done < self.total else ""
-        )
-        note = f"  {self.note}" if self.note else ""
-        self.ui.say(f"{self.label}: {self.done}{of} {self.unit} ({_short(rate)}/s, {elapsed:.0f} s{left}){note}")
+    def print_line(self) -> None:
+        task, elapsed = self.progress.tasks[0], time.monotonic() - self.start
+        done, speed = int(task.completed), task.completed / elapsed if elapsed else 0.0
+        of = f"/{int(task.total)}" if task.total is not None else ""
+        left = f", {(task.total - done) / speed:.0f} s left" if task.total and speed and done < task.total else ""
+        counts = f"{done}{of} {task.fields['unit']} ({_rate(speed)}/s, {elapsed:.0f} s{left})"
+        self.ui.say(f"{task.description}: {counts}  {task.fields['note']}".rstrip())
 
 
 def _console(file: IO[str]) -> Console:
-    """A console as wide as its own terminal; rich alone asks the process's standard streams, which may be a log."""
+    """Return a console as wide as its own terminal: rich asks the process's standard streams, which may be a log."""
     width = None
     if file.isatty() and "COLUMNS" not in os.environ:
         with contextlib.suppress(OSError):
@@ -108,12 +88,12 @@ def _console(file: IO[str]) -> Console:
 
 
 def _clean(text: str) -> str:
-    """Without control characters: data must not steer the terminal."""
+    """Replace control characters: data must not control the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class TerminalUi:
-    """Draws on this process's terminal, or writes plain lines where stderr is none."""
+    """Output on this process's terminal, or as plain lines if stderr is not a terminal."""
 
     def __init__(self, out: IO[str] | None = None, err: IO[str] | None = None) -> None:
         self.err = _console(err or sys.stderr)
@@ -129,7 +109,7 @@ class TerminalUi:
         self.err.print(rest, markup=False, soft_wrap=True)
 
     def result(self, text: str) -> None:
-        """Words or data that the command was asked for, on stdout."""
+        """Print a result on stdout."""
         self.out.print(_clean(text), markup=False, soft_wrap=True)
 
     def table(
@@ -140,7 +120,7 @@ class TerminalUi:
         numeric_from: int = 1,
         to_stderr: bool = False,
     ) -> None:
-        """One table, on stdout unless said otherwise; columns from `numeric_from` on are right-aligned."""
+        """Print a table on stdout, unless `to_stderr`; columns from `numeric_from` on are right-aligned."""
         table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
         for index, column in enumerate(columns):
             table.add_column(column, justify="right" if index >= numeric_from else "left", overflow="fold")
@@ -149,32 +129,21 @@ class TerminalUi:
         (self.err if to_stderr else self.out).print(table)
 
     def facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """What is said along the way, as a table of names and values on stderr."""
+        """Print a table of labels and values on stderr."""
         self.table(title, ("", ""), rows, numeric_from=2, to_stderr=True)
 
-    def progress(self, label: str, total: int | None, unit: str) -> contextlib.AbstractContextManager[Bar]:
-        return self._rich(label, total, unit) if self.err.is_terminal else self._plain(label, total, unit)
-
     @contextlib.contextmanager
-    def _rich(self, label: str, total: int | None, unit: str) -> Iterator[Bar]:
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            _RateColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=self.err, expand=True) as progress:
-            yield _RichBar(progress, label, total, unit)
-
-    @contextlib.contextmanager
-    def _plain(self, label: str, total: int | None, unit: str) -> Iterator[Bar]:
-        bar = _PlainBar(self, label, total, unit)
-        yield bar
-        bar.line()
+    def progress(self, label: str, total: int | None, unit: str) -> Iterator[Bar]:
+        counts = (rich_progress.MofNCompleteColumn(), _RateColumn())
+        times = (rich_progress.TimeElapsedColumn(), rich_progress.TimeRemainingColumn(), "{task.fields[note]}")
+        bar_column = rich_progress.BarColumn(bar_width=None)
+        columns = (rich_progress.SpinnerColumn(), "{task.description}", bar_column, *counts, *times)
+        plain = not self.err.is_terminal
+        with rich_progress.Progress(*columns, console=self.err, expand=True, disable=plain) as progress:
+            bar = _Bar(self, progress, label, total, unit)
+            yield bar
+        if plain:
+            bar.print_line()
 
 
 class _PipeBar:
@@ -186,7 +155,7 @@ class _PipeBar:
 
 
 class PipeUi:
-    """The same calls, written as JSON lines for the process that owns the terminal."""
+    """Output as JSON lines for `Replay` in the process that owns the terminal."""
 
     def __init__(self, pipe: IO[str]):
         self.pipe, self.next_key = pipe, 0
@@ -195,9 +164,8 @@ class PipeUi:
         try:
             self.pipe.write(json.dumps(event) + "\n")
             self.pipe.flush()
-        except BrokenPipeError as error:
-            # The launcher was killed: without it nobody would stop this process.
-            raise RmtoolError("E0803", "the rmtool process that started this one is gone", "run it again") from error
+        except BrokenPipeError as error:  # the launcher was killed: nothing else would stop this process
+            raise RmtoolError(*_PARENT_EXITED) from error
 
     def say(self, text: str) -> None:
         self.send({"say": text})
@@ -215,7 +183,7 @@ class PipeUi:
 
 
 class SilentUi:
-    """Shows nothing: for every rank but the first, and for tests."""
+    """No output: for all ranks but 0, and for tests."""
 
     def say(self, text: str) -> None:
         pass
@@ -232,7 +200,7 @@ class SilentUi:
 
 
 class Replay:
-    """Shows a `PipeUi`'s events on another ui, one line at a time."""
+    """Output of a `PipeUi`'s events on another ui, one line at a time."""
 
     def __init__(self, ui: Ui):
         self.ui = ui
@@ -253,59 +221,74 @@ class Replay:
             self.open.pop(event["end"])[0].__exit__(None, None, None)
 
     def close(self) -> None:
-        """End the bars that a killed process left open."""
+        """Close the bars that a killed process left open."""
         for manager, _ in self.open.values():
             manager.__exit__(None, None, None)
         self.open.clear()
 
 
 def worker_ui(main_process: bool) -> Ui:
-    """The ui of a training process: the launcher's pipe if there is one, else this terminal."""
+    """Return the ui of a training process: the launcher's pipe if there is one, else this terminal.
+
+    Raises:
+        RmtoolError: E0803 when the launcher has exited.
+    """
     if not main_process:
         return SilentUi()
     path = os.environ.get("RMTOOL_EVENTS")
     if not path:
         return TerminalUi()
     try:
-        # Not blocking: an open without a reader would wait for ever where the launcher was killed meanwhile.
+        # Not blocking: without a reader (the launcher was killed) a blocking open would never return.
         pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:
-        raise RmtoolError("E0803", "the rmtool process that started this one is gone", "run it again") from error
+        raise RmtoolError(*_PARENT_EXITED) from error
     os.set_blocking(pipe, True)
     return PipeUi(os.fdopen(pipe, "w", encoding="utf-8"))
 
 
 def print_json(data: object, ui: TerminalUi) -> None:
-    """A result for a script, on stdout. Not-a-number has no JSON form and must have been dealt with before."""
+    """Print a result as JSON on stdout. JSON has no NaN or inf: `data` must not contain them."""
     ui.out.file.write(json.dumps(data, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
     ui.out.file.flush()
 
 
-def _open_log() -> IO[bytes]:
-    path = Path(os.environ.get("RMTOOL_LOG") or Path.home() / ".cache" / "rmtool" / "rmtool.log")
+def log_path() -> Path:
+    """Return the log file: $RMTOOL_LOG, else rmtool.log in the user's cache folder."""
+    return Path(os.environ.get("RMTOOL_LOG") or Path.home() / ".cache" / "rmtool" / "rmtool.log")
+
+
+def open_log() -> IO[bytes]:
+    """Open the log file for appending.
+
+    Raises:
+        RmtoolError: E0501 when it cannot be written.
+    """
+    path = log_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return open(path, "ab")
     except OSError as error:
-        hint = "set RMTOOL_LOG to a file that can be written"
-        raise RmtoolError("E0501", f"the log {path} cannot be written: {error.strerror}", hint) from error
+        hint = "set RMTOOL_LOG to a writable path"
+        raise RmtoolError("E0501", f"cannot write {path}: {error.strerror}", hint) from error
 
 
 @contextlib.contextmanager
 def redirect_output() -> Iterator[TerminalUi]:
-    """Send everything that libraries print, at the level of file descriptors, to a log file; yield a ui that still
-    writes to the terminal. The log is $RMTOOL_LOG, else rmtool.log in the user's cache folder.
+    """Send the output of libraries, at the level of file descriptors, to the log file, and yield a ui that still writes
+    to the terminal.
+
+    Raises:
+        RmtoolError: E0501 when the log file cannot be written.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(_open_log())
-        kept = [os.dup(1), os.dup(2)]
+        log = stack.enter_context(open_log())
         out, err = (
-            stack.enter_context(os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1))
-            for fd in kept
+            stack.enter_context(os.fdopen(os.dup(fd), "w", encoding="utf-8", errors="backslashreplace", buffering=1))
+            for fd in (1, 2)
         )
-        saved = [os.dup(1), os.dup(2)]
         try:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
@@ -313,6 +296,5 @@ def redirect_output() -> Iterator[TerminalUi]:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            for number, descriptor in zip((1, 2), saved, strict=True):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmtool.errors import RmtoolError
+from rmtool.config import RENAMED_KEYS
+from rmtool.errors import RmtoolError, format_error
 from rmtool.recipe import as_dict, dump_recipe, load_recipe, parse_set, recipes_folder
 
 BUNDLED = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
@@ -63,29 +64,38 @@ def test_overrides_come_last_and_are_read_as_yaml(tmp_path: Path) -> None:
 WRONG: list[tuple[str, str, str]] = [
     ("train.learning_rat=1", "E0204", "learning_rate"),
     ("trian.seed=1", "E0204", "train"),
-    ("train.seed=-1", "E0205", "at least 0"),
-    ("train.seed=soon", "E0205", "whole number"),
-    ("train.seed=1.5", "E0205", "whole number"),
-    ("train.seed=true", "E0205", "whole number"),
+    ("train.seed=-1", "E0205", "train.seed must be at least 0"),
+    ("train.seed=soon", "E0205", "must be an integer"),
+    ("train.seed=1.5", "E0205", "must be an integer"),
+    ("train.seed=true", "E0205", "must be an integer"),
     ("train.schedule=linaer", "E0205", "linear"),
     ("train.batch_size=0", "E0205", "at least 1"),
     ("train.learning_rate=-1", "E0205", "above 0"),
-    ("train.learning_rate=.nan", "E0205", "above 0"),
+    ("train.learning_rate=.nan", "E0205", "finite"),
     ("train=3", "E0205", "section"),
     ("name.x=3", "E0204", "name"),
-    ("data.train=[]", "E0205", "at least one"),
-    ("train.betas=[0.9]", "E0205", "list"),
+    ("data.train=[]", "E0205", "at least 1 item"),
+    ("train.betas=[0.9]", "E0205", "train.betas[1] is missing"),
+    ("train.betas=0.9", "E0205", "list"),
     ("track.wandb=maybe", "E0205", "true or false"),
-    ("launch={nodes: 2, engine: single}", "E0205", "several processes"),
-    ("launch.offload_optimizer=true", "E0205", "zero2 and zero3"),
+    ("launch={nodes: 2, engine: single}", "E0205", "for 2 processes"),
+    ("launch.offload_optimizer=true", "E0205", "zero2 or zero3"),
     ("train.label_smoothing=0.5", "E0205", "below 0.5"),
     ("train={label_smoothing: 0.1, loss: hinge, batch_size: 1, learning_rate: 1.0}", "E0205", "bradley_terry"),
     ("train.center_rewards_coefficient=-1", "E0205", "at least 0"),
-    ("train.keep=best", "E0205", "held-out"),
+    ("train.keep=best", "E0205", "data.holdout or data.eval"),
     ("train.early_stopping_patience=0", "E0205", "at least 1"),
     ("lora.quantize=4bit", "E0205", "lora.rank"),
     ("launch.main_port=0", "E0205", "port"),
-    ("data.holdout=5", "E0205", ""),
+    ("data.holdout=5", "E0205", "data.eval"),
+    ("data.holdout=1.0", "E0205", "must be an integer or below 1"),
+    ("data.train=[{path: x, rows: 1, fraction: 1}]", "E0205", "fraction and rows of x"),
+    ("data.train=[{path: x, row: 1}]", "E0204", "did you mean rows?"),
+    ("data.train=[{rows: 1}]", "E0205", "data.train[0].path is missing"),
+    ("data.train=[3]", "E0205", "data.train[0] must be a string or a section with keys"),
+    ("train.eps=.inf", "E0205", "finite"),
+    ("lora.targets=3", "E0205", "must be a string or a list"),
+    ("train={1: 2}", "E0204", "train[1]"),
     ("train.compile=true", "E0205", "torch compiles no checkpointed layer"),
 ]
 
@@ -99,6 +109,42 @@ def test_a_wrong_value_is_refused(tmp_path: Path, setting: str, id: str, words: 
         load_recipe(path, [*extra, parse_set(setting)])
     assert (caught.value.id, caught.value.exit_code) == (id, 2)
     assert words in caught.value.what + caught.value.hint + str(caught.value.found)
+
+
+def test_an_error_names_the_key_the_value_and_how_to_set_it(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    with pytest.raises(RmtoolError) as caught:
+        load_recipe(path, [("train.batch_size", 0)])
+    assert format_error(caught.value) == (
+        "error[E0205]: train.batch_size must be at least 1\n"
+        f"  --> {path}\n  found: 0\n  hint: set it in the recipe or with --set train.batch_size=VALUE"
+    )
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items(), ids=list(RENAMED_KEYS))
+def test_an_old_key_is_an_error_that_names_the_new_one(tmp_path: Path, old: str, new: str) -> None:
+    with pytest.raises(RmtoolError) as caught:
+        load_recipe(write(tmp_path, MINIMAL), [(old, 1)])
+    assert (caught.value.id, caught.value.what) == ("E0204", f"unknown key {old}")
+    assert caught.value.hint == f"use {new}, its new name"
+    section, key = new.split(".")
+    assert key in as_dict(load_recipe("debug"))[section]
+
+
+def test_a_key_that_occurs_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(RmtoolError) as caught:
+        load_recipe(write(tmp_path, MINIMAL + "train: {batch_size: 9}\n"))
+    assert (caught.value.id, caught.value.place.line) == ("E0202", 4)
+    assert "duplicate key train" in caught.value.what
+
+
+def test_text_is_a_float_where_yaml_reads_it_as_text_and_nothing_else_is_cast(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL.replace("1e-4", "'1e-4'")), [("train.eps", 1)])
+    assert (recipe.train.learning_rate, recipe.train.eps, type(recipe.train.eps)) == (1e-4, 1.0, float)
+    for value in ("4", 4.0, True):
+        with pytest.raises(RmtoolError):
+            load_recipe(write(tmp_path, MINIMAL), [("train.batch_size", value)])
+    assert load_recipe(write(tmp_path, MINIMAL), [parse_set("train.liger=off")]).train.liger == "off"
 
 
 @pytest.mark.parametrize(

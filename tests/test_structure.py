@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, scored, write_jsonl
 
 PACKAGE = ROOT / "rmtool"
 # README's drawing, from the roof down. A folder imports only from those below it; folders on one line stay apart.
@@ -33,13 +33,10 @@ TORCH_FREE = ("tokenization", "data", "dataset")
 
 MAX_FILE, MAX_FUNCTION = 300, 40
 LONG_FILES = {
-    "recipe.py": "too long as it was moved",
-    "ui.py": "too long as it was moved",
 }
 LONG_FUNCTIONS = {
     "cli/eval.py:eval_": "its options, one after the other",
     "cli/train.py:train": "its options, one after the other",
-    "recipe.py:_check": "too long as it was moved",
 }
 
 
@@ -141,6 +138,27 @@ def test_help_imports_nothing_but_the_command_line_parser() -> None:
     assert all(command in shown for command in ("train", "eval", "score", "push"))
     command_line = {f"rmtool.cli.{name}" for name in ("main", "train", "eval", "score", "push", "options", "inference")}
     assert set(shown.splitlines()[-1].split()) == {"loaded:", "rmtool", "rmtool.cli", "rmtool.errors", *command_line}
+
+
+WITHOUT = """if True:
+    import importlib, pathlib, sys
+    for name in ("deepspeed", "wandb", "liger_kernel", "matplotlib"):
+        sys.modules[name] = None  # makes its import fail
+    for name in sys.argv[1].split():
+        importlib.import_module(name)
+    from rmtool.cli.main import main
+    main(sys.argv[2:])
+"""
+
+
+def test_every_module_imports_and_score_works_without_what_only_training_uses(checkpoint: Path, tmp_path: Path) -> None:
+    names = " ".join(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules())
+    names = names.replace(".__init__", "")
+    rows = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "Hello?", "response": "Hi."}])
+    command = [sys.executable, "-c", WITHOUT, names, "score", str(rows), "--model", str(checkpoint)]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert shown.returncode == 0, shown.stderr
+    assert isinstance(scored(tmp_path / "r.scored.jsonl")[0]["reward"], float)
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "score", "push"])

@@ -69,8 +69,8 @@ def test_a_worker_whose_launcher_is_gone_stops() -> None:
 
 
 def test_an_error_has_one_form_and_survives_the_way_between_processes() -> None:
-    error = RmtoolError("E0312", "what is wrong", "mend it", Place("a.jsonl", 3, 7), "null")
-    text = "error[E0312]: what is wrong\n  --> a.jsonl:3:7\n  found: null\n  do: mend it"
+    error = RmtoolError("E0303", "what is wrong", "fix it", Place("a.jsonl", 3, 7), "null")
+    text = "error[E0303]: what is wrong\n  --> a.jsonl:3:7\n  found: null\n  hint: fix it"
     assert format_error(error) == text
     assert error.exit_code is ExitCode.DATA
     assert format_error(RmtoolError.from_dict(json.loads(json.dumps(error.as_dict())))) == text

@@ -1,1 +1,1 @@
-"""The commands: one file each, with its options, its examples and its body."""
+"""Commands: one module each, with its options and its body."""

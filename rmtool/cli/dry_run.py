@@ -1,7 +1,7 @@
 """`rmtool train --dry-run`: the plan, the launch commands, the data report and the estimates, without training.
 
 In: a plan and a run folder. Out: tables or JSON on stdout; the data report in the run folder.
-Cost: reads and tokenizes the data (into the token cache); runs the model on tensors without memory.
+Cost: reads and tokenizes the data (into the token cache); runs the model on fake tensors, which have no memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def print_dry_run(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> No
     else:
         ui.table(f"Plan: {plan.recipe.name}", ("", ""), plan.rows(), numeric_from=2)
         for node, command in enumerate(plan.commands):
-            ui.result(f"\n# node {node}: what rmtool train runs there, once the run folder is written\n{command}")
+            ui.result(f"\n# node {node}: the command that rmtool train starts\n{command}")
         estimate = _estimate_run(plan, output, ui)
         if estimate.report:
             ui.table("Data", ("", ""), estimate.report.rows(), numeric_from=2)
@@ -43,7 +43,7 @@ def print_dry_run(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> No
         if estimate.missing:
             ui.result(f"not estimated: {estimate.missing}")
     if estimate.report and estimate.report.skipped_rows:
-        raise SystemExit(ExitCode.SET_ASIDE)  # as the run would end
+        raise SystemExit(ExitCode.PARTIAL)  # as the run would end
 
 
 def _lengths_place(output: Path) -> str:
@@ -57,7 +57,7 @@ def _lengths_place(output: Path) -> str:
 
 @dataclass(frozen=True)
 class _DryRunEstimate:
-    """What can be known before a run; `missing` names what could not, and why."""
+    """The data report and the estimated resources; `missing` names what could not be estimated, and why."""
 
     report: DataReport | None
     resources: ResourceEstimate | None
@@ -65,8 +65,9 @@ class _DryRunEstimate:
 
 
 def _estimate_run(plan: Plan, output: Path, ui: Ui) -> _DryRunEstimate:
-    """Read the data, and run the model on tensors without memory. Writes the data report, unless a finished run has
-    its own there.
+    """Read the data and run the model on fake tensors.
+
+    Writes the data report to `output`, unless that contains a finished run.
     """
     from rmtool.checkpoint import resolve_checkpoint
     from rmtool.recipe import resolve
@@ -80,7 +81,7 @@ def _estimate_run(plan: Plan, output: Path, ui: Ui) -> _DryRunEstimate:
         return _DryRunEstimate(None, None, f"lengths, memory, time (cannot load {recipe.model.path}: {error.what})")
     if plan.pairs is None:
         resources, why = _estimate_memory(recipe, source, None, plan.steps)
-        hub = "lengths, time (a dataset is on the Hub, and is loaded when training starts)"
+        hub = "lengths, time (a Hub dataset is loaded when training starts)"
         return _DryRunEstimate(None, resources, "; ".join(filter(None, (hub, why))))
     return _estimate_with_data(recipe, source, output, ui)
 
@@ -114,5 +115,5 @@ def _estimate_memory(
 
     try:
         return estimate_resources(recipe, source, data, steps), ""
-    except RuntimeError as error:  # some experts' kernels know no tensors without memory
+    except RuntimeError as error:  # the kernels of some mixture-of-experts models
         return None, f"memory, time (the model does not support fake tensors: {first_line(error)})"

@@ -63,10 +63,12 @@ def eval_(
     chat_template: TemplateOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Evaluate a reward model on preference pairs: accuracy, loss and rewards, overall and per subset."""
-    from rmtool.recipe import parse_column
+    """Evaluate a reward model on preference pairs: accuracy, loss and rewards, overall and per subset.
 
-    columns = tuple(parse_column(text) for text in column or [])
+    The loss (eval/rm/loss) is plain Bradley-Terry, -log sigmoid(r_chosen - r_rejected), without the margins, label
+    smoothing, centering or hinge that the training loss (train/rm/loss) may have.
+    """
+    columns = tuple(_parse_column(text) for text in column or [])
     options = InferenceOptions(
         precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row, columns
     )
@@ -80,12 +82,25 @@ def eval_(
         evaluated = _evaluate(folder, data or _default_eval_data(folder), samples, options, ui)
         _print_result(evaluated, as_json, ui)
     if evaluated.pairs.counts["too_long"] or evaluated.skipped_rows:
-        raise SystemExit(ExitCode.SET_ASIDE)
+        raise SystemExit(ExitCode.PARTIAL)
+
+
+def _parse_column(text: str) -> tuple[str, str]:
+    """Parse `FIELD=COLUMN`.
+
+    Raises:
+        RmtoolError: E0206 when it has another form.
+    """
+    name, _, column = text.partition("=")
+    if not name or not column:
+        what = f"invalid --column {text}: must be FIELD=COLUMN"
+        raise RmtoolError("E0206", what, "use this form, e.g. --column prompt=question")
+    return name, column
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One pair and its two rewards."""
+    """The text of one example pair, and its rewards."""
 
     prompt: str
     chosen: str
@@ -96,7 +111,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """What an evaluation found, before it is printed."""
+    """The result of an evaluation, before it is printed."""
 
     folder: Path
     sources: list[str]
@@ -143,7 +158,7 @@ def _evaluate(folder: Path, sources: list[str], samples: int, options: Inference
 
 
 def _samples(selection: RecordSubset, tokenized: TokenizedDataset, result: EvalResult) -> list[Sample]:
-    """The text and the rewards of each sampled record's first pair."""
+    """Return the text and rewards of the first pair of each sampled record."""
     places = [tokenized.indices[at] for at, _ in result.samples]
     records, samples = selection.take(places).records(), list[Sample]()
     for record, (at, rewards) in zip(records, result.samples, strict=True):
@@ -155,7 +170,7 @@ def _samples(selection: RecordSubset, tokenized: TokenizedDataset, result: EvalR
 
 
 def _default_eval_data(folder: Path) -> list[str]:
-    """The pairs that the run which made `folder` held out, if it lies in a run folder."""
+    """Return the held-out pairs of the run, if `folder` is in a run folder; else RewardBench."""
     from rmtool.checkpoint import HELD_OUT_FILE
 
     held_out = folder.parent / HELD_OUT_FILE
@@ -180,7 +195,7 @@ def _print_metrics(result: EvalResult, ui: TerminalUi) -> None:
         return [name, f"{sums.pairs:.0f}", *(f"{value:.4f}" for value in sums.report(EVAL_PREFIX).values())]
 
     rows = [row(name, sums) for name, sums in result.subsets.items()]
-    names = [name.replace("_", " ") for name in METRICS]  # breaks at the blank on a narrow terminal
+    names = [name.replace("_", " ") for name in METRICS]  # so that headers wrap on a narrow terminal
     ui.table("eval/rm", ("subset", "pairs", *names), [*rows, row("all", result.total)])
     if result.total.ties:
         ui.say(f"note: {result.total.ties:.0f} pairs have equal rewards and count as wrong")

@@ -1,4 +1,7 @@
-"""What `eval` and `score` share: their options, loading the model, and the notes at the end of their output."""
+"""Shared parts of `eval` and `score`: checked options, model loading, and the notes at the end of the output.
+
+In: command-line options. Out: a loaded model, notes on stderr, fields of the JSON output.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """How eval and score read conversations and run the model; None follows the checkpoint's manifest."""
+    """Options of eval and score; None takes the value from the checkpoint's manifest."""
 
     precision: str | None
     max_length: int | None
@@ -29,10 +32,10 @@ class InferenceOptions:
     columns: tuple[tuple[str, str], ...] = ()
 
     def rejects(self, output: Path, inputs: Sequence[str]) -> Rejects:
-        """Where invalid rows of the inputs go: `output` with the ending .rejects.jsonl, or into the error.
+        """Return where invalid rows go: `output` with the ending .rejects.jsonl, or an error that lists them.
 
         Raises:
-            RmtoolError: E0601 a file of the user's has that name.
+            RmtoolError: E0601 when a file of the user has this name.
         """
         from rmtool.data.rejects import Rejects, require_free
 
@@ -43,8 +46,10 @@ class InferenceOptions:
         return Rejects(path)
 
     def check(self, on_long: tuple[str, ...]) -> None:
-        """Raises:
-        RmtoolError: E0206 an option has a value that is not allowed.
+        """Check the options that have a fixed set of values.
+
+        Raises:
+            RmtoolError: E0206 when one has another value.
         """
         for option, value, allowed in (
             ("--precision", self.precision, ("fp32", "bf16")),
@@ -52,11 +57,13 @@ class InferenceOptions:
             ("--on-long", self.on_long, on_long),
         ):
             if value not in (None, *allowed):
-                raise RmtoolError("E0206", f"invalid {option}: {value}", f"use {' or '.join(allowed)}")
+                raise RmtoolError(
+                    "E0206", f"invalid {option}: {value}", f"use {', '.join(allowed[:-1])} or {allowed[-1]}"
+                )
 
 
 def load(folder: Path, options: InferenceOptions, ui: TerminalUi) -> LoadedModel:
-    """Load the model as eval and score both use it, and print what the user should know of it."""
+    """Load a model for eval or score, and print its notices."""
     from rmtool.model.loading import load_for_inference
 
     loaded = load_for_inference(
@@ -73,13 +80,13 @@ def load(folder: Path, options: InferenceOptions, ui: TerminalUi) -> LoadedModel
 
 
 def print_skipped(rejects: Rejects, ui: TerminalUi) -> None:
-    """Print how many invalid rows were skipped, and where they are."""
+    """Print the number of skipped rows and the path of the file that has them."""
     if rejects.count:
         ui.say(f"note: skipped {rejects.count:,} invalid rows, see {rejects.path}")
 
 
 def print_sharing(loaded: LoadedModel, ui: TerminalUi) -> None:
-    """Print that prefix sharing is off; last, so that a slow run shows why it was slow."""
+    """Print why prefix sharing is off, if it is: as the last line, so that the reason for a slow run is seen."""
     if loaded.padded_reason:
         from rmtool.packing.prefix_sharing import describe_sharing
 
@@ -87,12 +94,12 @@ def print_sharing(loaded: LoadedModel, ui: TerminalUi) -> None:
 
 
 def sharing_fields(reason: str | None) -> dict[str, Any]:
-    """The fields on prefix sharing in `--json` output; `reason` is why batches are padded, None where they are not."""
+    """Return the JSON fields on prefix sharing; `reason` is why it is off, or None."""
     return {"prefix_sharing": reason is None, "padded_reason": reason}
 
 
 def with_ending(path: Path, ending: str) -> Path:
-    """`path` with another ending in place of a data file's."""
+    """Return `path` with a new ending instead of that of a data file."""
     name = path.name
     for suffix in (".gz", ".jsonl", ".json", ".parquet"):
         name = name.removesuffix(suffix)

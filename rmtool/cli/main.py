@@ -1,7 +1,8 @@
-"""The entry point: registers the commands, and ends each with the right exit code.
+"""The entry point: registers the commands, prints errors and exits with their codes.
 
-In: command-line arguments. Out: an exit code; errors are printed here, in one form. Cost: importing the commands
-imports typer and no more, so that `rmtool --help` answers at once. What computes is imported inside the commands.
+In: command-line arguments. Out: an exit code; errors are printed here, in one form.
+Cost: importing the commands imports typer and nothing else, so that `rmtool --help` is fast; the commands import torch
+and transformers when they run.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from typing import Annotated
 
@@ -19,7 +21,7 @@ from rmtool.cli.eval import eval_
 from rmtool.cli.push import push
 from rmtool.cli.score import score
 from rmtool.cli.train import train
-from rmtool.errors import ExitCode, RmtoolError
+from rmtool.errors import ExitCode, RmtoolError, first_line
 
 app = typer.Typer(
     name="rmtool",
@@ -43,7 +45,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; errors are shown once, here, in one form."""
+    """Run a command. All errors are printed here, in one form."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # As an exception, so that children are stopped and temporary files removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -54,13 +56,27 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         sys.exit(ExitCode.INTERRUPTED)
-    except Exception as error:  # noqa: BLE001 - a bug: said in one form, with where to look
-        what = f"a bug in rmtool: {type(error).__name__}: {error}"
-        _show(RmtoolError("E7001", what, "run again with RMTOOL_DEBUG=1 and report what it shows"), arguments)
+    except Exception as error:  # noqa: BLE001 - a bug: its traceback goes to the log file
+        _show(_log_bug(error), arguments)
+
+
+def _log_bug(bug: Exception) -> RmtoolError:
+    """Write the traceback of a bug to the log file, and return the error that names the file."""
+    from rmtool.ui import log_path, open_log
+
+    what = f"internal error: {type(bug).__name__}: {first_line(bug)}"
+    try:
+        with open_log() as log:
+            start = f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} rmtool {__version__}: {what}\n"
+            log.write((start + traceback.format_exc()).encode("utf-8", "backslashreplace"))
+    except (RmtoolError, OSError):  # no log file: only the terminal is left
+        traceback.print_exc()
+        return RmtoolError("E7001", what, "report it with the traceback above")
+    return RmtoolError("E7001", what, f"see the traceback in {log_path()} and report it")
 
 
 def _show(error: RmtoolError, arguments: list[str]) -> None:
-    """Print an error and exit with its code."""
+    """Print an error, with its traceback if RMTOOL_DEBUG=1, and exit with its code."""
     from rmtool.ui import TerminalUi, print_json
 
     if os.environ.get("RMTOOL_DEBUG") == "1":

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-RUNS = Path("runs")  # where run folders are created and looked for, below the working directory
+RUNS = Path("runs")  # default parent of run folders, in the working directory
 
 SetOption = Annotated[
     list[str] | None,

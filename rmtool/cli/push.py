@@ -1,4 +1,7 @@
-"""`rmtool push`: publish a checkpoint on the Hugging Face Hub."""
+"""`rmtool push`: a checkpoint published to the Hugging Face Hub.
+
+In: a checkpoint folder. Out: one commit in a Hub repository, whose URL is printed.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from rmtool.errors import RmtoolError
 
 def push(
     checkpoint: Annotated[str, typer.Argument(help="A run folder or a checkpoint folder.")],
-    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub.")],
-    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hugging Face Hub, owner/name.")],
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public. [default: private]")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files without uploading them.")] = False,
 ) -> None:
     """Publish a checkpoint to the Hugging Face Hub."""

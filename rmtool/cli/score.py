@@ -1,7 +1,7 @@
 """`rmtool score`: a reward for every response in a file.
 
-In: a file of responses and a model. Out: the same rows with `reward` fields, in a new file. Cost: one forward pass
-over the unique tokens.
+In: a file of responses and a model. Out: the same rows with their rewards, in a new file.
+Cost: one forward pass over the unique tokens.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def score(
     with redirect_output() as ui:
         outcome = _score(responses, model, output, options, overwrite, as_json, ui)
     if outcome.nonfinite or outcome.skipped_rows:
-        raise SystemExit(ExitCode.SET_ASIDE)
+        raise SystemExit(ExitCode.PARTIAL)
 
 
 def _score(

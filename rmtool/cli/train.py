@@ -1,7 +1,7 @@
-"""`rmtool train`: options to a recipe, then plan, launch and result.
+"""`rmtool train`: options and recipe resolved, then plan, launch and result.
 
-In: a recipe and what the command line overrides. Out: a run folder with a checkpoint, or with --dry-run the plan.
-Cost: the training itself; planning reads and tokenizes nothing.
+In: a recipe and options that override it. Out: a run folder with a checkpoint; with --dry-run, the plan and estimates.
+Cost: the training.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def train(
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Reuse a run folder with a finished run, which is moved to previous/."),
+        typer.Option(
+            "--overwrite",
+            help="Reuse a run folder with a finished run, which is moved to previous/ (replacing the run there).",
+        ),
     ] = False,
     nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes. Run the command once on each.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Number of GPUs (processes) per node.")] = None,
@@ -59,15 +62,17 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Print the plan, launch commands, data report and resource estimates, without training.",
+            help="Print the plan, launch commands, data report and resource estimates, without training. "
+            "Writes the data report to the run folder, too.",
         ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a reward model on preference pairs, as configured by a recipe.
 
-    On several nodes, run it once on each; node count, rank and address are options, or come from Slurm or torchrun
-    environment variables.
+    The loss in train/rm/loss is the recipe's, with margins, label smoothing and centering; eval/rm/loss is plain
+    Bradley-Terry. On several nodes, run it once on each; node count, rank and address are options, or come from Slurm
+    or torchrun environment variables.
     """
     from rmtool.launch.launcher_env import detect_launcher_env, refuse_ambiguous_world_size
     from rmtool.recipe import load_recipe, parse_set
@@ -77,7 +82,7 @@ def train(
         refuse_ambiguous_world_size(site, os.environ)
     overrides = _launch_overrides(site, nodes, gpus_per_node, main_address, main_port)
     overrides += _data_overrides(model, data, eval_data, on_bad_row)
-    overrides += [parse_set(text) for text in set_ or []]  # last: what is written out wins
+    overrides += [parse_set(text) for text in set_ or []]  # last, so that --set takes precedence
     resolved = load_recipe(recipe, overrides)
     node = _node_rank(site, node_rank, resolved, dry_run)
     launcher = site.source if (nodes, gpus_per_node) == (None, None) else ""
@@ -87,7 +92,7 @@ def train(
 def _launch_overrides(
     site: LauncherEnv, nodes: int | None, gpus_per_node: int | None, main_address: str | None, main_port: int | None
 ) -> list[tuple[str, Any]]:
-    """Recipe values from the launcher's environment, options first."""
+    """Return recipe overrides from the options, and from the environment where an option is not set."""
     given = (
         ("nodes", nodes, site.nodes),
         ("gpus_per_node", gpus_per_node, site.gpus_per_node),
@@ -114,10 +119,10 @@ def _data_overrides(
 
 
 def _node_rank(site: LauncherEnv, node_rank: int | None, recipe: Recipe, dry_run: bool) -> int:
-    """The rank of this node.
+    """Return the rank of this node.
 
     Raises:
-        RmtoolError: E0207 it is not set, or out of range.
+        RmtoolError: E0207 when it is not set, or out of range.
     """
     nodes = recipe.launch.nodes
     node = site.node_rank if node_rank is None else node_rank
@@ -126,7 +131,7 @@ def _node_rank(site: LauncherEnv, node_rank: int | None, recipe: Recipe, dry_run
         raise RmtoolError("E0207", what, "pass --node-rank, or --nodes 1 to train on this node only")
     if node and node_rank is None and node >= nodes:
         what = f"node rank {node} (from {site.source}) is out of range for {nodes} nodes"
-        raise RmtoolError("E0207", what, "leave out --nodes, or start it on fewer nodes; --node-rank 0 to run it here")
+        raise RmtoolError("E0207", what, "remove --nodes, or start fewer nodes, or pass --node-rank 0 to run it here")
     return node or 0
 
 
@@ -161,11 +166,11 @@ def _train(
             return
         _finish(plan, output, as_json, ui)
     if (output / REJECTS_FILE).exists():
-        raise SystemExit(ExitCode.SET_ASIDE)
+        raise SystemExit(ExitCode.PARTIAL)
 
 
 def _finish(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:
-    """Publish the checkpoint if the recipe says so, and print the result."""
+    """Push the checkpoint if `hub.repo_id` is set, and print the result."""
     from rmtool.launch.run_folder import final_manifest, final_metrics
     from rmtool.ui import print_json
 
@@ -183,7 +188,7 @@ def _finish(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:
 
 
 def print_result(output: Path, metrics: dict[str, float], padded_reason: str | None, ui: TerminalUi) -> None:
-    """Print the final metrics, and where everything is."""
+    """Print the final metrics, and the paths of the checkpoint, curves and skipped rows."""
     from rmtool.data.rejects import REJECTS_FILE
     from rmtool.packing.prefix_sharing import describe_sharing
     from rmtool.training.tracking import CURVES_FILE

@@ -208,7 +208,7 @@ def test_mistakes_before_training_starts(rmtool: Any, causal_lm: Path, pairs: Pa
         (("--nodes", "2"), "E0207", 2, "--node-rank"),
         (("--nodes", "2", "--node-rank", "0"), "E0207", 2, "--main-address"),
         (("--nodes", "2", "--node-rank", "2"), "E0207", 2, "0 to 1"),
-        (("--eval-data", pairs, "--set", "data.holdout=2"), "E0205", 2, "exclude each other"),
+        (("--eval-data", pairs, "--set", "data.holdout=2"), "E0205", 2, "cannot both be set"),
     ]
     for arguments, id, code, words in cases:
         shown = train(rmtool, causal_lm, pairs, *arguments)
