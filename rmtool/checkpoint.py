@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from rmtool.errors import Place, RmtoolError
+from rmtool.errors import Place, RmtoolError, first_line
 from rmtool.recipe import BUNDLED
 from rmtool.ui import Ui
 
@@ -205,7 +205,7 @@ def _download(repo_id: str, revision: str | None, ui: Ui, weights: bool) -> Path
             "E0701",
             f"cannot find the model {repo_id} locally or on the Hub",
             "check the name and the network, run `hf auth login` if it is gated, or pass a local folder",
-            found=(str(error).strip() or type(error).__name__).splitlines()[0],
+            found=first_line(error),
         ) from error
 
 

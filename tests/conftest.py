@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny models with the debug recipe's tokenizer, made once; no network, no terminal."""
+"""Shared fixtures: tiny models with the tokenizer of the debug recipe, built once; no network, no terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    # A core for each test process and what it starts: threads of two processes that wait for each other on the same
+    # One core for each test process and its children: threads of two processes that wait for each other on the same
     # cores are ten times slower.
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
@@ -50,7 +50,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def causal_lm(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A folder with a tiny causal LM: no score head."""
+    """Folder of a tiny causal LM, without a score head."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,7 +63,7 @@ def causal_lm(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A folder with a tiny reward model that rmtool did not write (no manifest)."""
+    """Folder of a tiny reward model that rmtool did not write (no manifest)."""
     from transformers import LlamaConfig
 
     return save_reward_model(tmp_path_factory.mktemp("checkpoint"), LlamaConfig, tokenizer, seed=1)
@@ -71,7 +71,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path
 
 @pytest.fixture(params=[False, True], ids=["as the CPU rounds", "every part rounded"])
 def rounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Half precision as this CPU computes it, and with products that are rounded as coarsely on every CPU."""
+    """Half precision as this CPU computes it, and with products rounded equally coarsely on every CPU."""
     if request.param:
         from rounding import round_forwards
 
@@ -81,7 +81,7 @@ def rounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def rmtool(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a command in this process, in a folder of its own."""
+    """Run a command in this process, in a temporary folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
 

@@ -1,4 +1,4 @@
-"""What several test files share: rows, tiny models of several families, and the installed program."""
+"""Helpers of several test files: rows, tiny models of several families, and the installed program."""
 
 from __future__ import annotations
 
@@ -19,18 +19,14 @@ from transformers import AutoModelForSequenceClassification
 
 from rmtool.data.formats import preference_record
 from rmtool.data.record import Record
-from rmtool.data.rows import Row
+from rmtool.data.rows import Row, read_rows
 from rmtool.errors import Place
 from rmtool.model.classifier import disable_dropout, init_score_head
 from rmtool.model.reward_model import RewardModel
 from rmtool.tokenization.response_group import ResponseGroup, build_group
 
 ROOT = Path(__file__).parent.parent
-
-
 DEBUG_MODEL = ROOT / "recipes" / "debug" / "model"
-
-
 SHARED = ROOT.parent / "shared"
 
 
@@ -40,15 +36,12 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def read_pairs(path: Path) -> list[Any]:
-    """The records of a file with preferences; the first bad row raises."""
-    from rmtool.data.formats import preference_record
-    from rmtool.data.rows import read_rows
-
+    """Return the records of a file with preferences; the first invalid row raises."""
     return [preference_record(row) for row in read_rows(str(path))]
 
 
 def pair_rows(count: int) -> list[dict[str, Any]]:
-    """Small preference rows with different lengths, every one with a prompt of its own."""
+    """Return small preference rows of different lengths, each with a different prompt."""
     words = ["red", "green", "blue", "apple", "pear", "plum", "river", "stone", "cloud", "lamp"]
     return [
         {
@@ -62,12 +55,7 @@ def pair_rows(count: int) -> list[dict[str, Any]]:
 
 
 def save_reward_model(folder: Path, config_class: Any, tokenizer: Any, seed: int) -> Path:
-    """A tiny model of this family with random weights, as transformers saves it."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    from rmtool.model.classifier import init_score_head
-
+    """Save a tiny model of a family with random weights, as transformers does."""
     torch.manual_seed(seed)
     config = config_class(**tiny_config(len(tokenizer)), num_labels=1)
     model = AutoModelForSequenceClassification.from_config(config)
@@ -114,7 +102,7 @@ PROGRAM = Path(sys.executable).parent / "rmtool"
 
 
 def group_members(session: int) -> list[int]:
-    """Living processes of a session."""
+    """Return the living processes of a session."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -134,8 +122,6 @@ def until(holds: Callable[[], bool], seconds: float = 90.0) -> None:
 
 
 VOCABULARY = 97
-
-
 WINDOW = 8
 
 
@@ -183,7 +169,7 @@ GROUPS = random_groups(3, ((25, (7, 12)), (3, (1, 30, 5)), (0, (11,)), (40, (2, 
 
 
 def alone(model: RewardModel, groups: list[ResponseGroup]) -> torch.Tensor:
-    """Each response by itself, through the untouched transformers model."""
+    """Return the reward of each response alone, from the unchanged transformers model."""
     model.share_prompts(False)
     rewards = []
     for group in groups:

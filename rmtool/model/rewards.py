@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rmtool.dist import SINGLE_PROCESS, DistInfo
-from rmtool.errors import RmtoolError
+from rmtool.errors import out_of_memory
 from rmtool.model.reward_model import RewardModel
 from rmtool.tokenization.pack_plan import plan_inference_packs
 from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
@@ -88,8 +88,3 @@ class _Responses:
 
     def as_group(self, item: int) -> ResponseGroup:
         return build_group([self.window(item, 0, self.lengths[item])])
-
-
-def out_of_memory(setting: str) -> RmtoolError:
-    """Build the error for an out-of-memory forward; `setting` is what limits the memory."""
-    return RmtoolError("E0503", "out of memory in a forward pass", f"lower {setting}")

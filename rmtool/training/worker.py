@@ -26,12 +26,11 @@ from rmtool.config import Recipe
 from rmtool.data.rejects import REJECTS_FILE, Rejects
 from rmtool.dataset.report import build_report, example, write_report
 from rmtool.dataset.split import Split, load_split, write_held_out
-from rmtool.errors import ExitCode, RmtoolError, first_line
+from rmtool.errors import ExitCode, RmtoolError, first_line, out_of_memory
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import training_encoder, training_model
 from rmtool.model.precision import compute_precision
 from rmtool.model.reward_model import RewardModel
-from rmtool.model.rewards import out_of_memory
 from rmtool.packing.layers import compile_layers
 from rmtool.packing.prefix_sharing import describe_sharing
 from rmtool.recipe import CONFIG_FILE, as_dict, engine_of, load_recipe, recipe_hash, resolve
