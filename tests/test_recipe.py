@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmtool.config import RENAMED_KEYS
-from rmtool.errors import RmtoolError, format_error
+from rmtool.errors import Place, RmtoolError, format_error
 from rmtool.recipe import as_dict, dump_recipe, load_recipe, parse_set, recipes_folder
 
 BUNDLED = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
@@ -107,7 +107,7 @@ def test_a_wrong_value_is_refused(tmp_path: Path, setting: str, id: str, words: 
     extra += [("train.gradient_checkpointing", True)] if setting.startswith("train.compile=") else []
     with pytest.raises(RmtoolError) as caught:
         load_recipe(path, [*extra, parse_set(setting)])
-    assert (caught.value.id, caught.value.exit_code) == (id, 2)
+    assert (caught.value.id, caught.value.exit_code, caught.value.place) == (id, 2, Place(path))
     assert words in caught.value.what + caught.value.hint + str(caught.value.found)
 
 

@@ -28,8 +28,8 @@ def print_dry_run(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> No
         estimate = _estimate_run(plan, output, SilentUi())
         report = estimate.report.as_dict() if estimate.report else None
         resources = estimate.resources.as_dict() if estimate.resources else None
-        why = {"why": estimate.missing} if estimate.missing else {}
-        print_json({"plan": plan.as_dict(), "resources": resources, "report": report, **why}, ui)
+        missing = {"not_estimated": estimate.missing} if estimate.missing else {}
+        print_json({"plan": plan.as_dict(), "resources": resources, "report": report, **missing}, ui)
     else:
         ui.table(f"Plan: {plan.recipe.name}", ("", ""), plan.rows(), numeric_from=2)
         for node, command in enumerate(plan.commands):

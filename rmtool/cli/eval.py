@@ -141,8 +141,9 @@ def _evaluate(folder: Path, sources: list[str], samples: int, options: Inference
 
     ui.say(f"model: {folder}\ndata:  {', '.join(sources)}")
     with options.rejects(Path(Path(sources[0]).name), sources) as rejects:
-        places = [Source(source) for source in sources]
-        selection = read_sources(places, record.RowOptions(options.columns), 0, rejects, ui)
+        selection = read_sources(
+            [Source(source) for source in sources], record.RowOptions(options.columns), 0, rejects, ui
+        )
         loaded = load(folder, options, ui)
         pairs = tokenize_subset(
             loaded.encoder, selection, on_identical="keep", use_cache=True, label="eval", rejects=rejects, ui=ui
@@ -159,13 +160,13 @@ def _evaluate(folder: Path, sources: list[str], samples: int, options: Inference
 
 def _samples(selection: RecordSubset, tokenized: TokenizedDataset, result: EvalResult) -> list[Sample]:
     """Return the text and rewards of the first pair of each sampled record."""
-    places = [tokenized.indices[at] for at, _ in result.samples]
-    records, samples = selection.take(places).records(), list[Sample]()
+    indices = [tokenized.indices[at] for at, _ in result.samples]
+    records, samples = selection.take(indices).records(), list[Sample]()
     for record, (at, rewards) in zip(records, result.samples, strict=True):
-        winner, loser = tokenized.metadata[at].preferences[0]
+        chosen, rejected = tokenized.metadata[at].preferences[0]
         prompt = record.prompt[-1].content if record.prompt else ""
-        chosen, rejected = (record.responses[side][-1].content for side in (winner, loser))
-        samples.append(Sample(prompt, chosen, rejected, rewards[winner], rewards[loser]))
+        texts = [response[-1].content for response in record.responses]
+        samples.append(Sample(prompt, texts[chosen], texts[rejected], rewards[chosen], rewards[rejected]))
     return samples
 
 

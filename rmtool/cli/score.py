@@ -62,8 +62,8 @@ def score(
     from rmtool.ui import redirect_output
 
     with redirect_output() as ui:
-        outcome = _score(responses, model, output, options, overwrite, as_json, ui)
-    if outcome.nonfinite or outcome.skipped_rows:
+        summary = _score(responses, model, output, options, overwrite, as_json, ui)
+    if summary.nonfinite or summary.skipped_rows:
         raise SystemExit(ExitCode.PARTIAL)
 
 
@@ -82,32 +82,32 @@ def _score(
     ui.say(f"model: {model}")
     output = output or with_ending(source, ".scored.jsonl")
     _check_output(source, output, overwrite)
-    store = options.rejects(output, [str(source)])
+    rejects = options.rejects(output, [str(source)])
     from rmtool.scoring.score import score_file
 
     loaded = load(resolve_checkpoint(model, None, ui), options, ui)
-    with store as rejects:
-        outcome = score_file(source, output, loaded, options.tokens_per_pack, rejects, ui)
+    with rejects:
+        summary = score_file(source, output, loaded, options.tokens_per_pack, rejects, ui)
     print_skipped(rejects, ui)
-    _print_outcome(model, output, loaded, outcome, as_json, ui)
+    _print_summary(model, output, loaded, summary, as_json, ui)
     print_sharing(loaded, ui)
-    return outcome
+    return summary
 
 
-def _print_outcome(
-    model: str, output: Path, loaded: LoadedModel, outcome: ScoreSummary, as_json: bool, ui: TerminalUi
+def _print_summary(
+    model: str, output: Path, loaded: LoadedModel, summary: ScoreSummary, as_json: bool, ui: TerminalUi
 ) -> None:
     from rmtool.ui import print_json
 
-    if outcome.truncated:
-        ui.say(f"note: truncated {outcome.truncated:,} prompts to max length")
-    if outcome.nonfinite:
-        ui.say(f"note: {outcome.nonfinite:,} rewards are NaN or inf, written as null")
+    if summary.truncated:
+        ui.say(f"note: truncated {summary.truncated:,} prompts to max length")
+    if summary.nonfinite:
+        ui.say(f"note: {summary.nonfinite:,} rewards are NaN or inf, written as null")
     if as_json:
         sharing = sharing_fields(loaded.padded_reason)
-        print_json({"model": model, "output": str(output), **vars(outcome), **sharing}, ui)
+        print_json({"model": model, "output": str(output), **vars(summary), **sharing}, ui)
     else:
-        ui.result(f"scored {outcome.responses:,} responses in {outcome.rows:,} rows: {output}")
+        ui.result(f"scored {summary.responses:,} responses in {summary.rows:,} rows: {output}")
 
 
 def _check_output(source: Path, output: Path, overwrite: bool) -> None:
