@@ -48,9 +48,9 @@ BelowHalf = Annotated[float, Field(strict=True, ge=0, lt=0.5), _FLOAT]
 Port = Annotated[StrictInt, Field(ge=1, le=65535)]
 
 
-def _require(holds: bool, what: str, hint: str) -> None:
+def _refuse(broken: object, what: str, hint: str) -> None:
     """Raise E0205 for values that are valid alone but not together."""
-    if not holds:
+    if broken:
         raise RmtoolError("E0205", what, hint)
 
 
@@ -76,7 +76,7 @@ class Source:
     @model_validator(mode="after")
     def _check(self) -> Source:
         both = self.fraction is not None and self.rows is not None
-        _require(not both, f"fraction and rows of {self.path} cannot both be set", "remove one of them")
+        _refuse(both, f"fraction and rows of {self.path} cannot both be set", "remove one of them")
         return self
 
 
@@ -102,7 +102,7 @@ class DataConfig:
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         hint = "set data.holdout=0, or data.eval=[]"
-        _require(not (self.eval and self.holdout), "data.eval and data.holdout cannot both be set", hint)
+        _refuse(self.eval and self.holdout, "data.eval and data.holdout cannot both be set", hint)
         return self
 
 
@@ -142,21 +142,15 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        _require(
-            not (self.compile and self.gradient_checkpointing),
-            "train.compile and train.gradient_checkpointing cannot both be true: torch compiles no checkpointed layer",
-            "set one of them to false",
+        what = (
+            "train.compile and train.gradient_checkpointing cannot both be true: torch compiles no checkpointed layer"
         )
-        _require(
-            not self.label_smoothing or self.loss == "bradley_terry",
-            f"train.label_smoothing must be 0 with train.loss={self.loss}",
-            "set train.loss=bradley_terry, or train.label_smoothing=0",
-        )
-        _require(
-            self.early_stopping_patience is None or self.eval_every is not None,
-            "train.eval_every must be set for train.early_stopping_patience",
-            "set train.eval_every to a number of steps",
-        )
+        _refuse(self.compile and self.gradient_checkpointing, what, "set one of them to false")
+        what = f"train.label_smoothing must be 0 with train.loss={self.loss}"
+        hint = "set train.loss=bradley_terry, or train.label_smoothing=0"
+        _refuse(self.label_smoothing and self.loss != "bradley_terry", what, hint)
+        what = "train.eval_every must be set for train.early_stopping_patience"
+        _refuse(self.early_stopping_patience and not self.eval_every, what, "set train.eval_every to a number of steps")
         return self
 
 
@@ -172,7 +166,7 @@ class LoraConfig:
     @model_validator(mode="after")
     def _check(self) -> LoraConfig:
         what = "lora.rank must be at least 1 with lora.quantize=4bit"
-        _require(self.quantize == "none" or self.rank > 0, what, "set lora.rank=16, or lora.quantize=none")
+        _refuse(self.quantize != "none" and not self.rank, what, "set lora.rank=16, or lora.quantize=none")
         return self
 
 
@@ -191,17 +185,11 @@ class LaunchConfig:
 
     @model_validator(mode="after")
     def _check(self) -> LaunchConfig:
-        processes = world_size(self)
-        _require(
-            self.engine != "single" or processes == 1,
-            f"launch.engine must be auto, ddp, zero2 or zero3 for {processes} processes",
-            "set launch.engine=auto",
-        )
-        _require(
-            not self.offload_optimizer or self.engine in ("zero2", "zero3"),
-            "launch.engine must be zero2 or zero3 with launch.offload_optimizer=true",
-            "set launch.engine=zero3, or launch.offload_optimizer=false",
-        )
+        what = f"launch.engine must be auto, ddp, zero2 or zero3 for {world_size(self)} processes"
+        _refuse(self.engine == "single" and world_size(self) > 1, what, "set launch.engine=auto")
+        what = "launch.engine must be zero2 or zero3 with launch.offload_optimizer=true"
+        hint = "set launch.engine=zero3, or launch.offload_optimizer=false"
+        _refuse(self.offload_optimizer and self.engine not in ("zero2", "zero3"), what, hint)
         return self
 
 
@@ -238,22 +226,14 @@ class Recipe:
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         train, lora = self.train, self.lora
-        _require(
-            train.freeze == "none" or not lora.rank,
-            f"lora.rank must be 0 with train.freeze={train.freeze}: adapters train the backbone",
-            "set train.freeze=none, or lora.rank=0",
-        )
-        _require(
-            lora.quantize == "none" or engine_of(self.launch) in ("single", "ddp"),
-            "launch.engine must be single or ddp with lora.quantize=4bit: ZeRO cannot shard 4-bit weights",
-            "set launch.engine=auto, or lora.quantize=none",
-        )
-        compares = train.keep == "best" or train.early_stopping_patience is not None
-        _require(
-            not compares or bool(self.data.eval or self.data.holdout),
-            "eval data must be set for train.keep=best and train.early_stopping_patience",
-            "set data.holdout or data.eval",
-        )
+        what = f"lora.rank must be 0 with train.freeze={train.freeze}: adapters train the backbone"
+        _refuse(train.freeze != "none" and lora.rank, what, "set train.freeze=none, or lora.rank=0")
+        what = "launch.engine must be single or ddp with lora.quantize=4bit: ZeRO cannot shard 4-bit weights"
+        sharded = engine_of(self.launch) not in ("single", "ddp")
+        _refuse(lora.quantize != "none" and sharded, what, "set launch.engine=auto, or lora.quantize=none")
+        what = "eval data must be set for train.keep=best and train.early_stopping_patience"
+        compares = train.keep == "best" or train.early_stopping_patience
+        _refuse(compares and not (self.data.eval or self.data.holdout), what, "set data.holdout or data.eval")
         return self
 
 

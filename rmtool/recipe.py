@@ -19,22 +19,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from rmtool.config import RENAMED_KEYS, Recipe, Source, as_source, engine_of, world_size
+from rmtool.config import RENAMED_KEYS, Recipe, Source
+from rmtool.config import as_source as as_source
+from rmtool.config import engine_of as engine_of
+from rmtool.config import world_size as world_size
 from rmtool.errors import Place, RmtoolError, first_line
-
-__all__ = [
-    "CONFIG_FILE",
-    "as_dict",
-    "as_source",
-    "dump_recipe",
-    "engine_of",
-    "load_recipe",
-    "parse_set",
-    "recipe_hash",
-    "recipes_folder",
-    "resolve",
-    "world_size",
-]
 
 CONFIG_FILE = "config.yaml"  # in a run folder: the resolved recipe, from the launcher to the training process
 BUNDLED = "bundled:"  # in a recipe: a file or folder that ships with rmtool

@@ -111,6 +111,22 @@ def test_a_wrong_value_is_refused(tmp_path: Path, setting: str, id: str, words: 
     assert words in caught.value.what + caught.value.hint + str(caught.value.found)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("lora.rank=4 train.freeze=backbone", "lora.rank must be 0"),
+        ("lora.rank=4 lora.quantize=4bit launch.gpus_per_node=2 launch.engine=zero3", "ZeRO"),
+        ("data.holdout=1 train.early_stopping_patience=2", "train.eval_every must be set"),
+        ("train.early_stopping_patience=2 train.eval_every=1", "eval data must be set"),
+    ],
+)
+def test_values_that_exclude_each_other_are_refused(tmp_path: Path, settings: str, words: str) -> None:
+    with pytest.raises(RmtoolError) as caught:
+        load_recipe(write(tmp_path, MINIMAL), [parse_set(text) for text in settings.split()])
+    assert caught.value.id == "E0205"
+    assert words in caught.value.what
+
+
 def test_an_error_names_the_key_the_value_and_how_to_set_it(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
     with pytest.raises(RmtoolError) as caught:

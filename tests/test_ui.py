@@ -38,6 +38,18 @@ def test_without_a_terminal_progress_is_plain_lines() -> None:
     assert "\x1b" not in err.getvalue()
 
 
+def test_without_a_terminal_long_work_is_a_line_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rmtool.ui.PLAIN_INTERVAL_S", 0.0)
+    ui, err = plain()
+    with ui.progress("Reading", None, "rows") as bar:
+        bar.advance(2, note="loss 0.5")
+        bar.advance()
+    first, second, last = err.getvalue().splitlines()
+    assert first.startswith("Reading: 2 rows (")
+    assert second.startswith("Reading: 3 rows (")
+    assert last.endswith("loss 0.5"), "a note stays until the next one"
+
+
 def test_what_a_worker_shows_is_shown_by_its_launcher() -> None:
     pipe = io.StringIO()
     work(PipeUi(pipe))
