@@ -266,6 +266,8 @@ def test_libraries_words_go_to_the_log(causal_lm: Path, tmp_path: Path) -> None:
     program = Path(sys.executable).parent / "rmtool"
     shown = subprocess.run([program, "score", source, "--model", causal_lm], capture_output=True, text=True)
     assert shown.returncode == 4
+    assert shown.stderr.startswith("model: ")
+    assert "error[E0401]" in shown.stderr
     assert "MISSING" not in shown.stdout + shown.stderr
     assert "MISSING" in Path(os.environ["RMTOOL_LOG"]).read_text()
 
