@@ -186,7 +186,7 @@ def test_a_dry_run_shows_the_resource_estimate(rmtool: Any, llama: Path, tmp_pat
     memory = told["resources"]["memory"]
     assert memory["total"] == sum(memory[part] for part in parts)
     assert told["resources"]["work"] is told["report"] is None
-    assert "on the Hub" in told["not_estimated"]
+    assert "a Hub dataset" in told["not_estimated"]
 
 
 def test_the_hash_is_that_of_what_is_learned() -> None:
