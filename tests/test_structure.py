@@ -32,8 +32,7 @@ FLOOR = {name: floor for floor, names in enumerate(HOUSE) for name in names}
 TORCH_FREE = ("tokenization", "data", "dataset")
 
 MAX_FILE, MAX_FUNCTION = 300, 40
-LONG_FILES = {
-}
+LONG_FILES = {}
 LONG_FUNCTIONS = {
     "cli/eval.py:eval_": "its options, one after the other",
     "cli/train.py:train": "its options, one after the other",

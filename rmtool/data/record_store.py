@@ -18,8 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from rmtool.data.cache_files import cache_errors
-from rmtool.data.messages import Message
-from rmtool.data.record import PairMetadata, Record
+from rmtool.data.record import Message, PairMetadata, Record
 from rmtool.errors import Place, RmtoolError
 
 BATCH = 256  # records that are written and read together

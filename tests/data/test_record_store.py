@@ -14,12 +14,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers import pair_rows, write_jsonl
-from rmtool.data.messages import Message
 
 from rmtool.config import Source
 from rmtool.data import sources
 from rmtool.data.cache_files import cache_folder
-from rmtool.data.record import PLAIN, Record, RowOptions
+from rmtool.data.record import PLAIN, Message, Record, RowOptions
 from rmtool.data.record_store import BATCH, RecordStore, RecordWriter
 from rmtool.data.rejects import Rejects
 from rmtool.data.sources import LoadedSource, load_source, select
