@@ -250,7 +250,7 @@ def test_mistakes_of_eval_and_score(rmtool: Any, causal_lm: Path, model: Path, p
         assert (shown.error, shown.code) == (id, code), (arguments, shown.err)
         assert words in shown.err, arguments
     assert (tmp_path / "here.jsonl").read_text() == "kept"
-    left = {path.name for path in tmp_path.iterdir()} - {"rmtool.log"}
+    left = {path.name for path in tmp_path.iterdir()} - {"rmtool.log", "cache"}
     assert left == {"r.jsonl", "broken.jsonl", "long.jsonl", "here.jsonl", "pairs.jsonl", "m"}
 
 
@@ -279,7 +279,7 @@ def test_the_tulu3_plan_is_printed_without_a_network(
     monkeypatch.setenv("COLUMNS", columns)
     shown = rmtool("train", "--recipe", "tulu3-8b", "--dry-run")
     assert shown.code == 0, shown.err
-    words = ("64 = 8 nodes x 8", "zero3", "256 over all processes (4 per process)", "2,048 tokens", "3e-06, linear")
+    words = ("64 (8 nodes x 8 GPUs)", "zero3", "256 pairs (4 per process)", "2,048 tokens", "3e-06, linear")
     assert all(word in shown.out for word in words)
     assert "--num_machines 8 --num_processes 64" in shown.out
     assert "--zero_stage 3" in shown.out
