@@ -76,14 +76,18 @@ def commit_entry(path: Path, key: str, suffix: str) -> None:
 
 @contextlib.contextmanager
 def cache_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError into an RmtoolError: E0502 `folder` cannot be written."""
+    """Turn an OSError or SafetensorError into an RmtoolError: E0502 `folder` cannot be written."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         temporary = folder == Path(tempfile.gettempdir())
         hint = f"free disk space, or set ${'TMPDIR' if temporary else 'RMTOOL_CACHE'} to another folder"
         hint += "" if temporary else "; train also has --set data.cache=false"
-        raise RmtoolError("E0502", f"cannot write {folder}: {error.strerror or error}", hint) from error
+        raise RmtoolError(
+            "E0502", f"cannot write {folder}: {getattr(error, 'strerror', None) or error}", hint
+        ) from error
 
 
 def _checksum(path: Path) -> str:

@@ -59,3 +59,8 @@ class PairSums:
         assert self.pairs > 0
         sums = (self.correct, self.loss, self.chosen, self.rejected, self.chosen - self.rejected)
         return {f"{prefix}/{name}": value / self.pairs for name, value in zip(METRICS, sums, strict=True)}
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """Return eval metrics as one short line."""
+    return ", ".join(f"{name.rpartition('/')[2]} {value:.4f}" for name, value in metrics.items())

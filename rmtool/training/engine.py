@@ -1,19 +1,14 @@
-"""One interface to a single process, DDP, and DeepSpeed's ZeRO-2 and ZeRO-3.
+"""The process group of a training run, and DeepSpeed's settings.
 
-In: a `RewardModel`, its recipe and accelerate's `Accelerator`. Out: an `Engine`: backward, update, sums over ranks and
-the full state dict; sharding, reduction and gathering are done by accelerate and DeepSpeed.
-Weights, gradients and optimizer states are fp32 on every engine, and autocast is done by the model, so the engine does
-not change a step. Under ZeRO with bf16, weights and gradients are sent in bf16, except those of the score head.
-Cost: `full_state_dict` gathers each parameter once, and keeps a copy of the model in the main process's memory.
+In: a recipe, and the launcher's environment variables. Out: accelerate's `Accelerator` for one process, DDP, ZeRO-2 or
+ZeRO-3. Weights, gradients and optimizer states are fp32 on every engine, and autocast is the model's own: an engine
+changes no step. Under ZeRO with bf16, weights and gradients are sent in bf16, except those of the score head.
+Cost: one collective call per check.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 import resource
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 
 from rmtool.config import Recipe
-from rmtool.dist import DistInfo
 from rmtool.errors import RmtoolError
 from rmtool.model.precision import compute_precision
-from rmtool.model.reward_model import RewardModel
-from rmtool.model.weights import merged_weights
 from rmtool.recipe import engine_of
 
 # Sizes in elements. DeepSpeed's defaults take about 8 GB of GPU memory; a matrix larger than a bucket is sent alone.
@@ -117,87 +109,3 @@ def require_agreement(values: dict[str, str]) -> None:
                     "use the same files, recipe and package versions on every node",
                     found=f"{other[name]} on rank {rank}, {value} on rank 0",
                 )
-
-
-@dataclass
-class Engine:
-    """A model and its optimizer, prepared by accelerate.
-
-    In: a model (`model`; `wrapped` is what accelerate made of it). Out: gradients, updates, sums over all ranks and the
-    full state dict, with the same calls on every engine.
-    """
-
-    accelerator: Accelerator
-    model: RewardModel
-    wrapped: Any
-    optimizer: Any
-    max_grad_norm: float | None
-
-    @classmethod
-    def prepare(
-        cls, accelerator: Accelerator, model: RewardModel, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
-    ) -> Engine:
-        """Wrap the model and its optimizer for the engine of this process group."""
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
-        return cls(accelerator, model, wrapped, optimizer, max_grad_norm)
-
-    @property
-    def deepspeed(self) -> bool:
-        """Whether the engine is DeepSpeed's."""
-        return hasattr(self.wrapped, "set_gradient_accumulation_boundary")
-
-    @property
-    def dist(self) -> DistInfo:
-        """Rank, world size and sum, for code that divides work over ranks."""
-        return DistInfo(self.accelerator.process_index, self.accelerator.num_processes, self.sum)
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over all ranks; the result is on the CPU."""
-        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Accumulate the gradients of this loss; after the `last` loss of a step, average them over all ranks."""
-        if self.deepspeed:
-            self.wrapped.set_gradient_accumulation_boundary(last)
-            self.wrapped.backward(loss)
-        else:
-            self.accelerator.backward(loss)
-
-    def accumulating(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Context for forward and backward: DDP reduces gradients only in the `last` pack of a step."""
-        no_sync = not last and not self.deepspeed
-        return self.accelerator.no_sync(self.wrapped) if no_sync else contextlib.nullcontext()
-
-    def update(self, rate: float, check_norm: Callable[[float], None]) -> float:
-        """Clip the gradients and step the optimizer at this learning rate; return the norm before clipping.
-
-        `check_norm` gets that norm, and raises to prevent the step; DeepSpeed computes the norm in its step, so there
-        the check follows it.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if self.deepspeed:
-            self.wrapped.step()
-            norm = float(self.wrapped.get_global_grad_norm())
-            check_norm(norm)
-            return norm
-        norm = self.clip()
-        check_norm(norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
-
-    def clip(self) -> float:
-        """Clip the gradients and return their norm before; not for DeepSpeed, which clips in its step."""
-        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf))
-
-    def full_state_dict(self, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
-        """Gather the classifier's state dict in `dtype` on the CPU of the main process; None on the others.
-
-        All ranks must call it.
-        """
-        main, weights = self.accelerator.is_main_process, dict[str, torch.Tensor]()
-        for name, value in merged_weights(self.model.classifier, dtype):
-            if main:
-                weights[name] = value
-        return weights if main else None

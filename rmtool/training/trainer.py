@@ -1,28 +1,35 @@
-"""The training loop: optimizer steps, evaluations, and the best of them.
+"""The training loop: the engine that runs a step, optimizer steps, evaluations, and the best of them.
 
-In: an `Engine`, a recipe and tokenized pairs. Out: trained weights in the engine's model, and metrics.
+In: a model with its optimizer, a recipe and tokenized pairs. Out: trained weights, and metrics.
 Cost per step: a forward and a backward pass over the unique tokens of its pairs, in packs of at most tokens_per_pack.
 Shapes: N responses of a pack, B pairs of a pack.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
 
 from rmtool.config import Recipe, TrainConfig
 from rmtool.dataset.batches import BatchItem, count_pairs, epoch_steps, plan_steps
 from rmtool.dataset.split import Split
+from rmtool.dist import DistInfo
 from rmtool.errors import RmtoolError
 from rmtool.evaluation import evaluate as evaluation
-from rmtool.evaluation.metrics import EVAL_PREFIX, TRAIN_PREFIX, PairSums
+from rmtool.evaluation.metrics import EVAL_PREFIX, TRAIN_PREFIX, PairSums, describe
 from rmtool.model.loss import pair_losses
 from rmtool.model.reward_model import RewardModel
+from rmtool.model.weights import merged_weights
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset
-from rmtool.training.engine import Engine, peak_memory
+from rmtool.training.engine import peak_memory
 from rmtool.training.optim import lr_multiplier
 from rmtool.training.tracking import Tracker
 from rmtool.ui import Ui
@@ -109,6 +116,90 @@ def require_finite_step(sums: PairSums, norm: float, step: int, batch: Sequence[
         "lower train.learning_rate, or set train.precision=fp32; check the rows of this step",
         found=f"rows {rows}{', ...' if len(batch) > 4 else ''}",
     )
+
+
+@dataclass
+class Engine:
+    """A model and its optimizer, prepared by accelerate.
+
+    In: a model (`model`; `wrapped` is what accelerate made of it). Out: gradients, updates, sums over all ranks and the
+    full state dict, with the same calls on every engine.
+    """
+
+    accelerator: Accelerator
+    model: RewardModel
+    wrapped: Any
+    optimizer: Any
+    max_grad_norm: float | None
+
+    @classmethod
+    def prepare(
+        cls, accelerator: Accelerator, model: RewardModel, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+    ) -> Engine:
+        """Wrap the model and its optimizer for the engine of this process group."""
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        return cls(accelerator, model, wrapped, optimizer, max_grad_norm)
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether the engine is DeepSpeed's."""
+        return hasattr(self.wrapped, "set_gradient_accumulation_boundary")
+
+    @property
+    def dist(self) -> DistInfo:
+        """Rank, world size and sum, for code that divides work over ranks."""
+        return DistInfo(self.accelerator.process_index, self.accelerator.num_processes, self.sum)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks; the result is on the CPU."""
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Accumulate the gradients of this loss; after the `last` loss of a step, average them over all ranks."""
+        if self.deepspeed:
+            self.wrapped.set_gradient_accumulation_boundary(last)
+            self.wrapped.backward(loss)
+        else:
+            self.accelerator.backward(loss)
+
+    def accumulating(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Context for forward and backward: DDP reduces gradients only in the `last` pack of a step."""
+        no_sync = not last and not self.deepspeed
+        return self.accelerator.no_sync(self.wrapped) if no_sync else contextlib.nullcontext()
+
+    def update(self, rate: float, check_norm: Callable[[float], None]) -> float:
+        """Clip the gradients and step the optimizer at this learning rate; return the norm before clipping.
+
+        `check_norm` gets that norm, and raises to prevent the step; DeepSpeed computes the norm in its step, so there
+        the check follows it.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.deepspeed:
+            self.wrapped.step()
+            norm = float(self.wrapped.get_global_grad_norm())
+            check_norm(norm)
+            return norm
+        norm = self.clip()
+        check_norm(norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def clip(self) -> float:
+        """Clip the gradients and return their norm before; not for DeepSpeed, which clips in its step."""
+        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf))
+
+    def full_state_dict(self, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+        """Gather the classifier's state dict in `dtype` on the CPU of the main process; None on the others.
+
+        All ranks must call it.
+        """
+        main, weights = self.accelerator.is_main_process, dict[str, torch.Tensor]()
+        for name, value in merged_weights(self.model.classifier, dtype):
+            if main:
+                weights[name] = value
+        return weights if main else None
 
 
 @dataclass
@@ -203,8 +294,3 @@ def run_eval(trainer: Trainer, held_out: TokenizedDataset, ui: Ui) -> dict[str, 
         )
     wrapped.train()
     return result.total.report(EVAL_PREFIX)
-
-
-def describe(metrics: dict[str, float]) -> str:
-    """Return eval metrics as one short line."""
-    return ", ".join(f"{name.rpartition('/')[2]} {value:.4f}" for name, value in metrics.items())

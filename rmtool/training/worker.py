@@ -36,10 +36,10 @@ from rmtool.packing.prefix_sharing import describe_sharing
 from rmtool.recipe import CONFIG_FILE, as_dict, engine_of, load_recipe, recipe_hash, resolve
 from rmtool.tokenization.encoder import Encoder
 from rmtool.training.checkpoint_writer import CheckpointWriter, build_manifest
-from rmtool.training.engine import Engine, require_agreement, start_accelerator
+from rmtool.training.engine import require_agreement, start_accelerator
 from rmtool.training.optim import build_optimizer
 from rmtool.training.tracking import Tracker, draw_curves
-from rmtool.training.trainer import Trainer, train_loop
+from rmtool.training.trainer import Engine, Trainer, train_loop
 from rmtool.training.worker_status import DATA_READ_FILE, mark_exited, mark_started
 from rmtool.ui import Ui, worker_ui
 

@@ -210,9 +210,8 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
     from rmtool.dataset.split import load_split
     from rmtool.model.layout_choice import choose_layout
     from rmtool.model.loading import training_encoder, training_model
-    from rmtool.training.engine import Engine
     from rmtool.training.optim import build_optimizer
-    from rmtool.training.trainer import Trainer
+    from rmtool.training.trainer import Engine, Trainer
     from rmtool.ui import SilentUi
 
     folder = Path(spec["folder"]) / "model"

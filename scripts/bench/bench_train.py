@@ -381,9 +381,8 @@ def train_with_rmtool(spec: Event) -> None:
     from rmtool.dataset.split import Split, load_split
     from rmtool.model.loading import training_encoder, training_model
     from rmtool.tokenization.tokenized_dataset import TokenizedDataset
-    from rmtool.training.engine import Engine
     from rmtool.training.optim import build_optimizer
-    from rmtool.training.trainer import Trainer, train_loop
+    from rmtool.training.trainer import Engine, Trainer, train_loop
     from rmtool.ui import SilentUi
 
     folder = Path(spec["folder"])

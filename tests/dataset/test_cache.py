@@ -9,10 +9,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from helpers import PROGRAM, pair_rows, write_jsonl
+from safetensors import SafetensorError
 
 from rmtool.config import Source
 from rmtool.data.cache_files import cache_folder
@@ -224,6 +226,15 @@ def note(event, arguments):
             log.write(f"{os.getpid()} {os.environ.get('RANK', 'launcher')}\\n")
 sys.addaudithook(note)
 """
+
+
+def test_a_disk_that_gets_full_is_reported(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(4))
+    full = Mock(side_effect=SafetensorError("IoError: No space left on device"))
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(RmtoolError, match="No space left") as caught:
+        tokenized(path, Encoder(tokenizer, 512))
+    assert caught.value.id == "E0502"
 
 
 @pytest.mark.parametrize("use_cache", [True, pytest.param(False, marks=pytest.mark.slow)])

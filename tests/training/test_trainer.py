@@ -30,9 +30,9 @@ from rmtool.model.loss import bradley_terry
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.tokenization.tokenized_dataset import tokenize_records
 from rmtool.training import worker as train
-from rmtool.training.engine import Engine, deepspeed_config
+from rmtool.training.engine import deepspeed_config
 from rmtool.training.optim import build_optimizer
-from rmtool.training.trainer import Trainer, training_step
+from rmtool.training.trainer import Engine, Trainer, training_step
 from rmtool.ui import SilentUi
 
 TRAIN_NAMES = {
