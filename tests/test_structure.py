@@ -90,6 +90,14 @@ def test_tests_lie_in_the_folders_of_what_they_test() -> None:
         assert not shared, f"{path} imports from {shared}: what tests share is in helpers.py"
 
 
+def test_data_tokenization_and_dataset_do_not_import_torch() -> None:
+    """What the launcher imports to read and plan must not wait for torch."""
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules() if room(path) in TORCH_FREE]
+    code = f"import sys, importlib; [importlib.import_module(name) for name in {names}]; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert shown.stdout.split()[-1] == "False"
+
+
 def test_no_two_modules_import_each_other() -> None:
     below = {
         ".".join(path.relative_to(PACKAGE).with_suffix("").parts): {

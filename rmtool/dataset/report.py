@@ -20,8 +20,8 @@ from rmtool.data.record import PairMetadata
 from rmtool.data.sources import SourceCount
 from rmtool.dataset.batches import count_pairs, epoch_steps
 from rmtool.dataset.split import DROP_REASONS, Split
-from rmtool.packing.packs import pack
 from rmtool.tokenization.encoder import Encoder
+from rmtool.tokenization.pack_plan import pack_tokens
 from rmtool.tokenization.response_group import ResponseGroup
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 
@@ -171,7 +171,7 @@ def _step_tokens(tokenized: TokenizedDataset, batch_size: int, seed: int) -> tup
         lengths = [len(group.prompt) + len(ids) for group in groups for ids in group.responses]
         padded += len(lengths) * max(lengths)
         packed += sum(lengths)
-        shared += pack(groups).input_ids.numel()
+        shared += pack_tokens(groups)
     return padded, packed, shared
 
 

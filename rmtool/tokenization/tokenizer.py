@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from rmtool.errors import Place, RmtoolError, first_line
 
 # Pad tokens that model families reserve without setting them; one of these is used before a new one is added.
@@ -46,6 +44,8 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
         RmtoolError: E0404 the tokenizer cannot be loaded; E0405 there is no chat template, or it depends on the date;
             E0201 the template file cannot be read.
     """
+    from transformers import AutoTokenizer  # imports torch
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
