@@ -83,7 +83,7 @@ def cache_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         temporary = folder == Path(tempfile.gettempdir())
-        hint = f"free disk space, or set ${'TMPDIR' if temporary else 'RMTOOL_CACHE'} to another folder"
+        hint = f"free disk space, or set ${'TMPDIR' if temporary else 'RMTOOL_CACHE'} to a different folder"
         hint += "" if temporary else "; train also has --set data.cache=false"
         raise RmtoolError(
             "E0502", f"cannot write {folder}: {getattr(error, 'strerror', None) or error}", hint

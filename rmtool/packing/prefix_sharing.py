@@ -177,5 +177,5 @@ def require_padding(probe: Probe) -> None:
         raise RmtoolError(
             "E0412",
             f"padding changes the rewards of this model (relative error {error:.1e})",
-            "use a model of another family (Llama, Qwen, Mistral, Gemma, OLMo, ...)",
+            "use a model of a different family (Llama, Qwen, Mistral, Gemma, OLMo, ...)",
         )
