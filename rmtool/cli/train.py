@@ -77,27 +77,27 @@ def train(
     from rmtool.launch.launcher_env import detect_launcher_env, refuse_ambiguous_world_size
     from rmtool.recipe import load_recipe, parse_set
 
-    site = detect_launcher_env(os.environ)
+    env = detect_launcher_env(os.environ)
     if nodes is None:
-        refuse_ambiguous_world_size(site, os.environ)
-    overrides = _launch_overrides(site, nodes, gpus_per_node, main_address, main_port)
+        refuse_ambiguous_world_size(env, os.environ)
+    overrides = _launch_overrides(env, nodes, gpus_per_node, main_address, main_port)
     overrides += _data_overrides(model, data, eval_data, on_bad_row)
     overrides += [parse_set(text) for text in set_ or []]  # last, so that --set takes precedence
     resolved = load_recipe(recipe, overrides)
-    node = _node_rank(site, node_rank, resolved, dry_run)
-    launcher = site.source if (nodes, gpus_per_node) == (None, None) else ""
+    node = _node_rank(env, node_rank, resolved, dry_run)
+    launcher = env.source if (nodes, gpus_per_node) == (None, None) else ""
     _train(resolved, output or RUNS / resolved.name, node, launcher, overwrite, dry_run, as_json)
 
 
 def _launch_overrides(
-    site: LauncherEnv, nodes: int | None, gpus_per_node: int | None, main_address: str | None, main_port: int | None
+    env: LauncherEnv, nodes: int | None, gpus_per_node: int | None, main_address: str | None, main_port: int | None
 ) -> list[tuple[str, Any]]:
     """Return recipe overrides from the options, and from the environment where an option is not set."""
     given = (
-        ("nodes", nodes, site.nodes),
-        ("gpus_per_node", gpus_per_node, site.gpus_per_node),
-        ("main_address", main_address, site.main_address),
-        ("main_port", main_port, site.main_port),
+        ("nodes", nodes, env.nodes),
+        ("gpus_per_node", gpus_per_node, env.gpus_per_node),
+        ("main_address", main_address, env.main_address),
+        ("main_port", main_port, env.main_port),
     )
     values = ((f"launch.{name}", told if option is None else option) for name, option, told in given)
     return [(key, value) for key, value in values if value is not None]
@@ -118,19 +118,19 @@ def _data_overrides(
     return overrides
 
 
-def _node_rank(site: LauncherEnv, node_rank: int | None, recipe: Recipe, dry_run: bool) -> int:
+def _node_rank(env: LauncherEnv, node_rank: int | None, recipe: Recipe, dry_run: bool) -> int:
     """Return the rank of this node.
 
     Raises:
         RmtoolError: E0207 when it is not set, or out of range.
     """
     nodes = recipe.launch.nodes
-    node = site.node_rank if node_rank is None else node_rank
+    node = env.node_rank if node_rank is None else node_rank
     if node is None and nodes > 1 and not dry_run:
         what = f"the recipe uses {nodes} nodes, but the rank of this node is not set"
         raise RmtoolError("E0207", what, "pass --node-rank, or --nodes 1 to train on this node only")
     if node and node_rank is None and node >= nodes:
-        what = f"node rank {node} (from {site.source}) is out of range for {nodes} nodes"
+        what = f"node rank {node} (from {env.source}) is out of range for {nodes} nodes"
         raise RmtoolError("E0207", what, "remove --nodes, or start fewer nodes, or pass --node-rank 0 to run it here")
     return node or 0
 

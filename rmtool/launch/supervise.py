@@ -164,7 +164,7 @@ def _raise_failure(plan: Plan, failure: Failure | None, code: int | None) -> Non
     lines = _read(log).splitlines()[-LOG_LINES:]
     tail = "\n    ".join(["", *lines]) if lines else None
     if status and status.exit == ExitCode.BUG:
-        raise RmtoolError("E7001", f"internal error in {name}", f"report it with {log}", found=tail)
+        raise RmtoolError("E7001", f"internal error in {name}", f"see the traceback in {log} and report it", found=tail)
     if failure and failure.stopped:
         what, hint = "is stopped (SIGSTOP)", "check what stopped it, a scheduler or a debugger"
     else:
