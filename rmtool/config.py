@@ -43,8 +43,8 @@ Count = Annotated[StrictInt, Field(ge=1)]
 Size = Annotated[StrictInt, Field(ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), _FLOAT]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), _FLOAT]
-Fraction = Annotated[float, Field(strict=True, ge=0, lt=1), _FLOAT]
-BelowHalf = Annotated[float, Field(strict=True, ge=0, lt=0.5), _FLOAT]
+Fraction = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False), _FLOAT]
+BelowHalf = Annotated[float, Field(strict=True, ge=0, lt=0.5, allow_inf_nan=False), _FLOAT]
 Port = Annotated[StrictInt, Field(ge=1, le=65535)]
 
 
@@ -96,7 +96,7 @@ class DataConfig:
     max_length: Annotated[StrictInt, Field(ge=2)] = 2048  # max tokens of prompt and response together
     on_long: Literal["error", "drop", "truncate_prompt"] = "error"  # pairs longer than max_length
     on_empty: Literal["error", "drop", "keep"] = "error"  # pairs with an empty response
-    cache: StrictBool = True  # store tokenized data for later runs, in $RMTOOL_CACHE or ~/.cache/rmtool
+    cache: StrictBool = True  # store parsed rows and token ids in $RMTOOL_CACHE or ~/.cache/rmtool
     on_identical: Literal["error", "drop"] = "error"  # pairs whose two responses are the same
 
     @model_validator(mode="after")
@@ -179,7 +179,7 @@ class LaunchConfig:
     engine: Literal["auto", "single", "ddp", "zero2", "zero3"] = "auto"  # auto: single, or ddp for several processes
     offload_optimizer: StrictBool = False  # zero2 and zero3: keep optimizer states in CPU memory
     peak_tflops: Positive = 989.0  # of one device, for the estimated time; default: H100, dense bf16
-    expected_mfu: Annotated[float, Field(strict=True, gt=0, le=1), _FLOAT] = 0.4  # assumed MFU, for the estimated time
+    expected_mfu: Annotated[Positive, Field(le=1)] = 0.4  # assumed MFU, for the estimated time
     main_address: str | None = None  # hostname or IP address of node 0; default: $MASTER_ADDR
     main_port: Port | None = None  # of node 0; default: $MASTER_PORT, else 29500, or any free port on one node
 

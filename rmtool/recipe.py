@@ -99,6 +99,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be text", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
             seen.add(str(key.value))
@@ -145,7 +147,8 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         branch = tree.setdefault(section, {})
         if not isinstance(branch, dict):
-            raise RmtoolError("E0204", f"unknown key {key}: {section} is not a section", f"use --set {section}=VALUE")
+            name = key[: key.index(section) + len(section)]
+            raise RmtoolError("E0204", f"unknown key {key}: {name} is not a section", "check the sections of the key")
         tree = branch
     tree[last] = value
 
@@ -153,13 +156,19 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
 def _recipe_error(error: ValidationError, tree: dict[str, Any], file: str) -> RmtoolError:
     """Turn pydantic's errors into one: of the first unknown key, else of the innermost invalid value."""
     found = [(_key(tree, item), item) for item in error.errors(include_url=False)]
-    for key, item in found:
-        if item["type"] in _UNKNOWN:
-            return _unknown_key(key, file)
+    unknown = [key for key, item in found if item["type"] in _UNKNOWN]
+    renamed = [_dotted(key) for key in unknown if _dotted(key) in RENAMED_KEYS]
+    if len(renamed) > 1:  # all at once: an older recipe has several
+        hint = ", ".join(f"{name} is now {RENAMED_KEYS[name]}" for name in renamed)
+        return RmtoolError("E0204", f"renamed keys: {', '.join(renamed)}", f"rename them: {hint}", Place(file))
+    if unknown:
+        return _unknown_key(unknown[0], file)
     first = max((key for key, _ in found), key=len)
     items = [item for key, item in found if key == first]  # one for each member of a union
     name = _dotted(first)
     hint = "set it in the recipe" if "[" in name else f"set it in the recipe or with --set {name}=VALUE"
+    if items[0]["type"] == "dataclass_type":
+        hint = "indent its keys below it, or remove it"
     if items[0]["type"] == "missing":
         return RmtoolError("E0205", f"{name} is missing", hint, Place(file))
     must = " or ".join(dict.fromkeys(_requirement(item) for item in items)).replace(" or be ", " or ")
@@ -195,7 +204,7 @@ def _unknown_key(key: tuple[int | str, ...], file: str) -> RmtoolError:
     sections = typing.get_type_hints(Recipe)
     kind = Recipe if len(key) == 1 else sections[str(key[0])] if len(key) == 2 else Source
     known = [item.name for item in dataclasses.fields(kind)]
-    near = difflib.get_close_matches(str(key[-1]), known, 1, 0.5)
+    near = difflib.get_close_matches(str(key[-1]), known, 1)
     hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
     return RmtoolError("E0204", f"unknown key {name}", hint, Place(file))
 

@@ -221,3 +221,28 @@ def test_any_value_gives_a_recipe_or_an_error_of_ours(key: str, value: Any) -> N
     except RmtoolError as error:
         codes.add(error.exit_code)
     assert codes <= {2}
+
+
+def test_all_renamed_keys_are_named_at_once() -> None:
+    with pytest.raises(RmtoolError, match=r"train.center, train.patience") as caught:
+        load_recipe("debug", [("train.center", 0.1), ("train.patience", 2)])
+    assert "train.patience is now train.early_stopping_patience" in caught.value.hint
+
+
+@pytest.mark.parametrize("key", ["launch.expected_mfu", "train.label_smoothing", "data.holdout"])
+def test_nan_is_refused(key: str) -> None:
+    with pytest.raises(RmtoolError) as caught:
+        load_recipe("debug", [(key, float("nan"))])
+    assert caught.value.id == "E0205"
+
+
+def test_a_list_as_a_key_is_invalid_yaml(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("? [a, b]\n: 1\n")
+    with pytest.raises(RmtoolError, match="a key must be text") as caught:
+        load_recipe(str(tmp_path / "r.yaml"), [])
+    assert caught.value.id == "E0202"
+
+
+def test_a_key_below_a_value_names_its_section() -> None:
+    with pytest.raises(RmtoolError, match=r"data.train is not a section"):
+        load_recipe("debug", [("data.train.x", 1)])

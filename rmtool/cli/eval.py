@@ -142,7 +142,10 @@ def _evaluate(folder: Path, sources: list[str], samples: int, options: Inference
     ui.say(f"model: {folder}\ndata:  {', '.join(sources)}")
     with options.rejects(Path(Path(sources[0]).name), sources) as rejects:
         selection = read_sources(
-            [Source(source) for source in sources], record.RowOptions(options.columns), 0, rejects, ui
+            [Source(source) for source in sources],
+            record.RowOptions(options.columns),
+            *(0, rejects, ui),
+            use_cache=False,  # one process parses them once, and leaves no text behind
         )
         loaded = load(folder, options, ui)
         pairs = tokenize_subset(

@@ -82,7 +82,7 @@ def load(folder: Path, options: InferenceOptions, ui: TerminalUi) -> LoadedModel
 def print_skipped(rejects: Rejects, ui: TerminalUi) -> None:
     """Print the number of skipped rows and the path of the file that has them."""
     if rejects.count:
-        ui.say(f"note: skipped {rejects.count:,} invalid rows, see {rejects.path}")
+        ui.say(f"note: skipped {rejects.count:,} invalid row{'s' * (rejects.count != 1)}, see {rejects.path}")
 
 
 def print_sharing(loaded: LoadedModel, ui: TerminalUi) -> None:

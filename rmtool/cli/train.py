@@ -139,7 +139,7 @@ def _train(
     recipe: Recipe, output: Path, node: int, launcher: str, overwrite: bool, dry_run: bool, as_json: bool
 ) -> None:
     from rmtool.data.rejects import REJECTS_FILE, require_free
-    from rmtool.ui import redirect_output
+    from rmtool.ui import SilentUi, redirect_output
 
     with redirect_output() as ui:
         from rmtool.cli.dry_run import print_dry_run
@@ -154,7 +154,7 @@ def _train(
             check_ready(recipe.hub.repo_id)
         inputs = resolve_sources((*recipe.data.train, *recipe.data.eval))
         require_free(output / REJECTS_FILE, [source.path for source in inputs])
-        plan = make_plan(recipe, output, node, launcher)
+        plan = make_plan(recipe, output, node, launcher, SilentUi() if as_json else ui)
         if dry_run:
             print_dry_run(plan, output, as_json, ui)
             return

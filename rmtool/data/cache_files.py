@@ -2,7 +2,7 @@
 
 In: a kind (a folder of the cache), and a key that stands for everything the content depends on. Out: the path of a
 verified entry, or a temporary file that becomes one by a rename. A corrupted entry is removed and reported; entries
-that were not used for MAX_AGE_DAYS are removed when another one is written.
+that were not used for MAX_AGE_DAYS are removed when one is written.
 Cost: an entry is read once to verify it, about 1 GB/s.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rmtool.errors import RmtoolError
 
-MAX_AGE_DAYS = 30
+MAX_AGE_DAYS = {"tokens": 30, "records": 2}  # by kind; records have the text, and a copied file is parsed again
 _DAY = 24 * 3600
 _ENTRY, _UNFINISHED = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}\.\w+"), ".tmp-"
 
@@ -33,7 +33,7 @@ def cache_folder(kind: str) -> Path:
 def find_entry(kind: str, key: str, say: Callable[[str], None]) -> Path | None:
     """Find and verify the entry of a key; None if there is none, or it is corrupted."""
     for path in cache_folder(kind).glob(f"{key}-*"):
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # removed by another process, or another user's
+        with contextlib.suppress(OSError):  # removed by another process, of another user, or on a read-only disk
             if f"-{_checksum(path)}." in path.name:
                 with contextlib.suppress(OSError):  # another user's entry can be read, but not marked as used
                     os.utime(path)
@@ -99,9 +99,10 @@ def _checksum(path: Path) -> str:
 
 
 def _prune(folder: Path) -> None:
-    """Remove entries that were not used for MAX_AGE_DAYS, and what a process killed a day ago left."""
+    """Remove entries that were not used for their MAX_AGE_DAYS, and what a process killed a day ago left."""
     for path in folder.iterdir():
-        days = 1 if path.name.startswith(_UNFINISHED) else MAX_AGE_DAYS if _ENTRY.fullmatch(path.name) else None
+        age = MAX_AGE_DAYS[folder.name] if _ENTRY.fullmatch(path.name) else None
+        days = 1 if path.name.startswith(_UNFINISHED) else age
         with contextlib.suppress(FileNotFoundError, PermissionError):  # removed by another process, or another user's
             if days and path.stat().st_mtime < time.time() - days * _DAY:
                 path.unlink()

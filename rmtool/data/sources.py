@@ -125,13 +125,14 @@ def load_source(
     say: Callable[[str], None] = lambda text: None,
     use_cache: bool = False,
 ) -> LoadedSource:
-    """Load a source from the cache, or parse it (into the cache); calls `advance` once per parsed record.
+    """Load a source from the cache, or parse it (into the cache); calls `advance` once per record.
 
     Raises:
         RmtoolError: as `read_rows`; E0502 the disk is full. Invalid rows go to `rejects`, from the cache, too.
     """
     key = _cache_key(path, options) if use_cache else None
-    if key and (entry := find_entry(_RECORDS, key, say)):
+    entry = find_entry(_RECORDS, key, say) if key else None
+    if entry:
         store = RecordStore(open(entry, "rb"))  # noqa: SIM115 - open as long as the store
         for error, row in store.invalid_rows():
             rejects.add(error, row)
@@ -143,6 +144,9 @@ def load_source(
     else:
         store = _parse(path, options, rejects, advance, None)
     metadata = store.metadata()
+    if entry:
+        for _ in metadata:
+            advance()
     count = SourceCount(path, store.facts["format"], len(metadata), counted=store.facts["counted"])
     return LoadedSource(count, store, metadata)
 
@@ -174,8 +178,8 @@ def _identity(path: str) -> list[Any] | None:
 
 @functools.cache
 def _code() -> str:
-    """A hash of the code that parses, so that another version of it finds no entries of this one."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    """A hash of the code that parses, so that a different version of it finds no entries of this one."""
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).parent.parent / "errors.py"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -21,6 +21,7 @@ from rmtool.dataset.batches import count_pairs, plan_steps
 from rmtool.dataset.split import resolve_sources, row_options
 from rmtool.errors import RmtoolError
 from rmtool.recipe import as_source, engine_of, recipe_hash, world_size
+from rmtool.ui import SilentUi, Ui
 
 # accelerate reads what a command leaves out from a file in the user's home, unless it is given another one.
 ACCELERATE_FILE = "accelerate.yaml"
@@ -135,7 +136,7 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, output: Path, node: int = 0, launcher: str = "") -> Plan:
+def make_plan(recipe: Recipe, output: Path, node: int = 0, launcher: str = "", ui: Ui | None = None) -> Plan:
     """Load the local data, and plan the run.
 
     Raises:
@@ -146,7 +147,7 @@ def make_plan(recipe: Recipe, output: Path, node: int = 0, launcher: str = "") -
     if node >= launch.nodes:
         hint = f"set --node-rank to 0 to {launch.nodes - 1}, or set --nodes"
         raise RmtoolError("E0207", f"node rank {node} is out of range for {launch.nodes} nodes", hint)
-    steps, pairs = None, _count_training_pairs(recipe)
+    steps, pairs = None, _count_training_pairs(recipe, ui or SilentUi())
     if pairs is not None:
         held_out = holdout if isinstance(holdout, int) else int(holdout * pairs)
         if held_out >= pairs:
@@ -187,7 +188,7 @@ def _precision_tip(precision: str) -> str:
     return f" (bf16 is several times faster on {device}: --set train.precision=bf16)" if device else ""
 
 
-def _count_training_pairs(recipe: Recipe) -> int | None:
+def _count_training_pairs(recipe: Recipe, ui: Ui) -> int | None:
     """Count the pairs before any is held out; None if a source is on the Hub.
 
     Local sources are parsed here already, into the cache: a mistake in line 3 shows in a second, not after the
@@ -199,17 +200,24 @@ def _count_training_pairs(recipe: Recipe) -> int | None:
     data = recipe.data
     with Rejects(Path(os.devnull) if data.on_bad_row == "skip" else None) as rejects:
         counts, _ = (
-            [_count_source(source, number, recipe, rejects) for number, source in enumerate(resolve_sources(sources))]
+            [
+                _count_source(source, number, recipe, rejects, ui)
+                for number, source in enumerate(resolve_sources(sources))
+            ]
             for sources in (data.train, data.eval)
         )
         rejects.raise_if_any()
     return None if None in counts else sum(count or 0 for count in counts)
 
 
-def _count_source(source: Source, number: int, recipe: Recipe, rejects: Rejects) -> int | None:
+def _count_source(source: Source, number: int, recipe: Recipe, rejects: Rejects, ui: Ui) -> int | None:
     if is_hub_source(source.path):
         return None
-    metadata = load_source(source.path, row_options(recipe.data), rejects, use_cache=recipe.data.cache).metadata
+    with ui.progress(f"Reading {Path(source.path).name}", None, "rows") as bar:
+        loaded = load_source(
+            *(source.path, row_options(recipe.data), rejects, bar.advance, ui.say), use_cache=recipe.data.cache
+        )
+    metadata = loaded.metadata
     return count_pairs(metadata[index] for index in draw_share(source, len(metadata), recipe.train.seed, number))
 
 

@@ -148,7 +148,7 @@ def _known_error(error: Exception) -> RmtoolError | None:
     lost = isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError)
     if lost or any(words in message for words in CONNECTION_LOST):
         hint = "check the logs of the other nodes: the first process that failed has the cause"
-        return RmtoolError("E0805", "lost the connection to another process", hint, found=message)
+        return RmtoolError("E0805", "lost the connection to another rank", hint, found=message)
     return None
 
 

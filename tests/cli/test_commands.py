@@ -250,8 +250,13 @@ def test_mistakes_of_eval_and_score(rmtool: Any, causal_lm: Path, model: Path, p
         assert (shown.error, shown.code) == (id, code), (arguments, shown.err)
         assert words in shown.err, arguments
     assert (tmp_path / "here.jsonl").read_text() == "kept"
-    left = {path.name for path in tmp_path.iterdir()} - {"rmtool.log", "cache"}
+    left = {path.name for path in tmp_path.iterdir()} - {"rmtool.log"}
     assert left == {"r.jsonl", "broken.jsonl", "long.jsonl", "here.jsonl", "pairs.jsonl", "m"}
+
+
+def test_eval_leaves_no_text_in_the_cache(rmtool: Any, model: Path, pairs: Path, tmp_path: Path) -> None:
+    assert rmtool("eval", model, "--data", pairs).code == 0
+    assert not (tmp_path / "cache" / "records").exists()
 
 
 def test_unknown_options_and_commands_are_usage_errors(rmtool: Any) -> None:

@@ -22,11 +22,11 @@ from rmtool.data.record import PLAIN
 from rmtool.data.rejects import Rejects
 from rmtool.data.sources import select
 from rmtool.dataset import cache
-from rmtool.dataset.split import tokenize_subset
+from rmtool.dataset.split import read_sources, tokenize_subset
 from rmtool.errors import RmtoolError
 from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset
-from rmtool.ui import SilentUi
+from rmtool.ui import SilentUi, TerminalUi
 
 
 def tokenized(
@@ -256,3 +256,25 @@ def test_a_node_parses_a_source_once(causal_lm: Path, tmp_path: Path, use_cache:
     readers = {line.partition(" ")[2] for line in Path(f"{data}.log").read_text().splitlines()}
     assert readers == ({"launcher"} if use_cache else {"launcher", "0", "1"})
     assert len((tmp_path / "run" / "rejects.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_cache_hit_counts_its_rows_and_reports_a_corrupted_entry(tmp_path: Path, capsys: Any) -> None:
+    sources = [Source(str(write_jsonl(tmp_path / "pairs.jsonl", pair_rows(6))))]
+    for _ in range(2):
+        read_sources(sources, PLAIN, 0, Rejects(), TerminalUi())
+        assert "pairs.jsonl: 6 rows" in capsys.readouterr().err
+    (entry,) = cache_folder("records").iterdir()
+    entry.write_bytes(entry.read_bytes()[:-9])
+    read_sources(sources, PLAIN, 0, Rejects(), TerminalUi())
+    assert f"record cache {entry} is corrupted" in capsys.readouterr().err
+
+
+def test_records_are_kept_for_a_shorter_time_than_tokens(tmp_path: Path) -> None:
+    """They contain the text, and a copy of a file is a different entry."""
+    path = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(3))
+    select([Source(str(path))], PLAIN, 0, Rejects(), use_cache=True)
+    (entry,) = cache_folder("records").iterdir()
+    old = time.time() - 3 * 24 * 3600
+    os.utime(entry, (old, old))
+    select([Source(str(write_jsonl(tmp_path / "more.jsonl", pair_rows(4))))], PLAIN, 0, Rejects(), use_cache=True)
+    assert not entry.exists()
