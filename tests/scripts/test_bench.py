@@ -218,7 +218,7 @@ def _bench(script: str, *options: object) -> subprocess.CompletedProcess[str]:
         "--cores",
         "1",
     )
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, options), *small]
+    command = [sys.executable, str(ROOT / "scripts" / "bench" / script), *map(str, options), *small]
     environment = {**os.environ, "TMPDIR": str(data.parent / "tmp")}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
 
