@@ -158,7 +158,7 @@ def training_encoder(recipe: Recipe, folder: Path) -> tuple[Encoder, list[str]]:
     change = ensure_pad_token(tokenizer, last_id(tokenizer))
     data = recipe.data
     encoder = Encoder(tokenizer, data.max_length, data.on_long, data.on_empty)
-    return encoder, [f"pad token: {change}"] if change else []
+    return encoder, [change] if change else []
 
 
 def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[RewardModel, list[str]]:

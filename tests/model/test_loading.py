@@ -60,7 +60,8 @@ def test_a_pad_token_that_is_eos_is_replaced(causal_lm: Path, tmp_path: Path) ->
     assert encoder.tokenizer.pad_token_id != encoder.tokenizer.eos_token_id
     assert model.classifier.config.pad_token_id == encoder.tokenizer.pad_token_id == model.pad_id
     assert model.classifier.get_input_embeddings().num_embeddings > encoder.tokenizer.pad_token_id
-    assert "added" in notices[0]
+    before = "instead of <|im_end|>, which also ends responses"
+    assert notices == [f"pad token: added <|pad|> (id {encoder.tokenizer.pad_token_id}) {before}"]
 
 
 def test_a_reserved_pad_token_is_taken(tokenizer: Any) -> None:
