@@ -145,13 +145,15 @@ def _train(
         from rmtool.cli.dry_run import print_dry_run
         from rmtool.dataset.split import resolve_sources
         from rmtool.launch import supervise
-        from rmtool.launch.run_folder import prepare_folder
+        from rmtool.launch.run_folder import prepare_folder, refuse_finished
         from rmtool.planning.plan import make_plan
 
         if recipe.hub.repo_id and not dry_run:
             from rmtool.hub.push import check_ready
 
             check_ready(recipe.hub.repo_id)
+        if not dry_run:
+            refuse_finished(output, overwrite)
         inputs = resolve_sources((*recipe.data.train, *recipe.data.eval))
         require_free(output / REJECTS_FILE, [source.path for source in inputs])
         plan = make_plan(recipe, output, node, launcher, SilentUi() if as_json else ui)

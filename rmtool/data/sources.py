@@ -159,15 +159,17 @@ def _cache_key(path: str, options: RowOptions) -> str | None:
 
 
 def _identity(path: str) -> list[Any] | None:
-    """What changes whenever the content of a source does: a file's size, times and inode, a Hub dataset's fingerprint.
+    """What changes with the content of a source: a file's size, times and inode, a Hub dataset's fingerprint.
 
-    A file that was changed just now could change again without another time: wait until it cannot.
+    A file that was changed within the last clock tick could change again at the same time: after one more tick it
+    cannot. One that is still being written then has no identity.
     """
     try:
-        status = os.stat(path)
-        while 0 <= time.time() - status.st_ctime < _CLOCK_TICK_S:
+        if 0 <= time.time() - os.stat(path).st_ctime < _CLOCK_TICK_S:
             time.sleep(_CLOCK_TICK_S)
-            status = os.stat(path)
+        status = os.stat(path)
+        if 0 <= time.time() - status.st_ctime < _CLOCK_TICK_S:
+            return None
     except FileNotFoundError:
         return [load_hub_dataset(path)._fingerprint] if is_hub_source(path) else None
     except (OSError, ValueError):

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from rmtool.data.cache_files import cache_errors, cache_folder, commit_entry, find_entry, unfinished_entry
+from rmtool.tokenization.response_group import ResponseGroup
 from rmtool.tokenization.token_store import TokenStore
-from rmtool.tokenization.tokenized_dataset import TokenizedDataset
+from rmtool.tokenization.tokenized_dataset import GroupSink, TokenizedDataset
 
 TOKENS = "tokens"  # the kind of cache entries
 _DTYPES = {"I32": np.int32, "I64": np.int64}
@@ -34,21 +35,48 @@ def get(key: str, say: Callable[[str], None]) -> TokenizedDataset | None:
     return TokenizedDataset(groups=groups, indices=indices, counts=Counter(counts), failed=failed)
 
 
-def put(key: str, encode: Callable[[TokenStore], TokenizedDataset]) -> TokenizedDataset:
-    """Tokenize, and write the result as the entry of `key`.
+class _Sink:
+    """Appends groups to a store; an error of the disk is not one of the data."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with cache_errors(folder):
+            self.groups = TokenStore(folder)
+
+    def append(self, group: ResponseGroup) -> None:
+        with cache_errors(self.folder):
+            self.groups.append(group)
+
+
+def store(encode: Callable[[GroupSink], TokenizedDataset], folder: Path) -> TokenizedDataset:
+    """Tokenize into a temporary file in `folder`.
 
     Raises:
         RmtoolError: E0502 it cannot be written; and what `encode` raises.
     """
+    sink = _Sink(folder)
+    tokenized = encode(sink)
+    tokenized.groups = sink.groups
+    return tokenized
+
+
+def put(key: str, encode: Callable[[GroupSink], TokenizedDataset]) -> TokenizedDataset:
+    """Tokenize, and write the result as the entry of `key`.
+
+    Raises:
+        RmtoolError: as `store`.
+    """
     from safetensors.numpy import save_file
 
     folder = cache_folder(TOKENS)
-    with unfinished_entry(TOKENS) as unfinished, cache_errors(folder):
-        groups = TokenStore(folder)
-        tokenized = encode(groups)
+    with unfinished_entry(TOKENS) as unfinished:
+        tokenized = store(encode, folder)
+        groups = tokenized.groups
+        assert isinstance(groups, TokenStore)
         places = {"indices": np.array(tokenized.indices), "failed": np.array(tokenized.failed, dtype=np.int64)}
         # Written from the mapped file: the ids are never held in memory.
-        save_file(groups.arrays() | places, unfinished, {"counts": json.dumps(tokenized.counts)})
+        with cache_errors(folder):
+            save_file(groups.arrays() | places, unfinished, {"counts": json.dumps(tokenized.counts)})
         commit_entry(unfinished, key, ".safetensors")
     return tokenized
 

@@ -27,8 +27,7 @@ from rmtool.dataset.batches import count_pairs
 from rmtool.errors import RmtoolError
 from rmtool.recipe import as_source, resolve
 from rmtool.tokenization.encoder import Encoder
-from rmtool.tokenization.token_store import TokenStore
-from rmtool.tokenization.tokenized_dataset import TokenizedDataset, tokenize_records, without_identical
+from rmtool.tokenization.tokenized_dataset import GroupSink, TokenizedDataset, tokenize_records, without_identical
 from rmtool.ui import Ui
 
 DROP_REASONS = {
@@ -131,13 +130,11 @@ def tokenize_subset(
     if tokenized is None:
         with ui.progress(f"Tokenizing {label} pairs", len(subset), "rows") as bar:
 
-            def encode(groups: TokenStore) -> TokenizedDataset:
+            def encode(groups: GroupSink) -> TokenizedDataset:
                 known = subset.metadata()
-                result = tokenize_records(encoder, subset.records(), on_identical, bar.advance, rejects, groups, known)
-                result.groups = groups
-                return result
+                return tokenize_records(encoder, subset.records(), on_identical, bar.advance, rejects, groups, known)
 
-            tokenized = cache.put(key, encode) if identity else encode(TokenStore(Path(tempfile.gettempdir())))
+            tokenized = cache.put(key, encode) if identity else cache.store(encode, Path(tempfile.gettempdir()))
     else:
         ui.say(f"{label} pairs: loaded from the token cache")
         tokenized.metadata = _metadata_of(subset, tokenized, on_identical)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rmtool.checkpoint import HELD_OUT_FILE, MANIFEST, Manifest, check_writable, read_manifest
 from rmtool.data.rejects import REJECTS_FILE
+from rmtool.dataset.report import LENGTHS_FILE, REPORT_FILE
 from rmtool.errors import RmtoolError
 from rmtool.recipe import CONFIG_FILE
 from rmtool.training.tracking import CURVES_FILE, METRICS_FILE, read_metrics
@@ -73,8 +74,6 @@ def clear_folder(output: Path) -> None:
 
     Results are moved together: an old model next to this run's held-out pairs would be evaluated on its training set.
     """
-    from rmtool.dataset.report import LENGTHS_FILE, REPORT_FILE  # imports torch
-
     results = ["model", HELD_OUT_FILE, REJECTS_FILE, CONFIG_FILE, LOG_FILE]
     results += [METRICS_FILE, CURVES_FILE, REPORT_FILE, LENGTHS_FILE]
     previous = output / "previous"

@@ -191,8 +191,7 @@ def _precision_tip(precision: str) -> str:
 def _count_training_pairs(recipe: Recipe, ui: Ui) -> int | None:
     """Count the pairs before any is held out; None if a source is on the Hub.
 
-    Local sources are parsed here already, into the cache: a mistake in line 3 shows in a second, not after the
-    libraries are imported.
+    Local sources are parsed here already, into the cache: a mistake shows before the large libraries are imported.
 
     Raises:
         RmtoolError: E03xx as loading does; invalid rows are passed over if the recipe skips them.

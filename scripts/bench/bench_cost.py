@@ -39,10 +39,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     steps = commands.add_parser("steps", help="seconds of a training step against its unique tokens")
     steps.add_argument("--data", default="hh", help="preference pairs: a file, or hh, rmb (default hh)")
     benchlib.add_common(steps)
-    steps.add_argument("--max-length", type=int, default=1024, help="longer pairs are left out (default 1024)")
-    steps.add_argument(
-        "--sizes", type=int, nargs="+", default=SIZES, help="unique tokens of a step (default 1k to 64k)"
-    )
+    steps.add_argument("--max-length", type=int, default=1024, help="drop longer pairs (default 1024)")
+    steps.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="unique tokens per step (default 1k to 64k)")
     steps.add_argument("--repeats", type=int, default=3, help="measurements of each size (default 3)")
     steps.add_argument("--plot", type=Path, help="draw the line into this file")
     planning = commands.add_parser("planning", help="planning and packing many records")
@@ -66,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
 
 def steps_main(args: argparse.Namespace) -> int:
     if min(args.sizes) < 1 or args.repeats < 1 or len(set(args.sizes)) < 2:
-        raise BenchError("--sizes are at least two different sizes, and --repeats is at least 1")
+        raise BenchError("--sizes must be at least two different sizes, and --repeats at least 1")
     model, data = benchlib.find_model(args.model), benchlib.find_data(args.data)
     with benchlib.session(__file__, args.device, args.cores) as session:
         checkpoint = {"model": str(model), "random_llama": args.random_llama, "seed": args.seed, "save_dtype": "fp32"}

@@ -1,12 +1,12 @@
-"""Reading and tokenizing: rmtool's way from a file to token ids, beside the tokenizer alone on texts that are ready.
+"""Reading and tokenizing: rmtool's way from a file to token ids, and the tokenizer alone on prepared text.
 
     python scripts/bench/bench_data.py --data hh                      # a file of pairs
-    python scripts/bench/bench_data.py --made 1000000                 # so many rows of 1 KB, cut from hh's text
+    python scripts/bench/bench_data.py --made 1000000                 # a million rows of 1 KB of hh's text
 
 In: a file of preference pairs and a model's tokenizer. Out: seconds and growth of memory of `load_split` (from the
 file to ids in the cache), of a second run that finds the cache, and of the tokenizer on the rendered texts: called as
-its users do, and its Rust core. All on the same cores, in turns, each in a process of its own.
-Cost: as many times the tokenizing of the file as there are rounds, thrice.
+its users do, and its Rust core. All on the same cores, in turns, each in its own process.
+Cost: tokenizes the file three times per round.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     if args.rounds < 1 or (args.made is not None and args.made < 1):
-        raise BenchError("--rounds and --made are at least 1")
+        raise BenchError("--rounds and --made must be at least 1")
     model, data = benchlib.find_model(args.model), benchlib.find_data(args.data)
     with benchlib.session(__file__, "cpu", args.cores) as session:
         if args.made:

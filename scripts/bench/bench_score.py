@@ -5,7 +5,7 @@
     python scripts/bench/bench_score.py --responses 16 --min-prompt 512
 
 In: preference rows (a file, hh or rmb of ../shared), or RMB's folder; for more than two responses the answers to one
-prompt are put together, and filled up with answers to other prompts. Out: a table, and with --json every measurement.
+prompt are grouped, and filled up with responses to other prompts. Out: a table, and with --json every measurement.
 Each system is timed from the JSONL file to the last reward: reading, template, tokenizing and batching included, the
 loading of the model and a short warm-up not (both are shown). They run in turn, a process each, --rounds times:
   rmtool    `rmtool.scoring.score.score_file`, what `rmtool score` runs
@@ -64,9 +64,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--responses", type=int, default=2, help="responses to a prompt (default 2: pairs as they are)")
     parser.add_argument("--count", type=int, default=256, help="responses to score (default 256)")
     parser.add_argument("--min-prompt", type=int, default=0, help="tokens of the shortest prompt taken (default 0)")
-    parser.add_argument(
-        "--max-length", type=int, default=4096, help="rows with longer ones are left out (default 4096)"
-    )
+    parser.add_argument("--max-length", type=int, default=4096, help="drop rows with longer ones (default 4096)")
     parser.add_argument("--sample", type=int, default=32, help="responses to choose a batch size on (default 32)")
     for system, sizes in CANDIDATES.items():
         parser.add_argument(
@@ -87,7 +85,7 @@ def positive(text: str) -> list[int]:
 
 def main(args: argparse.Namespace) -> int:
     if min(args.responses, args.count, args.rounds, args.sample) < 1 or args.count < args.responses:
-        raise BenchError("--responses, --count, --sample and --rounds are at least 1, and --count holds a whole row")
+        raise BenchError("--responses, --count, --sample and --rounds must be at least 1, and --count a whole row")
     args.data = args.data or ("hh" if args.responses <= 2 else "rmb-bon")
     model, data = benchlib.find_model(args.model), benchlib.find_data(args.data)
     peer = None if args.without_peers else benchlib.peer_python(args.peer_python)
@@ -258,7 +256,7 @@ class Result:
             f"responses paired in from other prompts: {prepared['paired']} of {len(flat)}",
             f"rewards: standard deviation {deviation(self.of(OURS)[0].rewards):.3g}",
             f"matrix products in {self.args.precision}: {benchlib.digits(self.peak_gflops)} GFLOP/s, measured here",
-            f"left out: {prepared['dropped']} rows (over {self.args.max_length} tokens, or a prompt that is too short)",
+            f"dropped: {prepared['dropped']} rows (over {self.args.max_length} tokens, or a prompt that is too short)",
         ]
 
     def as_dict(self) -> Event:

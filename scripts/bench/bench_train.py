@@ -10,7 +10,7 @@ TRL first with every batch size of --peer-batch, then with the one that was fast
 warm-up: it counts in "all steps" only. The loss of every step is compared: where they differ the script says so last
 and exits with 1.
 Cost: (1 + --steps) steps of --batch-size pairs per process; --rounds processes of rmtool, one more of TRL. TRL on two
-cores without bf16 hardware takes minutes a step in fp32, and about ten in bf16.
+cores without bf16 hardware takes minutes per step in fp32, and about ten in bf16.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default="hh", help="preference pairs: a file, or hh, rmb (default hh)")
     benchlib.add_common(parser)
     parser.add_argument("--batch-size", type=int, default=16, help="pairs per optimizer step (default 16)")
-    parser.add_argument("--max-length", type=int, default=1024, help="longer pairs are left out (default 1024)")
+    parser.add_argument("--max-length", type=int, default=1024, help="drop longer pairs (default 1024)")
     parser.add_argument(
         "--steps", type=int, default=4, help="measured steps per process, after one warm-up (default 4)"
     )
@@ -96,7 +96,7 @@ def peer_batches(text: str, batch_size: int) -> list[int]:
 
 def main(args: argparse.Namespace) -> int:
     if min(args.steps, args.rounds, args.batch_size) < 1:
-        raise BenchError("--steps, --rounds and --batch-size are at least 1")
+        raise BenchError("--steps, --rounds and --batch-size must be at least 1")
     batches = peer_batches(args.peer_batch, args.batch_size)
     model, data = benchlib.find_model(args.model), benchlib.find_data(args.data)
     peer = None if args.without_peers else benchlib.peer_python(args.peer_python)
@@ -160,7 +160,7 @@ def try_peer(session: Session, spec: Event, batch: int, number: int, *, alone: b
     except BenchError as error:
         if alone:
             raise
-        say(f"TRL with {batch} pairs at once is left out: {error}")
+        say(f"TRL with {batch} pairs at once is skipped: {error}")
         return []
 
 
@@ -238,7 +238,7 @@ class Result:
     def text(self) -> str:
         args = self.args
         model = f"random Llama {args.random_llama}" if args.random_llama else args.model.name
-        title = f"Training {model}, {args.precision}, {args.batch_size} pairs a step, {args.data}"
+        title = f"Training {model}, {args.precision}, {args.batch_size} pairs per step, {args.data}"
         header = ("", "pairs/s", "all steps", "unique tok/s", "of peak", "peak memory", "before step 1", "set-up")
         groups = [(OURS, self.ours), (f"TRL, {self.theirs[0].batch} at once" if self.theirs else "", self.theirs)]
         lines = [self.row(name, runs) for name, runs in groups if runs]
@@ -269,7 +269,7 @@ class Result:
         notes = [
             f"tokens per pair: {padded} padded {batch} at once, {packed} packed, {shared} with the prompt shared",
             f"matrix products in {self.args.precision}: {benchlib.digits(self.peak_gflops)} GFLOP/s, measured here",
-            f"left out: {self.prepared['dropped']} pairs over {self.args.max_length} tokens",
+            f"dropped: {self.prepared['dropped']} pairs over {self.args.max_length} tokens",
         ]
         notes[:0] = benchlib.layout_notes(self.ours[0].padded)
         if self.theirs:

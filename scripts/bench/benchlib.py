@@ -1,7 +1,7 @@
 """What the benchmarks share: worker processes, the peers' environment, figures and tables. Standard library only.
 
 In: a script's arguments. Out: events that its workers report, and the numbers made of them.
-Every system runs in an interpreter of its own (`python bench_x.py --worker NAME SPEC.json`), with the same cores, the
+Every system runs in its own interpreter (`python bench_x.py --worker NAME SPEC.json`), with the same cores, the
 same seed files and fresh caches, and writes one JSON object per line. Nothing is written outside a temporary folder,
 which goes when the script ends, `.venv-bench`, and the files that the user named.
 Cost: what the workers cost; the driver itself sleeps, so that it takes no core from them.
@@ -48,7 +48,7 @@ Worker = Callable[[Event], None]
 
 
 class BenchError(Exception):
-    """Something the user can mend; shown without a traceback."""
+    """A mistake of the user; shown without a traceback."""
 
 
 # --------------------------------------------------------------------------------------------------- figures
@@ -305,11 +305,11 @@ def peer_python(given: Path | None) -> Path:
     """The peers' interpreter, installed from the index the first time.
 
     Raises:
-        BenchError: there is none, or the installation failed.
+        BenchError: it does not exist, or the installation failed.
     """
     if given:
         if not given.is_file():
-            raise BenchError(f"--peer-python {given}: there is no such file")
+            raise BenchError(f"--peer-python not found: {given}")
         return given.absolute()  # not resolved: a venv's python is a link out of it
     python, stamp = VENV / "bin" / "python", VENV / "bench-installed"
     constraints = ROOT / "constraints.txt"
@@ -321,7 +321,7 @@ def peer_python(given: Path | None) -> Path:
     say(f"installing {', '.join(PEERS)} into {VENV} (a few minutes, once)")
     for command in (
         [sys.executable, "-m", "venv", str(VENV)],
-        [*pip, torch],  # first and by itself: what follows would otherwise choose a build of its own
+        [*pip, torch],  # first and by itself: what follows would otherwise choose a different build
         [*pip, "--constraint", str(constraints), *PEERS],
     ):
         if subprocess.run(command, check=False).returncode:
@@ -334,7 +334,7 @@ def find_data(name: str) -> Path:
     """A file, or one of the short names of DATA."""
     path = DATA.get(name, Path(name))
     if not path.exists():
-        raise BenchError(f"there is no {path}; --data takes a file, or {', '.join(DATA)} where ../shared is")
+        raise BenchError(f"file not found: {path}; --data takes a file, or {', '.join(DATA)} where ../shared is")
     return path.resolve()
 
 
@@ -344,7 +344,7 @@ def find_model(folder: Path) -> Path:
         say(f"building {folder}")
         subprocess.run([sys.executable, str(MAKER), str(folder)], check=True, stdout=subprocess.DEVNULL)
     if not (folder / "config.json").is_file():
-        raise BenchError(f"there is no model in {folder}; name a folder with --model")
+        raise BenchError(f"model not found in {folder}; pass a folder with --model")
     return folder.resolve()
 
 
@@ -414,7 +414,7 @@ def serve(workers: dict[str, Worker]) -> int:
     _events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     threading.Thread(target=_end_with_driver, daemon=True).start()
-    with contextlib.suppress(OSError):  # when memory is full, this process ends and nobody else's
+    with contextlib.suppress(OSError):  # when memory is full, only this process ends
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     ({"peak": measure_peak, "save": save_checkpoint} | workers)[name](
         json.loads(Path(path).read_text(encoding="utf-8"))
@@ -544,7 +544,7 @@ def save_checkpoint(spec: Event) -> None:
 
 
 def _random_llama(source: Path, folder: Path, size: str) -> Path:
-    """The config of a Llama of this size, beside `source`'s tokenizer."""
+    """The config of a Llama of this size, and `source`'s tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig
 
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -23,7 +23,7 @@ import numpy as np
 from benchlib import BenchError, digits, say, show, table
 
 PASSES = 3  # of the weights over the network and round: gathered for the forward, for the backward; gradients back
-HEADER = ("GPUs", "pairs a step", "packs a rank", "slowest over mean", "heaviest pair over mean", "compute s",
+HEADER = ("GPUs", "pairs per step", "packs per rank", "slowest over mean", "heaviest pair over mean", "compute s",
           "network s", "step s", "pairs/s a GPU")  # fmt: skip
 
 
@@ -50,7 +50,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Model:
-    """weights: all; multiplied: those in matrices; key_cost: see `packing.py`; layers: gathered one after the other."""
+    """weights: all; multiplied: those in matrices; key_cost: as of `RewardModel`; layers: gathered one after another."""
 
     weights: int
     multiplied: int
@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> int:
     measured, model = read_measured(args.measured), describe_model(args.config)
     lengths = read_lengths(benchlib.find_data(args.data), benchlib.find_model(args.tokenizer), args.max_length)
     found: dict[str, Any] = {}
-    rules = [(f"{n:,} pairs a step", n, 0) for n in args.pairs_per_step]
+    rules = [(f"{n:,} pairs per step", n, 0) for n in args.pairs_per_step]
     rules += [(f"{n:,} pairs a GPU", 0, n) for n in args.pairs_per_gpu]
     for title, fixed, each in rules:
         rows = []
@@ -228,7 +228,7 @@ def describe_model(folder: Path | None) -> Model:
 def read_measured(path: Path) -> Measured:
     """Of `bench_cost.py steps`: its line through the points, and how far each measurement was from it."""
     if not path.is_file():
-        raise BenchError(f"there is no {path}; write it with: scripts/bench/bench_cost.py steps --json {path}")
+        raise BenchError(f"file not found: {path}; write it with: scripts/bench/bench_cost.py steps --json {path}")
     content = json.loads(path.read_text(encoding="utf-8"))
     start, slope = content["line"]
     residuals = tuple(seconds / (start + slope * tokens) for tokens, seconds in content["points"])

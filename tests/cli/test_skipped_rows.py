@@ -114,6 +114,14 @@ def test_a_dry_run_ends_as_the_run_would(rmtool: Any, causal_lm: Path, tmp_path:
         assert "invalid rows skipped" in shown.out or json.loads(shown.out)["report"]["skipped_rows"] == 1
 
 
+def test_a_finished_run_is_refused_before_data_is_read(rmtool: Any, tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / MANIFEST).write_text("{}")
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": 5}])
+    shown = rmtool("train", "--data", bad, "--output", tmp_path / "run")
+    assert (shown.code, shown.error) == (6, "E0601")
+
+
 def test_a_dry_run_does_not_change_a_finished_run(rmtool: Any, causal_lm: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(6))
     run = tmp_path / "run"

@@ -145,6 +145,15 @@ def test_a_file_that_was_changed_just_now_could_change_unseen_and_is_waited_for(
     assert time.time() - path.stat().st_ctime >= sources._CLOCK_TICK_S
 
 
+def test_a_file_that_is_being_written_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", pair_rows(5))
+    monkeypatch.setattr(sources.time, "sleep", lambda seconds: os.utime(path))
+    monkeypatch.setattr(sources.time, "time", lambda: path.stat().st_ctime)
+    assert sources._identity(str(path)) is None
+    assert len(load(path).metadata) == 5
+    assert not entries()
+
+
 def test_a_source_that_changes_while_it_is_read_has_no_entry(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "p.jsonl", pair_rows(5))
 

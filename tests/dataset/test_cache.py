@@ -237,6 +237,27 @@ def test_a_disk_that_gets_full_is_reported(tokenizer: Any, tmp_path: Path, monke
     assert caught.value.id == "E0502"
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_disk_that_gets_full_while_tokenizing_is_reported(
+    tokenizer: Any, tmp_path: Path, monkeypatch: Any, use_cache: bool
+) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(4))
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr("rmtool.tokenization.token_store.TokenStore.append", full)
+    with pytest.raises(RmtoolError, match="No space left") as caught:
+        tokenized(path, Encoder(tokenizer, 512), use_cache=use_cache)
+    assert caught.value.id == "E0502"
+    assert ("TMPDIR" in caught.value.hint) != use_cache
+
+
+def test_an_error_of_the_tokenizer_is_not_one_of_the_disk(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(4))
+    broken = Mock(side_effect=OSError(5, "Input/output error"))
+    monkeypatch.setattr(Encoder, "encode_many", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        tokenized(path, Encoder(tokenizer, 512))
+
+
 @pytest.mark.parametrize("use_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_node_parses_a_source_once(causal_lm: Path, tmp_path: Path, use_cache: bool) -> None:
     """The launcher and two ranks: who opens the file, by Python's audit events; and invalid rows are written once."""

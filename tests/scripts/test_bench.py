@@ -235,7 +235,7 @@ def test_simulated_ranks_wait_for_the_heaviest_pair_and_for_the_network(
              "--pairs-per-step", "64", "--json", str(tmp_path / "out.json")]  # fmt: skip
     assert simulate_scale.main(simulate_scale.parse(words)) == 0
     found = json.loads((tmp_path / "out.json").read_text())
-    alone, many = found["64 pairs a step, 1 GPUs"], found["64 pairs a step, 16 GPUs"]
+    alone, many = found["64 pairs per step, 1 GPUs"], found["64 pairs per step, 16 GPUs"]
     assert all(step["slowest"] == 1.0 and step["network"] == 0.0 for step in alone)
     assert all(step["slowest"] >= max(1.0, step["one_pair"]) and step["network"] > 0 for step in many)
     assert max(step["one_pair"] for step in many) > 2.0  # the long pair was drawn, and nobody can cut it
