@@ -154,7 +154,7 @@ def _evaluate(folder: Path, sources: list[str], samples: int, options: Inference
         rejects.raise_if_any()
     if not pairs.metadata:
         raise RmtoolError("E0302", "no pairs left to evaluate", "raise --max-length", Place(", ".join(sources)))
-    with ui.progress("Evaluating", len(pairs.metadata), "pairs") as bar:
+    with ui.progress("Evaluating", len(pairs.metadata), "rows") as bar:
         result = evaluate(loaded.model, pairs.metadata, pairs.groups, options.tokens_per_pack, bar, samples)
     shown = _samples(selection, pairs, result)
     print_skipped(rejects, ui)

@@ -107,7 +107,8 @@ def _print_summary(
         sharing = sharing_fields(loaded.padded_reason)
         print_json({"model": model, "output": str(output), **vars(summary), **sharing}, ui)
     else:
-        ui.result(f"scored {summary.responses:,} responses in {summary.rows:,} rows: {output}")
+        responses = f"{summary.responses:,} response{'s' * (summary.responses != 1)}"
+        ui.result(f"scored {responses} in {summary.rows:,} row{'s' * (summary.rows != 1)}: {output}")
 
 
 def _check_output(source: Path, output: Path, overwrite: bool) -> None:

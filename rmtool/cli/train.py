@@ -99,7 +99,7 @@ def _launch_overrides(
         ("main_address", main_address, env.main_address),
         ("main_port", main_port, env.main_port),
     )
-    values = ((f"launch.{name}", told if option is None else option) for name, option, told in given)
+    values = ((f"launch.{name}", found if option is None else option) for name, option, found in given)
     return [(key, value) for key, value in values if value is not None]
 
 

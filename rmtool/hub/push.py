@@ -6,7 +6,7 @@ Cost: all safetensors headers are read before the first request; then the files 
 
 Own code where huggingface_hub 2.4 was found unsafe: `upload_folder` follows symlinks to any file, can split one upload
 into several commits, and commits twice when the answer to the first commit is lost (so: `create_commit` of listed
-files); its requests have no timeout (`_limit`); `create_repo` repeats for ever on a conflict (`_fail_on_conflict`);
+files); its requests have no timeout (`_limit`); `create_repo` repeats endlessly on a conflict (`_fail_on_conflict`);
 `get_local_safetensors_metadata` accepts truncated files (`_check_weights`).
 """
 
@@ -69,7 +69,7 @@ def push_checkpoint(folder: Path, repo_id: str, *, private: bool, ui: Ui, dry_ru
             cannot be read, E0771 without a connection, E0772 after a timeout, E0773 when the Hub answers with an
             error, E0774 when its answer is unexpected, E0775 when an upload fails.
     """
-    check_repo_id(repo_id)
+    check_repo_id(repo_id) if dry_run else check_ready(repo_id)
     try:
         upload = plan_upload(folder)
         _describe(upload, repo_id, private, dry_run, ui)
@@ -244,7 +244,7 @@ def _limit(request: Any) -> None:
 
 
 def _fail_on_conflict(response: Any) -> None:
-    """Raise the conflict on which create_repo would repeat its request for ever, without a pause."""
+    """Raise the conflict on which create_repo would repeat its request endlessly, without a pause."""
     from huggingface_hub.utils import hf_raise_for_status
 
     if response.status_code == 409 and b"another conflicting operation" in response.read():

@@ -33,7 +33,6 @@ from rmtool.model.classifier import (
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.precision import PRECISIONS, compute_precision, default_device, precision_notices
 from rmtool.model.reward_model import RewardModel
-from rmtool.packing.prefix_sharing import describe_sharing
 from rmtool.tokenization.encoder import FINGERPRINT_CONVERSATIONS, Encoder
 from rmtool.tokenization.tokenizer import ensure_pad_token, load_tokenizer
 
@@ -89,10 +88,8 @@ def load_for_inference(
     precision = precision or (manifest.precision if manifest else "fp32")
     model = _load_model(folder, compute_precision(precision), config.pad_token_id or 0)
     layout = choose_layout(model, model, encoder.max_length)
-    notices = [*_pad_notices(tokenizer, config.pad_token_id), *precision_notices(precision)]
-    if not layout.shared:
-        notices.append(f"prefix sharing: {describe_sharing(layout.reason)}")
-    return LoadedModel(model, encoder, manifest, tuple(notices), layout.reason)
+    notices = (*_pad_notices(tokenizer, config.pad_token_id), *precision_notices(precision))
+    return LoadedModel(model, encoder, manifest, notices, layout.reason)
 
 
 def _load_model(folder: Path, precision: str, pad_id: int) -> RewardModel:

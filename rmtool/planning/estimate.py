@@ -97,14 +97,15 @@ class ResourceEstimate:
         work = self.work
         if work is None:
             return [("unique tokens per step", UNKNOWN)]
+        planned = f"(over {work.planned} steps)"
         return [
             (
                 "tokens per step (with padding)" if work.padded else "unique tokens per step",
                 f"{work.tokens:,.0f} (mean of the first {work.counted} steps)",
             ),
-            ("packs per process and step", f"at most {work.packs:,}"),
-            ("largest pack", f"{work.largest:,} tokens"),
-            ("load imbalance", f"slowest rank {work.imbalance - 1:.1%} above the mean (over {work.planned} steps)"),
+            ("packs per process and step", f"at most {work.packs:,} {planned}"),
+            ("largest pack", f"{work.largest:,} tokens {planned}"),
+            ("load imbalance", f"slowest rank {work.imbalance - 1:.1%} above the mean {planned}"),
         ]
 
     def _time(self) -> str:

@@ -81,10 +81,10 @@ class Plan:
     def _process_rows(self) -> list[tuple[str, str]]:
         train, launch = self.recipe.train, self.recipe.launch
         nodes = f"{launch.nodes} node{'s' * (launch.nodes > 1)}"
-        gpus = f"{launch.gpus_per_node} GPU{'s' * (launch.gpus_per_node > 1)}"
+        processes = f"{launch.gpus_per_node} process{'es' * (launch.gpus_per_node > 1)}"
         source = f", from {self.launcher}" if self.launcher else ""
         return [
-            ("processes", f"{self.world_size} ({nodes} x {gpus}{source})"),
+            ("processes", f"{self.world_size} ({nodes} x {processes}{source})"),
             ("engine", engine_of(launch)),
             ("precision", train.precision + _precision_tip(train.precision)),
             ("global batch size", f"{train.batch_size:,} pairs ({train.batch_size / self.world_size:g} per process)"),
@@ -179,11 +179,12 @@ def _amount(holdout: int | float) -> str:
 
 
 def _precision_tip(precision: str) -> str:
-    """A remark if this machine is much faster in bf16."""
-    if precision != "fp32":
-        return ""
-    from rmtool.model.precision import fast_bf16_device  # imports torch
+    """A remark if this machine is much faster in bf16, or cannot compute in `precision`."""
+    from rmtool.model.precision import compute_precision, fast_bf16_device  # imports torch
 
+    if precision != "fp32":
+        used = compute_precision(precision)
+        return "" if used == precision else f" (not supported by this CPU: computed in {used})"
     device = fast_bf16_device()
     return f" (bf16 is several times faster on {device}: --set train.precision=bf16)" if device else ""
 

@@ -122,7 +122,7 @@ def _template(name: str) -> str:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RmtoolError(
-            "E0201", f"cannot read the chat template {name}: {first_line(error)}", "pass a Jinja file, or tulu"
+            "E0201", f"cannot read the chat template {name}: {getattr(error, 'strerror', None) or error}", "pass a Jinja file, or tulu"
         ) from error
 
 

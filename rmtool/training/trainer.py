@@ -286,7 +286,7 @@ def _timed_step(trainer: Trainer, batch: Sequence[BatchItem], step: int, total: 
 def run_eval(trainer: Trainer, held_out: TokenizedDataset, ui: Ui) -> dict[str, float]:
     """Return the eval metrics; the ranks share the forward passes."""
     wrapped, limit = trainer.engine.wrapped, trainer.recipe.train.tokens_per_pack
-    with ui.progress("Evaluating", len(held_out.metadata), "pairs") as bar:
+    with ui.progress("Evaluating", len(held_out.metadata), "rows") as bar:
         result = evaluation.evaluate(
             *(trainer.model, held_out.metadata, held_out.groups, limit, bar),
             forward_module=wrapped,

@@ -50,7 +50,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Model:
-    """weights: all; multiplied: those in matrices; key_cost: as of `RewardModel`; layers: gathered one after another."""
+    """weights: all; multiplied: those in matrices; key_cost: as in `RewardModel`; layers: gathered one by one."""
 
     weights: int
     multiplied: int

@@ -284,7 +284,7 @@ def test_the_tulu3_plan_is_printed_without_a_network(
     monkeypatch.setenv("COLUMNS", columns)
     shown = rmtool("train", "--recipe", "tulu3-8b", "--dry-run")
     assert shown.code == 0, shown.err
-    words = ("64 (8 nodes x 8 GPUs)", "zero3", "256 pairs (4 per process)", "2,048 tokens", "3e-06, linear")
+    words = ("64 (8 nodes x 8 processes)", "zero3", "256 pairs (4 per process)", "2,048 tokens", "3e-06, linear")
     assert all(word in shown.out for word in words)
     assert "--num_machines 8 --num_processes 64" in shown.out
     assert "--zero_stage 3" in shown.out

@@ -260,7 +260,7 @@ def test_of_the_experts_those_count_that_a_token_meets() -> None:
         ("data.holdout=0 train.eval_every=null", "evaluation", "off"),
         ("data.holdout=0 train.eval_every=null", "eval data", "none"),
         ("", "eval data", "200 pairs held out from the training data"),
-        ("launch.gpus_per_node=2", "processes", "2 (1 node x 2 GPUs)"),
+        ("launch.gpus_per_node=2", "processes", "2 (1 node x 2 processes)"),
         ("launch.gpus_per_node=2", "engine", "ddp"),
         ("launch.gpus_per_node=2", "global batch size", "32 pairs (16 per process)"),
         ("train.max_steps=30", "optimizer steps", "30 (epochs: 2, max_steps: 30)"),
