@@ -29,6 +29,6 @@ TemplateOption = Annotated[
 ]
 BadRowOption = Annotated[
     str,
-    typer.Option(help="What to do with invalid rows: fail, or skip (writes them to a .rejects.jsonl file; exit code 1)."),
+    typer.Option(help="What to do with invalid rows: fail, or skip (writes them to *.rejects.jsonl; exit code 1)."),
 ]
 AllowEmptyOption = Annotated[bool, typer.Option("--allow-empty", help="Allow empty responses.")]

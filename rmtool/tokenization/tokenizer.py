@@ -121,9 +121,9 @@ def _template(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RmtoolError(
-            "E0201", f"cannot read the chat template {name}: {getattr(error, 'strerror', None) or error}", "pass a Jinja file, or tulu"
-        ) from error
+        reason = getattr(error, "strerror", None) or str(error)
+        what = f"cannot read the chat template {name}: {reason}"
+        raise RmtoolError("E0201", what, "pass a Jinja file, or tulu") from error
 
 
 def ensure_pad_token(tokenizer: Any, last_id: int) -> str | None:
