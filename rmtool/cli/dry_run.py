@@ -1,7 +1,7 @@
 """`rmtool train --dry-run`: the plan, the launch commands, the data report and the estimates, without training.
 
 In: a plan and a run folder. Out: tables or JSON on stdout; the data report in the run folder.
-Cost: reads and tokenizes the data (into the token cache); runs the model on fake tensors, which have no memory.
+Cost: reads and tokenizes the data (both into the cache); runs the model on fake tensors, which have no memory.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def _count_training_pairs(recipe: Recipe, ui: Ui) -> int | None:
     Local sources are parsed here already, into the cache: a mistake shows before the large libraries are imported.
 
     Raises:
-        RmtoolError: E03xx as loading does; invalid rows are passed over if the recipe skips them.
+        RmtoolError: E03xx as loading does; invalid rows are skipped if the recipe skips them.
     """
     data = recipe.data
     with Rejects(Path(os.devnull) if data.on_bad_row == "skip" else None) as rejects:
