@@ -83,7 +83,7 @@ def _console(file: IO[str]) -> Console:
     width = None
     if file.isatty() and "COLUMNS" not in os.environ:
         with contextlib.suppress(OSError):
-            width = os.get_terminal_size(file.fileno()).columns
+            width = os.get_terminal_size(file.fileno()).columns or None  # containers have terminals of size 0
     return Console(file=file, width=width, highlight=False)
 
 

@@ -95,7 +95,7 @@ class Shown:
 
 
 def scored(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 PROGRAM = Path(sys.executable).parent / "rmtool"

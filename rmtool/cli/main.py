@@ -7,11 +7,14 @@ and transformers when they run.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,6 +45,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         typer.echo(f"rmtool {__version__}")
         raise typer.Exit
+    try:
+        Path.home()
+    except RuntimeError as error:  # libraries would make a folder named ~ in the working directory
+        what = "cannot find the home folder: $HOME is not set"
+        raise RmtoolError("E0501", what, "set HOME to a writable folder") from error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,13 +59,25 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app(arguments, standalone_mode=True)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # a closed pipe, which must not look like skipped rows
+            sys.exit(128 + signal.SIGPIPE)
+        raise
     except RmtoolError as error:
         _show(error, arguments)
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - a bug: its traceback goes to the log file
-        _show(_log_bug(error), arguments)
+        _show(_full_disk(error) or _log_bug(error), arguments)
+
+
+def _full_disk(error: Exception) -> RmtoolError | None:
+    """Return the error for a disk that is full, where stdout or a temporary file is."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = f"cannot write {error.filename or 'the output'}: {error.strerror}"
+        return RmtoolError("E0502", what, "free disk space")
+    return None
 
 
 def _log_bug(bug: Exception) -> RmtoolError:
@@ -83,7 +103,8 @@ def _show(error: RmtoolError, arguments: list[str]) -> None:
         traceback.print_exc()
     ui = TerminalUi()
     if "--json" in arguments:
-        print_json({"error": error.as_dict()}, ui)
+        with contextlib.suppress(OSError):  # stdout may be what failed
+            print_json({"error": error.as_dict()}, ui)
     ui.error(error)
     sys.exit(error.exit_code)
 

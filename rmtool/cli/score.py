@@ -6,6 +6,7 @@ Cost: one forward pass over the unique tokens.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,6 +82,7 @@ def _score(
     model = model or default_model(RUNS)
     ui.say(f"model: {model}")
     output = output or with_ending(source, ".scored.jsonl")
+    output = Path(os.path.realpath(output)) if output.is_symlink() else output  # a rename would replace the link
     _check_output(source, output, overwrite)
     rejects = options.rejects(output, [str(source)])
     from rmtool.scoring.score import score_file
@@ -115,9 +117,10 @@ def _check_output(source: Path, output: Path, overwrite: bool) -> None:
     from rmtool.checkpoint import check_writable
 
     if not source.is_file():
-        raise RmtoolError("E0201", f"file not found: {source}", "check the path")
-    if output.is_dir():
-        raise RmtoolError("E0601", f"{output} is a folder", "pass a file name with --output")
+        what = f"{source} is not a file" if source.exists() else f"file not found: {source}"
+        raise RmtoolError("E0201", what, "check the path")
+    if output.exists() and not output.is_file():  # a rename would replace a device, such as /dev/null
+        raise RmtoolError("E0601", f"{output} is not a file", "pass a file name with --output")
     if output.exists() and output.resolve() == source.resolve():
         raise RmtoolError("E0601", f"the output is the input: {output}", "pass a different --output")
     if output.exists() and not overwrite:

@@ -20,7 +20,8 @@ A new report is one more file in this folder:
         row: {reward: 1.0, note: text}           # fields of the first row of score's output
         absent: [out.jsonl]     # files that must not exist afterwards
 
-`like` compares score's rewards, eval's metrics, or the losses of train. `base` is a causal LM without a score head.
+`like` compares score's rewards, eval's metrics, or the losses of train. `base` is a causal LM without a score head,
+`original` the reward model without the changes.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def test_situation(
     for name, value in situation.get("env", {}).items():
         monkeypatch.setenv(name, value)
     change_model(shutil.copytree(checkpoint, tmp_path / "model"), **situation.get("model", {}))
+    shutil.copytree(checkpoint, tmp_path / "original")
     shutil.copytree(causal_lm, tmp_path / "base")
     for name, content in situation.get("files", {}).items():
         write(tmp_path / name, content)
@@ -72,6 +74,7 @@ def change_model(
     folder: Path,
     config: dict[str, Any] | None = None,
     tokenizer_config: dict[str, Any] | None = None,
+    tokenizer: dict[str, Any] | None = None,
     rename: dict[str, str] | None = None,
     drop: list[str] | None = None,
     shape: dict[str, list[int]] | None = None,
@@ -81,15 +84,16 @@ def change_model(
     """Change a checkpoint.
 
     Args:
-        config, tokenizer_config: keys to set; null removes one.
+        config, tokenizer_config, tokenizer: keys of these .json files to set; null removes one.
         rename, drop: tensors. shape: tensors that become zeros of this shape.
         write: files and their text or JSON. remove: files.
     """
-    for name, changes in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
+    for name, changes in (("config", config), ("tokenizer_config", tokenizer_config), ("tokenizer", tokenizer)):
         if changes:
-            values = json.loads((folder / name).read_text()) | changes
+            path = folder / f"{name}.json"
+            values = json.loads(path.read_text()) | changes
             values = {key: value for key, value in values.items() if key not in changes or value is not None}
-            (folder / name).write_text(json.dumps(values))
+            path.write_text(json.dumps(values))
     weights = load_file(folder / "model.safetensors")
     for old, new in (rename or {}).items():
         weights[new] = weights.pop(old)
