@@ -21,20 +21,40 @@ from rmtool.training.tracking import CURVES_FILE, METRICS_FILE, read_metrics
 from rmtool.training.worker_status import BEST_PREFIX, DATA_READ_FILE
 
 LOG_FILE = "train.log"  # output of `accelerate launch`; each rank has its own log
+LOCK_FILE = ".lock"  # stays, and marks the folder as rmtool's
+PREVIOUS = "previous"
+RESULTS = (
+    *("model", HELD_OUT_FILE, REJECTS_FILE, CONFIG_FILE, LOG_FILE),
+    *(METRICS_FILE, CURVES_FILE, REPORT_FILE, LENGTHS_FILE),
+)
 
 
 def prepare_folder(output: Path, overwrite: bool) -> None:
     """Create the run folder and check that it is writable.
 
     Raises:
-        RmtoolError: E0601 when it contains a finished run and `overwrite` is off, E0501 when it is not writable.
+        RmtoolError: E0601 when it contains a finished run and `overwrite` is off, or files of this name that rmtool did
+            not write; E0501 when it is not writable.
     """
     refuse_finished(output, overwrite)
+    _refuse_foreign(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RmtoolError("E0501", f"cannot write {output}: {error.strerror}", "pass a different --output") from error
     check_writable(output / LOG_FILE)
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Refuse a folder with files that a run would move, replace or delete, unless they are those of an earlier run."""
+    if (output / LOCK_FILE).exists() or is_finished(output):
+        return
+    names = [name for name in (*RESULTS, PREVIOUS) if (output / name).exists()]
+    names = [name for name in names if name not in (REPORT_FILE, LENGTHS_FILE)]  # a dry run may have written these
+    names += sorted(path.name for pattern in (".tmp-*", "rank-*") for path in output.glob(pattern))
+    if names:
+        what = f"{output} contains {', '.join(names)}, which a run would replace, but rmtool did not write"
+        raise RmtoolError("E0601", what, "pass a different --output")
 
 
 def is_finished(output: Path) -> bool:
@@ -60,7 +80,7 @@ def lock_folder(output: Path) -> Iterator[None]:
     Raises:
         RmtoolError: E0602 when another process has locked it.
     """
-    with open(output / ".lock", "wb") as lock:
+    with open(output / LOCK_FILE, "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -74,13 +94,11 @@ def clear_folder(output: Path) -> None:
 
     Results are moved together: an old model next to this run's held-out pairs would be evaluated on its training set.
     """
-    results = ["model", HELD_OUT_FILE, REJECTS_FILE, CONFIG_FILE, LOG_FILE]
-    results += [METRICS_FILE, CURVES_FILE, REPORT_FILE, LENGTHS_FILE]
-    previous = output / "previous"
+    previous = output / PREVIOUS
     if (output / "model").exists():
         shutil.rmtree(previous, ignore_errors=True)
         previous.mkdir()
-        for name in results:
+        for name in RESULTS:
             if (output / name).exists():
                 (output / name).rename(previous / name)
     for best in output.glob(f"{BEST_PREFIX}*"):  # from an interrupted run: hours of training

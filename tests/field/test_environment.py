@@ -46,6 +46,18 @@ def test_an_output_that_is_no_file_is_never_replaced(rmtool: Any, model: Path) -
         assert Path("device").is_fifo()
 
 
+def test_a_folder_with_files_of_someone_else_is_no_run_folder(rmtool: Any, causal_lm: Path, tmp_path: Path) -> None:
+    """Seen: huggingface/community-events#77, jakeret/tf_unet#216: `--output ./` deletes what is there."""
+    write_jsonl(Path("pairs.jsonl"), PAIRS)
+    command = ("train", "--recipe", "debug", "--model", causal_lm, "--data", "pairs.jsonl", "--set", "data.holdout=0")
+    for name in ("model", "previous", "config.yaml", ".tmp-notes"):
+        folder = tmp_path / f"project {name}"
+        (folder / name).mkdir(parents=True)
+        shown = rmtool(*command, "--output", folder)
+        assert (shown.error, name in shown.err) == ("E0601", True)
+        assert [path.name for path in folder.iterdir()] == [name]
+
+
 def test_an_input_that_is_no_file_is_said(rmtool: Any, model: Path) -> None:
     Path("rows.jsonl").mkdir()
     shown = rmtool("score", "rows.jsonl", "--model", model)
