@@ -40,8 +40,13 @@ _FOREIGN = (
         "FSDP shards",
         "run accelerate merge-weights {folder}/pytorch_model_fsdp_0 {folder}",
     ),
-    (("*.bin", "*.pt", "*.pth", "*.ckpt"), "pickled weights, which can run code", "save them with save_pretrained"),
+    (
+        ("pytorch_model*.bin", "model*.bin", "model*.pt", "consolidated*.pth", "*.ckpt"),
+        "pickled weights, which can run code",
+        "save them with save_pretrained",
+    ),
     (("consolidated*.safetensors",), "weights in Mistral's format", "use the checkpoint for transformers"),
+    (("model*-of-*.safetensors",), "shards without model.safetensors.index.json", "download or copy that file as well"),
     (("*.h5", "*.msgpack", "*.onnx", "*.nemo", "*.npz"), "weights of other frameworks", "save them for PyTorch"),
 )
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".yaml", ".yml")  # names of files, never of Hub repos

@@ -195,13 +195,9 @@ def _check_missing(stored: StoredWeights, missing: Sequence[str], unread: Sequen
     if not missing:
         return
     prefix = next((name.removesuffix(missing[0]) for name in unread if name.endswith(f".{missing[0]}")), "")
-    hint = "download or save the checkpoint again"
-    if any(".base_layer." in name or ".lora_" in name for name in unread):
-        hint = "merge the adapter with merge_and_unload(), and save the model again"
-    elif prefix:
-        hint = f"remove the prefix {prefix} from the names of the weights"
+    hint = _origin_hint(unread) or (f"remove the prefix {prefix} from the names of the weights" if prefix else None)
     what = f"{len(missing)} weights are missing from {stored.folder} (first: {missing[0]})"
-    raise RmtoolError("E0404", what, hint)
+    raise RmtoolError("E0404", what, hint or "download or save the checkpoint again")
 
 
 def _unread(stored: StoredWeights, names: Sequence[str]) -> RmtoolError:
@@ -209,8 +205,24 @@ def _unread(stored: StoredWeights, names: Sequence[str]) -> RmtoolError:
     return RmtoolError(
         "E0406",
         f"{stored.folder} has weights that the model does not read: {shown}{count_more(names[3:])}",
-        f"use a checkpoint whose score head is one linear layer without bias, or {_NEW_HEAD.format(stored.folder)}",
+        _origin_hint(names)
+        or f"use a checkpoint whose score head is one linear layer without bias, or {_NEW_HEAD.format(stored.folder)}",
     )
+
+
+def _origin_hint(names: Sequence[str]) -> str | None:
+    """Return what to do about weights of adapters, of quantization, or of layers that the config does not have."""
+    hints = (
+        (
+            r"\.lora_|\.base_layer\.|\.modules_to_save\.",
+            "merge the adapter with merge_and_unload(), and save the model",
+        ),
+        (r"scales?(_inv)?$|\.qweight$|\.qzeros$|\.absmax$", "use the checkpoint from before quantization"),
+        (r"\.\d+\..*\.weight$", "use config.json and weights of the same model"),
+    )
+    # A head of several layers has numbers, too, but at its beginning.
+    names = [name for name in names if not re.match(r"(\w*\.)?\w*(head|score|classifier)\w*\.\d", name)]
+    return next((hint for pattern, hint in hints if any(re.search(pattern, name) for name in names)), None)
 
 
 def count_more(names: Sequence[str]) -> str:
