@@ -203,6 +203,16 @@ def test_only_tokens_that_can_occur_need_an_embedding(
         assert (caught.value.id, f"'<new>' with id {rows}" in caught.value.what) == (id, True)
 
 
+def test_a_negative_pad_token_is_none(checkpoint: Path, tmp_path: Path) -> None:
+    """As in configs of the first Llama: as an index it would be the last row, without a gradient, or an error."""
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": -1}
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load_for_inference(folder).model
+    assert (loaded.pad_id, loaded.classifier.config.pad_token_id) == (0, None)
+    assert loaded.classifier.get_input_embeddings().padding_idx is None
+
+
 def test_a_token_that_few_rows_have_is_found_before_the_first_forward(
     checkpoint: Path, tmp_path: Path, rmtool: Any
 ) -> None:
