@@ -22,10 +22,33 @@ from rmtool.recipe import BUNDLED
 from rmtool.ui import Ui
 
 MANIFEST = "rmtool.json"
+ADAPTER = "adapter_config.json"
 HELD_OUT_FILE = "held_out.jsonl"  # in a run folder, next to model/
 NON_WEIGHT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
 DOWNLOAD = ("*.safetensors", *NON_WEIGHT_FILES)
 DEFAULT_MODEL = "allenai/Llama-3.1-Tulu-3-8B-RM"
+# Weights in formats that are not read: files, their name, and how to convert them.
+_FOREIGN = (
+    (("*.gguf", "*.ggml"), "GGUF weights", "use the safetensors checkpoint that they were converted from"),
+    (
+        ("global_step*", "zero_to_fp32.py", "*zero_pp_rank*", "mp_rank_*"),
+        "DeepSpeed states",
+        "run python {folder}/zero_to_fp32.py {folder} {folder} --safe_serialization",
+    ),
+    (
+        ("pytorch_model_fsdp*", "*.distcp", "*/*.distcp"),
+        "FSDP shards",
+        "run accelerate merge-weights {folder}/pytorch_model_fsdp_0 {folder}",
+    ),
+    (
+        ("pytorch_model*.bin", "model*.bin", "model*.pt", "consolidated*.pth", "*.ckpt"),
+        "pickled weights, which can run code",
+        "save them with save_pretrained",
+    ),
+    (("consolidated*.safetensors",), "weights in Mistral's format", "use the checkpoint for transformers"),
+    (("model*-of-*.safetensors",), "shards without model.safetensors.index.json", "download or copy that file as well"),
+    (("*.h5", "*.msgpack", "*.onnx", "*.nemo", "*.npz"), "weights of other frameworks", "save them for PyTorch"),
+)
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".yaml", ".yml")  # names of files, never of Hub repos
 
 
@@ -167,17 +190,56 @@ def resolve_checkpoint(model: str, revision: str | None, ui: Ui, weights: bool =
 
     Raises:
         RmtoolError: E0404 when there is no such folder and it is not a Hub id, E0701 when the Hub has no such
-            repository or cannot be reached, and no copy was downloaded before.
+            repository or cannot be reached, and no copy was downloaded before; E0407 its weights are in a format
+            that is not read; E0413 it is a PEFT adapter.
     """
     given = Path(model).expanduser()
     for folder in (given / "model", given):
-        if (folder / "config.json").is_file():
-            return folder
+        if (folder / "config.json").is_file() or (folder / ADAPTER).is_file():
+            return _require_complete(folder)
     if given.is_dir():
-        raise RmtoolError("E0404", f"{model} contains no checkpoint", "pass a folder that contains config.json")
+        inner = [str(path.parent) for path in sorted(given.glob("*/config.json"))]
+        hint = f"pass {' or '.join(inner[:3])}" if inner else "pass a folder that contains config.json"
+        raise foreign_weights(given) or RmtoolError("E0404", f"{model} contains no checkpoint", hint)
+    if given.is_file():
+        hint = (
+            "use the safetensors checkpoint that it was converted from"
+            if given.suffix == ".gguf"
+            else "pass its folder"
+        )
+        raise RmtoolError("E0404", f"{model} is a file, not a checkpoint folder", hint)
     if not is_hub_id(model):
         raise RmtoolError("E0404", f"checkpoint not found: {model}", "pass a checkpoint folder or a Hub id owner/name")
-    return _download(model, revision, ui, weights)
+    return _require_complete(_download(model, revision, ui, weights))
+
+
+def _require_complete(folder: Path) -> Path:
+    """Check that the folder is not a PEFT adapter. One with the weights of its base model is refused, too: transformers
+    would load the base model that the adapter names instead.
+    """
+    if not (folder / ADAPTER).is_file():
+        return folder
+    try:
+        values = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        base, task = values.get("base_model_name_or_path"), values.get("task_type")
+    except (ValueError, AttributeError, OSError):
+        base, task = None, None
+    auto, labels = ("CausalLM", "") if task == "CAUSAL_LM" else ("SequenceClassification", ", num_labels=1")
+    raise RmtoolError(
+        "E0413",
+        f"{folder} is a PEFT adapter of {base or 'a base model'}, not a complete checkpoint",
+        f"merge it: peft.AutoPeftModelFor{auto}.from_pretrained({str(folder)!r}{labels}).merge_and_unload()"
+        ".save_pretrained('merged'), then copy the tokenizer's files",
+    )
+
+
+def foreign_weights(folder: Path) -> RmtoolError | None:
+    """Return the error for a folder whose weights are in a format that is not read; None if it has none."""
+    for patterns, what, hint in _FOREIGN:
+        if found := sorted(path.name for pattern in patterns for path in folder.glob(pattern)):
+            what = f"no safetensors weights found in {folder}, but {what}: {found[0]}"
+            return RmtoolError("E0407", what, hint.format(folder=folder))
+    return None
 
 
 def _download(repo_id: str, revision: str | None, ui: Ui, weights: bool) -> Path:

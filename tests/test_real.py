@@ -18,6 +18,7 @@ from rmtool.model.classifier import build_classifier, init_score_head
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import load_for_inference
 from rmtool.model.rewards import compute_rewards
+from rmtool.model.stored_weights import HeadOrigin
 from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.tokenized_dataset import tokenize_records
 from rmtool.tokenization.tokenizer import load_tokenizer
@@ -58,8 +59,8 @@ def test_every_real_row_is_parsed_and_tokenized(smollm2: Path) -> None:
 def test_the_real_model_shares_prompts_exactly_on_real_pairs(smollm2: Path) -> None:
     from rmtool.model.reward_model import RewardModel
 
-    classifier, has_head = build_classifier(smollm2, dtype=torch.float32)
-    assert not has_head
+    classifier, head = build_classifier(smollm2, dtype=torch.float32)
+    assert head == HeadOrigin()
     init_score_head(classifier, 0)
     model = RewardModel(classifier, pad_id=0).eval()
     assert choose_layout(model, model, 2048).shared

@@ -95,7 +95,9 @@ def _estimate_with_data(recipe: Recipe, source: Path, output: Path, ui: Ui) -> _
     from rmtool.model.loading import training_encoder
 
     train = recipe.train
-    encoder, _ = training_encoder(recipe, source)
+    encoder, notices = training_encoder(recipe, source)
+    for notice in notices:
+        ui.say(notice)
     with Rejects(Path(os.devnull) if recipe.data.on_bad_row == "skip" else None) as rejects:
         split = load_split(recipe, encoder, rejects, ui)
     report = build_report(split, train.batch_size, train.seed)

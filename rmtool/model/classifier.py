@@ -7,6 +7,7 @@ Cost: reads the weights once.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -14,13 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
-from rmtool.errors import RmtoolError, first_line
+from rmtool.errors import Place, RmtoolError, first_line
+from rmtool.model.stored_weights import (
+    HEAD_WEIGHT,
+    HeadOrigin,
+    LoadingInfo,
+    StoredWeights,
+    find_score_head,
+    read_headers,
+    require_values,
+)
 
+# Where GPTQ, AWQ and ModelOpt describe quantized weights, if not in config.json.
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 HEAD = "score"  # transformers' name for the last-token head of every decoder-only *ForSequenceClassification
 
 
@@ -29,32 +42,64 @@ class ScoreHead(nn.Linear):
 
 
 def build_classifier(
-    folder: Path, *, dtype: torch.dtype, random_weights: bool = False, quantized: bool = False
-) -> tuple[PreTrainedModel, bool]:
-    """Build a one-label classifier from `folder`; returns it, and whether its score head came from the checkpoint.
+    folder: Path, *, dtype: torch.dtype, random_weights: bool = False, quantized: bool = False, new_head: bool = False
+) -> tuple[PreTrainedModel, HeadOrigin]:
+    """Build a one-label classifier from `folder`; returns it, and where its score head comes from.
 
     Args:
         random_weights: initialize all weights from the folder's config.json instead of loading them.
         quantized: load the linear layers' weights, but not the head's, in 4 bits (NF4 with double quantization:
             Dettmers et al., arXiv 2305.14314, section 3), and compute their products in bf16.
+        new_head: the score head will be initialized: the checkpoint may have any, and weights that nothing reads.
 
     Raises:
         RmtoolError: E0402 more than one label; E0404 the config or the weights cannot be loaded; E0406 not a decoder
-            with a last-token head; E0407 no safetensors.
+            with a last-token head, or weights that it does not read; E0407 no safetensors; E0414 quantized weights.
     """
     config = read_config(folder)
-    has_head = any("SequenceClassification" in name for name in getattr(config, "architectures", None) or ())
-    if not random_weights and has_head and config.num_labels != 1:
-        raise RmtoolError(
-            "E0402",
-            f"a reward model must have one label: {folder} has {config.num_labels}",
-            "use a checkpoint with num_labels = 1, or train one from its causal LM",
-        )
     config.num_labels = 1
     if random_weights:
-        classifier, loaded = _initialize(config, dtype), False
-    else:
-        classifier, loaded = _load(folder, config, dtype, quantized)
+        classifier = _initialize(config, dtype)
+        _require_score_head(classifier)
+        return classifier, HeadOrigin()
+    stored = read_headers(folder)
+    with torch.device("meta"):
+        empty = _initialize(config, dtype)
+    _require_score_head(empty)
+    require_values(stored, {name: tuple(value.shape) for name, value in empty.state_dict().items()})
+    head = find_score_head(stored, _loading_info(empty, stored), config.get_text_config(), new_head)
+    labels = stored.shapes.get(HEAD_WEIGHT, ())
+    if new_head and len(labels) == 2:
+        config.num_labels = labels[0]
+    classifier = _load(folder, config, dtype, quantized)
+    if config.num_labels != 1:
+        _replace_head(classifier)
+    if head.name not in (None, HEAD_WEIGHT):
+        weight = getattr(classifier, HEAD).weight
+        with torch.no_grad(), zero3_gathered([weight], change=True):
+            weight.data.copy_(stored.tensor(head.name).view(1, -1))
+    return classifier, head
+
+
+def _loading_info(empty: PreTrainedModel, stored: StoredWeights) -> LoadingInfo:
+    """Find what transformers would load, with tensors that have no memory: under ZeRO-3, a real load does not report
+    weights that are unread or do not fit.
+    """
+    classifier_class: Any = type(empty)
+    state = {name: torch.empty(shape, device="meta") for name, shape in stored.shapes.items()}
+    with without_zero3_init(), _loading_errors(stored.folder):
+        _, info = classifier_class.from_pretrained(
+            None,
+            config=empty.config,
+            state_dict=state,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    return LoadingInfo.of(info)
+
+
+def _require_score_head(classifier: PreTrainedModel) -> None:
     head = getattr(classifier, HEAD, None)
     if not isinstance(head, nn.Linear) or head.bias is not None or classifier.config.is_encoder_decoder:
         raise RmtoolError(
@@ -62,21 +107,65 @@ def build_classifier(
             f"{type(classifier).__name__} is not supported: no last-token score head",
             "use a decoder-only model (Llama, Qwen, Mistral, Gemma, OLMo, ...)",
         )
-    return classifier, loaded
+
+
+def _replace_head(classifier: PreTrainedModel) -> None:
+    """Replace a head of several labels, which is going to be initialized, by one of one label."""
+    weight = getattr(classifier, HEAD).weight
+    head = nn.Linear(hidden_size(classifier), 1, bias=False, device=weight.device, dtype=weight.dtype)
+    setattr(classifier, HEAD, head)
+    classifier.config.num_labels = 1
+    setattr(classifier, "num_labels", 1)  # noqa: B010 - not declared
 
 
 def read_config(folder: Path) -> Any:
     """Load the folder's transformers config.
 
     Raises:
-        RmtoolError: E0404 it cannot be loaded.
+        RmtoolError: E0404 it cannot be loaded; E0406 it needs code of its own; E0414 its weights are quantized;
+            E0415 its pad token has no embedding.
     """
+    _require_plain(folder)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise RmtoolError(
             "E0404", f"cannot load the model config: {first_line(error)}", f"check {folder}/config.json"
         ) from error
+    text = config.get_text_config()
+    pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if pad is not None and rows is not None and pad >= rows:
+        what = f"pad_token_id is {pad}, but the model has only {rows} embeddings"
+        raise RmtoolError("E0415", what, "set it to null", Place(f"{folder}/config.json"))
+    if pad is not None and pad < 0:  # as in configs of the first Llama: none
+        text.pad_token_id = config.pad_token_id = None
+    return config
+
+
+def _require_plain(folder: Path) -> None:
+    """Check that transformers alone computes what the config says, with weights as they are stored."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        quantized = values.get("quantization_config") or values.get("quantization") or values.get("compression_config")
+        quantized = quantized or (values.get("text_config") or {}).get("quantization_config")
+        classes = [name for name in (values.get("auto_map") or {}).values() if isinstance(name, str)]
+    except (ValueError, AttributeError, OSError):
+        return  # reported where the config is loaded
+    files = [name for name in QUANTIZATION_FILES if (folder / name).is_file()]
+    if quantized or files:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise RmtoolError(
+            "E0414",
+            f"the weights of {folder} are quantized ({method or (files or ['config.json'])[0]})",
+            "use the checkpoint from before quantization",
+        )
+    known = {name.lower() for name in dir(transformers)}
+    if own := [name for name in classes if name.rpartition(".")[2].lower() not in known]:
+        raise RmtoolError(
+            "E0406",
+            f"{folder} needs its own code ({own[0]}), which is not run: trust_remote_code is off",
+            "use a checkpoint of a model class that is part of transformers",
+        )
 
 
 def _initialize(config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -97,43 +186,22 @@ def _four_bit() -> BitsAndBytesConfig:
     )
 
 
-def _load(folder: Path, config: Any, dtype: torch.dtype, quantized: bool) -> tuple[PreTrainedModel, bool]:
-    if not list(folder.glob("*.safetensors")):
-        raise RmtoolError(
-            "E0407",
-            f"no safetensors weights found in {folder}",
-            "save the model with save_pretrained (pickled .bin files can run code and are not supported)",
-        )
-    extra: dict[str, Any] = {"quantization_config": _four_bit()} if quantized else {}
+@contextlib.contextmanager
+def _loading_errors(folder: Path) -> Iterator[None]:
     try:
-        classifier, info = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **extra,
-        )
+        yield
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise RmtoolError(
             "E0404", f"cannot load the model: {first_line(error)}", f"check the files in {folder}"
         ) from error
-    surplus = sorted(key for key in info["unexpected_keys"] if key.startswith(f"{HEAD}."))
-    if surplus:
-        raise RmtoolError(
-            "E0406",
-            f"unexpected score head weights: {', '.join(surplus)}",
-            "use a checkpoint whose score head is a linear layer without bias, or train one from its causal LM",
+
+
+def _load(folder: Path, config: Any, dtype: torch.dtype, quantized: bool) -> PreTrainedModel:
+    extra: dict[str, Any] = {"quantization_config": _four_bit()} if quantized else {}
+    with _loading_errors(folder):
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, **extra
         )
-    missing = {key for key in info["missing_keys"] if not key.startswith(f"{HEAD}.")}
-    if missing:
-        raise RmtoolError(
-            "E0404",
-            f"{len(missing)} weights are missing from {folder} (first: {min(missing)})",
-            "download or save the checkpoint again",
-        )
-    return classifier, f"{HEAD}.weight" not in info["missing_keys"]
 
 
 def init_score_head(classifier: PreTrainedModel, seed: int) -> None:
@@ -204,14 +272,14 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def set_pad_token(classifier: PreTrainedModel, pad_id: int, vocabulary: int) -> None:
-    """Set the pad id in the config, where transformers looks for it in batches, and add embeddings of new tokens."""
+def set_pad_token(classifier: PreTrainedModel, pad_id: int) -> None:
+    """Set the pad id in the config, where transformers looks for it in batches, and add its embedding if it is new."""
     config = classifier.config.get_text_config()
     embeddings = classifier.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
-    if vocabulary > embeddings.num_embeddings:
-        # The new rows belong to the pad token, which nothing attends to: no need to fit them to the others' mean.
-        classifier.resize_token_embeddings(vocabulary, mean_resizing=False)
+    if pad_id >= embeddings.num_embeddings:
+        # Nothing attends to the pad token: no need to fit its row to the others' mean.
+        classifier.resize_token_embeddings(pad_id + 1, mean_resizing=False)
     config.pad_token_id = classifier.config.pad_token_id = pad_id
 
 

@@ -31,8 +31,10 @@ from rmtool.model.classifier import (
     set_pad_token,
 )
 from rmtool.model.layout_choice import choose_layout
+from rmtool.model.limits import embedding_rows, positions_notice, require_embedded
 from rmtool.model.precision import PRECISIONS, compute_precision, default_device, precision_notices
 from rmtool.model.reward_model import RewardModel
+from rmtool.model.stored_weights import HEAD_WEIGHT, count_more
 from rmtool.tokenization.encoder import FINGERPRINT_CONVERSATIONS, Encoder
 from rmtool.tokenization.tokenizer import ensure_pad_token, load_tokenizer
 
@@ -73,8 +75,8 @@ def load_for_inference(
     """
     tune_malloc()
     manifest = read_manifest(folder)
-    tokenizer = load_tokenizer(folder, chat_template)
     config = read_config(folder).get_text_config()
+    tokenizer = load_tokenizer(folder, chat_template)
     positions = int(getattr(config, "max_position_embeddings", 0) or 2048)
     encoder = Encoder(
         tokenizer,
@@ -82,21 +84,26 @@ def load_for_inference(
         on_long or (manifest.on_long if manifest else "error"),
         on_empty or (manifest.on_empty if manifest else "error"),
         config.pad_token_id,
+        embedding_rows(config),
     )
+    require_embedded(encoder)
     if manifest and not chat_template:
         _check_fingerprint(encoder, manifest, folder)
     precision = precision or (manifest.precision if manifest else "fp32")
-    model = _load_model(folder, compute_precision(precision), config.pad_token_id or 0)
+    model, head = _load_model(folder, compute_precision(precision), config.pad_token_id or 0)
     layout = choose_layout(model, model, encoder.max_length)
-    notices = (*_pad_notices(tokenizer, config.pad_token_id), *precision_notices(precision))
-    return LoadedModel(model, encoder, manifest, notices, layout.reason)
+    notices = [*_pad_notices(tokenizer, config.pad_token_id), *precision_notices(precision)]
+    notices += positions_notice(config, encoder.max_length, manifest.max_length if manifest else 0)
+    if head != HEAD_WEIGHT:
+        notices.append(f"score head: loaded from {head}")
+    return LoadedModel(model, encoder, manifest, tuple(notices), layout.reason)
 
 
-def _load_model(folder: Path, precision: str, pad_id: int) -> RewardModel:
+def _load_model(folder: Path, precision: str, pad_id: int) -> tuple[RewardModel, str]:
     # On a CPU, autocast copies fp32 weights anyway.
     dtype = PRECISIONS[precision] if default_device().type == "cuda" else torch.float32
-    classifier, has_head = build_classifier(folder, dtype=dtype)
-    if not has_head:
+    classifier, head = build_classifier(folder, dtype=dtype)
+    if head.name is None:
         raise RmtoolError(
             "E0401",
             f"{folder} has no score head: it is a language model, not a reward model",
@@ -104,7 +111,7 @@ def _load_model(folder: Path, precision: str, pad_id: int) -> RewardModel:
         )
     disable_dropout(classifier)
     getattr(classifier, HEAD).float()
-    return RewardModel(classifier, pad_id, precision).to(default_device()).eval()
+    return RewardModel(classifier, pad_id, precision).to(default_device()).eval(), head.name
 
 
 def _pad_notices(tokenizer: Any, pad_id: int | None) -> list[str]:
@@ -151,11 +158,13 @@ def training_encoder(recipe: Recipe, folder: Path) -> tuple[Encoder, list[str]]:
     Raises:
         RmtoolError: E0404, E0405 as from `load_tokenizer`.
     """
+    config = read_config(folder)
     tokenizer = load_tokenizer(folder, recipe.model.chat_template)
     change = ensure_pad_token(tokenizer, last_id(tokenizer))
     data = recipe.data
-    encoder = Encoder(tokenizer, data.max_length, data.on_long, data.on_empty)
-    return encoder, [change] if change else []
+    encoder = Encoder(tokenizer, data.max_length, data.on_long, data.on_empty, vocabulary=embedding_rows(config))
+    require_embedded(encoder)
+    return encoder, [*([change] if change else []), *positions_notice(config, data.max_length)]
 
 
 def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[RewardModel, list[str]]:
@@ -174,14 +183,22 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
     quantized = recipe.lora.quantize != "none"
     if quantized:
         require_4bit()
-    classifier, has_head = build_classifier(
-        folder, dtype=torch.float32, random_weights=random_weights, quantized=quantized
+    classifier, head = build_classifier(
+        folder,
+        dtype=torch.float32,
+        random_weights=random_weights,
+        quantized=quantized,
+        new_head=recipe.model.head == "new",
     )
-    set_pad_token(classifier, encoder.tokenizer.pad_token_id, len(encoder.tokenizer))
-    if has_head and recipe.model.head == "auto":
-        notices.append("score head: loaded from the checkpoint (set model.head=new to reinitialize it)")
+    set_pad_token(classifier, encoder.tokenizer.pad_token_id)
+    if head.name:
+        origin = "the checkpoint" if head.name == HEAD_WEIGHT else head.name
+        notices.append(f"score head: loaded from {origin} (set model.head=new to reinitialize it)")
     else:
         init_score_head(classifier, train.seed)
+        notices.append(f"score head: new (initialized with train.seed {train.seed})")
+    if head.unread:
+        notices.append(f"weights not read: {', '.join(head.unread[:3])}{count_more(head.unread[3:])}")
     if train.liger == "auto" and torch.cuda.is_available():
         apply_liger(classifier)
         notices.append("Liger kernels: on")

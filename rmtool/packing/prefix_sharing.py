@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +79,12 @@ def require_positions(backbone: PreTrainedModel, max_length: int) -> None:
         )
 
 
+def rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """List the config's RoPE parameters, one for each kind of layer that has its own."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return list(parameters.values()) if all(isinstance(item, dict) for item in parameters.values()) else [parameters]
+
+
 def require_fixed_positions(backbone: PreTrainedModel, max_length: int) -> None:
     """Check that no sequence of up to `max_length` tokens changes the rotary positions of its whole batch.
 
@@ -85,8 +92,7 @@ def require_fixed_positions(backbone: PreTrainedModel, max_length: int) -> None:
         RmtoolError: E0410 one can, because it exceeds the limit of a RoPE scaling that depends on the longest sequence.
     """
     config = backbone.config.get_text_config()
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for rope in parameters.values() if all(isinstance(item, dict) for item in parameters.values()) else [parameters]:
+    for rope in rope_parameters(config):
         limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if rope.get("rope_type") in BATCH_DEPENDENT_ROPE and max_length > limit:
             raise RmtoolError(

@@ -59,6 +59,7 @@ class Encoder:
     on_empty:   "error", "drop" or "keep" responses without text
     strip_trailing_id: an id removed from the end of every sequence: the checkpoint's pad id, because transformers
                 takes the reward at the last token that is not padding. Models trained by rmtool never end in it
+    vocabulary: the number of ids that the model has an embedding for
     """
 
     tokenizer: Any
@@ -66,6 +67,7 @@ class Encoder:
     on_long: str = "error"
     on_empty: str = "error"
     strip_trailing_id: int | None = None
+    vocabulary: int | None = None
 
     def ids(self, conversation: Sequence[Message], tools: str = "") -> list[int]:
         """Render and tokenize one conversation; `tools` is JSON, as in a `Record`.
@@ -93,7 +95,7 @@ class Encoder:
         vocabulary = self.batch_tokenizer.serialized()
         if vocabulary is None:
             return None
-        options = [self.max_length, self.on_long, self.on_empty, self.strip_trailing_id]
+        options = [self.max_length, self.on_long, self.on_empty, self.strip_trailing_id, self.vocabulary]
         versions = [importlib.metadata.version(name) for name in ("rmtool", "transformers", "tokenizers", "jinja2")]
         return hashlib.sha256(json.dumps([vocabulary, options, versions]).encode()).hexdigest()
 
@@ -174,6 +176,10 @@ class Encoder:
             raise RmtoolError("E0307", what, "fix the message roles", place) from ids
         if not len(ids):
             raise RmtoolError("E0307", "the chat template produced no text", "fix the template", place)
+        if self.vocabulary is not None and (largest := int(ids.max())) >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            what = f"token {token!r} has id {largest}, but the model has only {self.vocabulary} embeddings"
+            raise RmtoolError("E0307", what, "remove the row, or use the tokenizer of this model", place)
         return self._without_tail(ids)
 
     def _fit(self, record: Record, group: ResponseGroup) -> tuple[ResponseGroup | None, str | None]:

@@ -49,6 +49,9 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        if "custom code" in str(error):
+            what = f"the tokenizer of {folder} needs its own code, which is not run: trust_remote_code is off"
+            raise RmtoolError("E0404", what, "use a tokenizer that is part of transformers") from error
         raise RmtoolError(
             "E0404", f"cannot load the tokenizer: {first_line(error)}", f"check the files in {folder}"
         ) from error

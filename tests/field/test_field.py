@@ -7,6 +7,8 @@ A new report is one more file in this folder:
     files:                      # written before the first run
       pairs.jsonl: [{...}]      # rows, in the form that the name says: .jsonl, .json, .parquet, also .gz; or text
     model: {...}                # changes to the tiny reward model in folder `model`; see `change_model`
+    base: {...}                 # and to the causal LM in `base`
+    models: {name: {...}}       # further copies of the reward model, with their changes
     runs:
       - run: eval model --data pairs.jsonl
         exit: 0                 # default 0
@@ -42,7 +44,7 @@ from safetensors.torch import load_file, save_file
 
 FOLDER = Path(__file__).parent
 SITUATIONS = sorted(FOLDER.glob("*.yaml"))
-KEYS = {"title", "seen", "files", "model", "runs", "env"}
+KEYS = {"title", "seen", "files", "model", "base", "models", "runs", "env"}
 RUN_KEYS = {"run", "exit", "error", "says", "not", "result", "rewards", "like", "unlike", "row", "absent"}
 
 
@@ -61,9 +63,10 @@ def test_situation(
     assert situation["seen"]
     for name, value in situation.get("env", {}).items():
         monkeypatch.setenv(name, value)
-    change_model(shutil.copytree(checkpoint, tmp_path / "model"), **situation.get("model", {}))
+    for name, changes in {"model": situation.get("model", {}), **situation.get("models", {})}.items():
+        change_model(shutil.copytree(checkpoint, tmp_path / name), **changes)
+    change_model(shutil.copytree(causal_lm, tmp_path / "base"), **situation.get("base", {}))
     shutil.copytree(checkpoint, tmp_path / "original")
-    shutil.copytree(causal_lm, tmp_path / "base")
     for name, content in situation.get("files", {}).items():
         write(tmp_path / name, content)
     for run in situation["runs"]:

@@ -30,6 +30,7 @@ from rmtool.errors import RmtoolError
 from rmtool.model.classifier import build_classifier, disable_dropout, init_score_head
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.reward_model import RewardModel
+from rmtool.model.stored_weights import HeadOrigin
 from rmtool.packing import prefix_sharing
 from rmtool.packing.packs import UnsupportedAttentionError
 from rmtool.tokenization.response_group import ResponseGroup
@@ -318,6 +319,18 @@ def test_a_model_type_has_the_layout_of_the_table_and_it_is_exact(
     assert WRITE or another_transformers() or listed == {row.name: row.layout for row in rows}, (
         "tests/FAMILIES.md differs; to update it: RMTOOL_WRITE=1 pytest tests/model/test_families.py"
     )
+
+
+@pytest.mark.parametrize("model_type", marked(sorted(set(TYPES) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))))
+def test_nothing_of_a_language_model_is_unread_but_its_head(model_type: str, tmp_path: Path) -> None:
+    config = tiny(model_type, {"is_decoder": True} if model_type == "reformer" else {})
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    try:
+        _, head = build_classifier(tmp_path, dtype=torch.float32)
+    except RmtoolError as error:
+        assert "no last-token score head" in error.what  # noqa: PT017 - an encoder
+    else:
+        assert head == HeadOrigin()
 
 
 @pytest.mark.parametrize("model_type", marked(WITHOUT_CLASS))

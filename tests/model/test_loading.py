@@ -38,7 +38,8 @@ from rmtool.ui import SilentUi
 
 def recipe(folder: Path, tmp_path: Path, *settings: tuple[str, Any]) -> Recipe:
     path = tmp_path / "r.yaml"
-    path.write_text(f"model: {{path: {folder}}}\ndata: {{train: [x]}}\ntrain: {{batch_size: 4, learning_rate: 1e-3}}\n")
+    data = "data: {train: [x], max_length: 512}"
+    path.write_text(f"model: {{path: {folder}}}\n{data}\ntrain: {{batch_size: 4, learning_rate: 1e-3}}\n")
     return load_recipe(str(path), settings)
 
 
@@ -300,8 +301,8 @@ def test_adapters_train_the_head_and_merge_into_an_ordinary_model(checkpoint: Pa
     saved = tmp_path / "saved"
     weights = dict(merged_weights(classifier, torch.float32))
     meta_copy(classifier, torch.float32).save_pretrained(saved, state_dict=weights)
-    again, has_head = build_classifier(saved, dtype=torch.float32)
-    assert has_head
+    again, origin = build_classifier(saved, dtype=torch.float32)
+    assert origin.name == "score.weight"
     assert set(again.state_dict()) == names
     torch.testing.assert_close(again(ids).logits.detach(), before, atol=1e-5, rtol=1e-5)
     assert torch.equal(again.score.weight, head)

@@ -16,8 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from helpers import PROGRAM, group_members, pair_rows, until, write_jsonl
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rmtool.launch import supervise as launch
 from rmtool.training.worker_status import process_state
@@ -132,6 +133,23 @@ def test_a_new_head_has_the_papers_std_under_zero3(place: Path, tmp_path: Path) 
     ]
     assert (heads[0] == heads[1]).all()
     assert heads[1].std().item() == pytest.approx(33**-0.5, rel=0.3)  # 32 draws
+
+
+@pytest.mark.slow
+def test_a_head_of_another_name_or_of_several_labels_is_read_or_replaced_under_zero3(place: Path) -> None:
+    rate = ("--set", "train.learning_rate=1e-30", "--set", "train.max_steps=1", "--set", "train.weight_decay=0")
+    weights, head = load_file(place / "lm" / "model.safetensors"), torch.linspace(-1, 1, 32)[None]
+    for name, more in (("value_head", {"value_head.weight": head}), ("labels", {"score.weight": head.repeat(3, 1)})):
+        save_file(weights | more, shutil.copytree(place / "lm", place / name) / "model.safetensors", {"format": "pt"})
+    kept = train(place, "kept", "zero3", 2, *rate, "--model", "value_head")
+    assert (load_file(kept / "model" / "model.safetensors")["score.weight"] == head).all()
+    new = [
+        train(place, f"labels-{engine}", engine, count, *rate, "--model", "labels", "--set", "model.head=new")
+        for engine, count in (("single", 1), ("zero3", 2))
+    ]
+    one, two = (load_file(folder / "model" / "model.safetensors")["score.weight"] for folder in new)
+    assert one.shape == (1, 32)
+    assert (one == two).all()
 
 
 def free_port() -> int:
