@@ -60,7 +60,7 @@ class TemplateCheck:
         """Return what to do with a text that is not rendered."""
         if role in ("user", "assistant"):
             return "move the text to a message of its own"
-        kin = INSTRUCTION_ROLES if role in INSTRUCTION_ROLES else RESULT_ROLES
+        kin = ("system",) if role in INSTRUCTION_ROLES else RESULT_ROLES
         other = next((name for name in kin if not self._renders(role) and self._renders(name)), None)
         return f"rename the role to {other}" if other else "write the text into a user message"
 
