@@ -39,6 +39,7 @@ FINGERPRINT_CONVERSATIONS: tuple[Messages, ...] = (
 
 BATCH = 256  # records tokenized together
 PREFETCH_BATCHES = 4  # batches rendered while one is tokenized
+_SLACK = 8  # tokens by which the lengths of two responses can change with the text before them, generously
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,9 @@ class Encoder:
             return EncodeResult(record, group, None, None, changes)
         if self.on_long == "drop":
             return EncodeResult(record, None, "too_long", None)
-        prompt = shorten(record.prompt, functools.partial(self._fits, record)) if self.on_long != "error" else None
-        if prompt is None:
+        prompt = self._short_prompt(record, group) if self.on_long == "truncate_prompt" else None
+        if prompt is None or (short := self._encode_with(record, prompt)).longest > self.max_length:
             raise self._too_long(record, group)
-        short = self._encode_with(record, prompt)
         changes["truncated_messages"] = len(record.prompt) - len(prompt)
         changes["truncated_tokens"] = group.longest - short.longest
         return EncodeResult(record, short, "truncated", None, changes)
@@ -220,8 +220,12 @@ class Encoder:
         record = replace(record, prompt=prompt)
         return self._require_group(record, self.batch_tokenizer.read([self._conversations(record)])[0])
 
-    def _fits(self, record: Record, prompt: Messages) -> bool:
-        return self._encode_with(record, prompt).longest <= self.max_length
+    def _short_prompt(self, record: Record, group: ResponseGroup) -> Messages | None:
+        """Return the prompt with which the longest responses fit: they decide, whatever the number of responses."""
+        sized = zip(map(len, group.responses), record.responses, strict=True)
+        long = [response for size, response in sized if size + len(group.prompt) > group.longest - _SLACK]
+        record = replace(record, responses=tuple(long), places=())
+        return shorten(record.prompt, lambda prompt: self._encode_with(record, prompt).longest <= self.max_length)
 
     def _too_long(self, record: Record, group: ResponseGroup) -> RmtoolError:
         truncate = self.on_long == "truncate_prompt"
