@@ -85,7 +85,8 @@ def test_what_a_template_cannot_render_is_an_error(
         ("qwen3", (U, A._replace(extra='{"reasoning_content": "Hm."}')), ""),
         ("qwen3", (U, A._replace(extra='{"reasoning_content": "Hm."}'), U, A), ""),  # of an earlier turn: not rendered
         ("deepseekv3", (U, Message("assistant", "<think>Hm.</think>Four.")), ""),  # nor text in <think>
-        ("gemma3", (Message("system", " s "), U, Message("assistant", " ")), ""),
+        ("gemma3", (Message("system", " s "), U, A), ""),
+        ("qwen2_5", (U, Message("assistant", "", CALL)), TOOLS),  # not an empty response
     ],
 )
 def test_what_a_template_renders_has_the_ids_of_transformers(
@@ -93,7 +94,7 @@ def test_what_a_template_renders_has_the_ids_of_transformers(
 ) -> None:
     reader = template(tokenizer, name)
     record = Record(Place("f.jsonl", 3), messages[:-1], (messages[-1:],), tools=tools)
-    group, _ = Encoder(reader, 999, on_empty="keep").encode(record)
+    group, _ = Encoder(reader, 999).encode(record)
     assert group
     assert group.sequence(0).tolist() == reader.apply_chat_template(
         [message.as_dict() for message in messages], tools=json.loads(tools) if tools else None, return_dict=False

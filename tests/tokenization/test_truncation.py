@@ -48,6 +48,7 @@ def texts(prompt: Messages | None) -> list[str] | None:
         ((SYSTEM, *ROUNDS[2:6]), 4, 99, ["Be brief.", "u2"]),  # a round goes before the question is touched
         ((SYSTEM, *ROUNDS[2:6], *ROUNDS[3:5]), 4, 99, ["Be brief.", "u2", "", "t2"]),
         ((*ROUNDS, Message("assistant", "begun")), 2, 99, ["u3 and more words", "begun"]),
+        ((*ROUNDS, Message("assistant", "begun")), 1, 99, None),
         ((SYSTEM,), 0, 99, None),
         ((), 0, 99, None),
     ],
