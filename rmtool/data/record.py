@@ -161,10 +161,8 @@ def split_prompt(row: Row, prompt: Messages, values: Mapping[str, Any]) -> tuple
     conversations = [conversation(row, prompt, value, name) for name, value in values.items()]
     turns = zip(*(messages[:-1] for messages in conversations), strict=False)
     common = sum(1 for _ in itertools.takewhile(lambda turn: len(set(turn)) == 1, turns))
-    while common > len(prompt) and conversations[0][common - 1].role in (
-        "assistant",
-        *(RESULT_ROLES if prompt else ()),
-    ):
+    spoken = ("assistant", *RESULT_ROLES) if prompt else ("assistant",)
+    while common > len(prompt) and conversations[0][common - 1].role in spoken:
         common -= 1
     return conversations[0][:common], tuple(messages[common:] for messages in conversations)
 

@@ -17,7 +17,7 @@ TOOL, CALLING = {"role": "tool", "content": "4"}, {"role": "assistant", "content
 Q = {"role": "user", "content": "q"}
 
 
-def said(text: str, **extra: str) -> dict[str, str]:
+def a(text: str, **extra: str) -> dict[str, str]:
     return {"role": "assistant", "content": text, **extra}
 
 
@@ -29,22 +29,22 @@ def record_of(**fields: Any) -> Record:
 @pytest.mark.parametrize(
     ("fields", "prompt", "messages"),
     [
-        ({"prompt": [Q, said("It is")], "response": " 4."}, 2, [Q, said("It is 4.")]),
-        ({"prompt": [Q, said("It is")], "response": [said(" 4."), said("Sure.")]}, 2, [Q, said("It is 4."), said("Sure.")]),
-        ({"prompt": [Q, said("It is")], "chosen": " 4.", "rejected": " 5."}, 2, [Q, said("It is 4.")]),
-        ({"prompt": [Q, said("It is")], "chosen": [Q, said("It is"), said(" 4.")], "rejected": " 5."}, 2, [Q, said("It is 4.")]),
-        ({"prompt": [Q, said("")], "response": "4."}, 2, [Q, said("4.")]),
-        ({"prompt": [Q, said("I", reasoning_content="a")], "response": [said("t", reasoning_content="b")]}, 2,
-         [Q, said("It", reasoning_content="ab")]),
-        ({"prompt": [Q, said("I add.")], "response": [CALLING, TOOL, said("4.")]}, 2,
-         [Q, {**CALLING, "content": "I add."}, TOOL, said("4.")]),
+        ({"prompt": [Q, a("It is")], "response": " 4."}, 2, [Q, a("It is 4.")]),
+        ({"prompt": [Q, a("It is")], "response": [a(" 4."), a("Sure.")]}, 2, [Q, a("It is 4."), a("Sure.")]),
+        ({"prompt": [Q, a("It is")], "chosen": " 4.", "rejected": " 5."}, 2, [Q, a("It is 4.")]),
+        ({"prompt": [Q, a("It is")], "chosen": [Q, a("It is"), a(" 4.")], "rejected": " 5."}, 2, [Q, a("It is 4.")]),
+        ({"prompt": [Q, a("")], "response": "4."}, 2, [Q, a("4.")]),
+        ({"prompt": [Q, a("I", reasoning_content="a")], "response": [a("t", reasoning_content="b")]}, 2,
+         [Q, a("It", reasoning_content="ab")]),
+        ({"prompt": [Q, a("I add.")], "response": [CALLING, TOOL, a("4.")]}, 2,
+         [Q, {**CALLING, "content": "I add."}, TOOL, a("4.")]),
         # Several messages of a response, and complete conversations, are as they are written.
-        ({"prompt": [Q], "response": [said("It is"), said(" 4.")]}, 1, [Q, said("It is"), said(" 4.")]),
-        ({"messages": [Q, said("It is"), said(" 4.")]}, 1, [Q, said("It is"), said(" 4.")]),
-        ({"chosen": [Q, said("It is"), said(" 4.")], "rejected": [Q, said("It is"), said(" 5.")]}, 1, [Q, said("It is"), said(" 4.")]),
-        ({"prompt": [Q], "response": [CALLING, TOOL, said("4.")]}, 1, [Q, CALLING, TOOL, said("4.")]),
-        ({"messages": [Q, CALLING, TOOL, said("4.")]}, 3, [Q, CALLING, TOOL, said("4.")]),
-        ({"prompt": [Q, CALLING], "response": "4."}, 2, [Q, CALLING, said("4.")]),  # a call is complete
+        ({"prompt": [Q], "response": [a("It is"), a(" 4.")]}, 1, [Q, a("It is"), a(" 4.")]),
+        ({"messages": [Q, a("It is"), a(" 4.")]}, 1, [Q, a("It is"), a(" 4.")]),
+        ({"chosen": [Q, a("It is"), a(" 4.")], "rejected": [Q, a("It is"), a(" 5.")]}, 1, [Q, a("It is"), a(" 4.")]),
+        ({"prompt": [Q], "response": [CALLING, TOOL, a("4.")]}, 1, [Q, CALLING, TOOL, a("4.")]),
+        ({"messages": [Q, CALLING, TOOL, a("4.")]}, 3, [Q, CALLING, TOOL, a("4.")]),
+        ({"prompt": [Q, CALLING], "response": "4."}, 2, [Q, CALLING, a("4.")]),  # a call is complete
     ],
 )  # fmt: skip
 def test_a_response_continues_the_assistant_message_that_ends_the_prompt(
@@ -57,7 +57,7 @@ def test_a_response_continues_the_assistant_message_that_ends_the_prompt(
 
 def test_rated_rows_with_the_same_prompt_keep_what_they_continue() -> None:
     rows = [
-        Row(Place("f.jsonl", at), {"prompt": [Q, said("It is")], "response": text, "rating": at})
+        Row(Place("f.jsonl", at), {"prompt": [Q, a("It is")], "response": text, "rating": at})
         for at, text in enumerate((" 4.", " 5."))
     ]
     (record,) = preference_records(rows, PLAIN, Rejects(), lambda format: None)
