@@ -115,3 +115,12 @@ def test_a_shape_is_rendered_once_more_whatever_the_number_of_rows(
     records = [Record(Place("f.jsonl", at), (U,) * (1 + at % 2), ((A,), (U, A))) for at in range(100)]
     assert not [result for result in Encoder(tokenizer, 999).encode_many(records) if result.error]
     assert len(marked) == 3  # u a; u u a; u u u a
+
+
+def test_rows_that_differ_in_what_they_have_are_checked_apart(tokenizer: Any) -> None:
+    encoder = Encoder(template(tokenizer, "llama3_2"), 999)
+    calls = [Record(Place("f.jsonl", 1), (U,), ((Message("assistant", text, CALL),),)) for text in ("", "I add.")]
+    assert [result.error is None for result in encoder.encode_many(calls)] == [True, False]
+    encoder = Encoder(template(tokenizer, "tulu"), 999)
+    tools = [Record(Place("f.jsonl", 1), (U,), ((A,),), tools=tools) for tools in ("", TOOLS)]
+    assert [result.error is None for result in encoder.encode_many(tools)] == [True, False]
