@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -52,6 +54,17 @@ TEMPLATES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "Vicuna": (LOOP + BY_ROLE + ": {{ m.content }} </s>" + END, ("</s>",)),
 }  # fmt: skip
+
+
+def published(tokenizer: Any, name: str) -> Any:
+    """Return the tokenizer with the chat template of a model, as TRL ships it; TRL itself is not imported."""
+    spec = importlib.util.find_spec("trl")
+    assert spec
+    assert spec.origin
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = "<s>"
+    tokenizer.chat_template = (Path(spec.origin).parent / "chat_templates" / f"{name}.jinja").read_text()
+    return tokenizer
 
 
 # Letters, a few pieces longer than one, and bytes for all the rest.

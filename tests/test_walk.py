@@ -34,6 +34,7 @@ BESIDE = {
     "dataset/cache.py": "a store: in and out",
     "tokenization/token_store.py": "a store: in and out",
     "dataset/split.py": "training set and eval set",
+    "tokenization/template_check.py": "what the chat template leaves out",
     "tokenization/tokenized_dataset.py": "what became of each record",
     "evaluation/metrics.py": "metrics",
     "model/classifier.py": "names of weights",

@@ -101,8 +101,6 @@ def _print_summary(
 ) -> None:
     from rmtool.ui import print_json
 
-    if summary.truncated:
-        ui.say(f"note: truncated {summary.truncated:,} prompts to max length")
     if summary.nonfinite:
         ui.say(f"note: {summary.nonfinite:,} rewards are NaN or inf, written as null")
     if as_json:

@@ -198,14 +198,13 @@ def _grouped(singles: Sequence[Record], options: RowOptions, rejects: Rejects) -
     """Make one record of the rows with the same prompt."""
     groups: dict[tuple[Messages, str], list[Record]] = {}
     for record in singles:
-        prompt = (record.prompt + record.responses[0])[:-1]
-        groups.setdefault((prompt, record.tools), []).append(record)
-    for (_, tools), members in groups.items():
+        groups.setdefault((record.prompt, record.tools), []).append(record)
+    for (prompt, tools), members in groups.items():
         records = list(_consistent(members, rejects))
         ratings = [record.margins[0] or 0.0 for record in records]
         pairs = parsers.pairs_by_rating(ratings)
         margins = parsers.margins_by_rating(ratings, pairs) if options.rating_margins else (None,) * len(pairs)
-        prompt, responses = parsers.split_prompt([record.prompt + record.responses[0] for record in records])
+        responses = tuple(record.responses[0] for record in records)
         first = records[0]
         row = first.row if len(records) == 1 else {"rows": [record.row for record in records]}
         places = tuple(record.place for record in records)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rmtool.data.record import Message, Messages, Pairs, Record, RowOptions, conversation, invalid_row, prompt_of
+from rmtool.data.record import Message, Messages, Pairs, Record, RowOptions, invalid_row, prompt_of, split_prompt
 from rmtool.data.rows import Row, json_kind
 
 Parser = Callable[[Row, RowOptions], Record]
@@ -32,18 +32,11 @@ def record_of(
     Raises:
         RmtoolError: E0303 when a response or field is invalid.
     """
-    prompt, responses = split_prompt([conversation(row, prompt, value, name) for name, value in values.items()])
+    prompt, responses = split_prompt(row, prompt, values)
     pairs = tuple(pairs)
     margins = (_number(row, "margin"),) * len(pairs)
     record = Record(row.place, prompt, responses, pairs, margins, _subset(row), _weight(row), _tools(row), row.data)
     return replace(record, **more) if more else record
-
-
-def split_prompt(conversations: Sequence[Messages]) -> tuple[Messages, tuple[Messages, ...]]:
-    """Split conversations into their common prompt and their responses, of at least one message each."""
-    turns = zip(*(messages[:-1] for messages in conversations), strict=False)
-    common = sum(1 for _ in itertools.takewhile(lambda turn: len(set(turn)) == 1, turns))
-    return conversations[0][:common], tuple(messages[common:] for messages in conversations)
 
 
 def full_prompt(row: Row, name: str = "prompt") -> Messages:

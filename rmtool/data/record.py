@@ -8,9 +8,11 @@ Cost: string work only. A `PairMetadata` takes about 0.2 KB, however long the te
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import marshal
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -20,8 +22,10 @@ from rmtool.errors import Place, RmtoolError
 
 ROLES = ("system", "user", "assistant", "tool")
 _ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatbot": "assistant"}
-_EXTRA_FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")  # chat templates render these
+REASONING = ("reasoning_content", "thinking", "reasoning")  # one text; the first that a message has is rendered
+_EXTRA_FIELDS = ("tool_calls", "tool_call_id", "name", *REASONING)  # chat templates render these
 _UNSUPPORTED = ("images", "image", "audio", "video", "function_call", "parts")  # content that would be lost
+INSTRUCTION_ROLES, RESULT_ROLES = ("system", "developer"), ("tool", "function", "ipython", "observation", "environment")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _EXTRA_ID = re.compile(r"\n?<extra_id_1>(Assistant|User)\n")
 _SPEAKERS = {"Human": "user", "User": "user", "Assistant": "assistant"}
@@ -108,6 +112,22 @@ class Record:
         """Return the place of a response."""
         return self.places[response] if self.places else self.place
 
+    def continues(self, response: int) -> bool:
+        """Return whether a response continues an assistant message at the end of the prompt (prefill).
+
+        A message with tool calls is complete: what follows it is a message of its own.
+        """
+        first, last = self.responses[response][0], self.prompt[-1] if self.prompt else Message("", "")
+        return first.role == last.role == "assistant" and "tool_calls" not in last.as_dict()
+
+    def conversation(self, response: int) -> Messages:
+        """Return the prompt and a response; one that continues the prompt's last message is one message with it."""
+        messages = self.responses[response]
+        if not self.continues(response):
+            return self.prompt + messages
+        *before, begun = self.prompt
+        return (*before, _continued(begun, messages[0]), *messages[1:])
+
     def metadata(self) -> PairMetadata:
         """Return the record without its text."""
         text = marshal.dumps(tuple(map(tuple, self.prompt)), 2)
@@ -117,6 +137,34 @@ class Record:
 
 
 # ------------------------------------------------------------------------------------------------- conversations
+
+
+def _continued(begun: Message, rest: Message) -> Message:
+    """Join the two parts of a message."""
+    extra = begun.as_dict() | rest.as_dict()
+    for key in ("content", *REASONING):
+        if key in begun.as_dict() and key in rest.as_dict():
+            extra[key] = begun.as_dict()[key] + rest.as_dict()[key]
+    role, content = extra.pop("role"), extra.pop("content")
+    return Message(role, content, _extra_json(extra))
+
+
+def split_prompt(row: Row, prompt: Messages, values: Mapping[str, Any]) -> tuple[Messages, tuple[Messages, ...]]:
+    """Return the common prompt of responses, in `values` by their path in the row, and the rest of each conversation.
+
+    An assistant message ends the prompt only if it ends the `prompt` of the row: it is continued then. Otherwise it
+    begins a response of several messages, and so do the tool calls and results after the row's `prompt`.
+
+    Raises:
+        RmtoolError: as `conversation`.
+    """
+    conversations = [conversation(row, prompt, value, name) for name, value in values.items()]
+    turns = zip(*(messages[:-1] for messages in conversations), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda turn: len(set(turn)) == 1, turns))
+    spoken = ("assistant", *RESULT_ROLES) if prompt else ("assistant",)
+    while common > len(prompt) and conversations[0][common - 1].role in spoken:
+        common -= 1
+    return conversations[0][:common], tuple(messages[common:] for messages in conversations)
 
 
 def invalid_row(row: Row, what: str, found: str | None = None, hint: str = FIX_ROW) -> RmtoolError:
@@ -189,7 +237,11 @@ def _message(row: Row, item: Any, name: str) -> Message:
         content = ""
     if not isinstance(content, str):
         raise invalid_row(row, f"{name}.content must be a string", json_kind(content))
-    return Message(role, content, json.dumps(extra, ensure_ascii=False, sort_keys=True) if extra else "")
+    return Message(role, content, _extra_json(extra))
+
+
+def _extra_json(extra: dict[str, Any]) -> str:
+    return json.dumps(extra, ensure_ascii=False, sort_keys=True) if extra else ""
 
 
 def _transcript(text: str) -> Messages:

@@ -19,7 +19,7 @@ import numpy as np
 from rmtool.data.record import PairMetadata
 from rmtool.data.sources import SourceCount
 from rmtool.dataset.batches import count_pairs, epoch_steps
-from rmtool.dataset.split import DROP_REASONS, Split
+from rmtool.dataset.split import Split, describe_counts
 from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.pack_plan import pack_tokens
 from rmtool.tokenization.response_group import ResponseGroup
@@ -83,8 +83,8 @@ class DataReport:
         return [
             *((f"source {each.path}", _describe_source(each)) for each in self.sources),
             ("invalid rows skipped", f"{self.skipped_rows:,}"),
-            *((f"rows {DROP_REASONS[name]}", f"{count:,}") for name, count in sorted(self.dropped.items())),
-            *((f"eval rows {DROP_REASONS[name]}", f"{count:,}") for name, count in sorted(self.dropped_eval.items())),
+            *((f"rows {what}", count) for what, count in describe_counts(self.dropped)),
+            *((f"eval rows {what}", count) for what, count in describe_counts(self.dropped_eval)),
             ("training pairs", f"{self.pairs:,} from {self.records:,} rows"),
             ("eval pairs", f"{self.eval_pairs:,} {overlap}"),
             ("duplicate pairs", f"{self.duplicates:,}"),

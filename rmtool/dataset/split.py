@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,28 @@ from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.tokenized_dataset import GroupSink, TokenizedDataset, tokenize_records, without_identical
 from rmtool.ui import Ui
 
+# What became of rows, by the keys of TokenizedDataset.counts.
 DROP_REASONS = {
     "too_long": "dropped: longer than max length",
     "truncated": "with truncated prompt",
+    "continued": "whose prompt ends in an assistant message, which the response continues",
     "empty_response": "dropped: empty response",
     "identical_text": "with identical responses (row or pair dropped)",
     "identical_after_rendering": "with identical responses after templating and truncation (row or pair dropped)",
     "no_preference": "dropped: tie",
 }
+
+
+def describe_counts(counts: Mapping[str, int], of: str = "") -> list[tuple[str, str]]:
+    """Return (what became of rows, how many, followed by `of`) for each count that is a number of rows."""
+    removed = (
+        f" ({counts.get('truncated_messages', 0):,} messages, {counts.get('truncated_tokens', 0):,} tokens removed)"
+    )
+    return [
+        (DROP_REASONS[name], f"{count:,}{of}{removed if name == 'truncated' else ''}")
+        for name, count in sorted(counts.items())
+        if name in DROP_REASONS
+    ]
 
 
 @dataclass(frozen=True)
@@ -139,8 +153,8 @@ def tokenize_subset(
         ui.say(f"{label} pairs: loaded from the token cache")
         tokenized.metadata = _metadata_of(subset, tokenized, on_identical)
         _reject_again(encoder, subset.take(tokenized.failed), on_identical, rejects)
-    for reason, count in sorted(tokenized.counts.items()):
-        ui.say(f"{label} rows {DROP_REASONS[reason]}: {count} of {len(subset)}")
+    for what, count in describe_counts(tokenized.counts, f" of {len(subset):,}"):
+        ui.say(f"{label} rows {what}: {count}")
     return tokenized
 
 
@@ -170,8 +184,8 @@ def write_held_out(path: Path, split: Split) -> None:
         for record, metadata in zip(split.eval_records.records(), split.eval.metadata, strict=True):
             for (winner, loser), margin in zip(metadata.preferences, metadata.margins, strict=True):
                 row: dict[str, Any] = {
-                    "chosen": messages((*record.prompt, *record.responses[winner])),
-                    "rejected": messages((*record.prompt, *record.responses[loser])),
+                    "chosen": messages(record.conversation(winner)),
+                    "rejected": messages(record.conversation(loser)),
                     "source": str(record.place),
                 }
                 extra = {"margin": margin, "subset": record.subset, "tools": record.tools or None}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from rmtool.data.formats import score_record
 from rmtool.data.record import Record
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row, read_rows
+from rmtool.dataset.split import describe_counts
 from rmtool.errors import Place, RmtoolError
 from rmtool.model.loading import LoadedModel
 from rmtool.model.rewards import compute_rewards
@@ -65,7 +67,9 @@ def score_file(
     try:
         with TokenStore(output.parent) as groups:
             signature = _signature(source)
-            truncated, skipped = _tokenize(source, loaded.encoder, groups, rejects, ui)
+            counts, skipped = _tokenize(source, loaded.encoder, groups, rejects, ui)
+            for what, count in describe_counts(counts, f" of {len(groups):,}"):
+                ui.say(f"note: rows {what}: {count}")
             with ui.progress("Scoring", len(groups), "rows") as bar:
                 rewards = compute_rewards(loaded.model, groups, max_tokens, bar)
         with open(temporary, "w", encoding="utf-8") as file, ui.progress("Writing", len(rewards), "rows") as bar:
@@ -83,7 +87,7 @@ def score_file(
         temporary.unlink(missing_ok=True)
     flat = [value for values in rewards for value in values]
     nonfinite = sum(not math.isfinite(value) for value in flat)
-    return ScoreSummary(len(rewards), len(flat), nonfinite, truncated, rejects.count)
+    return ScoreSummary(len(rewards), len(flat), nonfinite, counts["truncated"], rejects.count)
 
 
 def _signature(source: Path) -> tuple[int, int] | None:
@@ -100,9 +104,11 @@ def _require_unchanged(source: Path, signature: tuple[int, int] | None) -> None:
         raise RmtoolError("E0301", "the file changed while it was scored", "run rmtool score again", Place(str(source)))
 
 
-def _tokenize(source: Path, encoder: Encoder, groups: TokenStore, rejects: Rejects, ui: Ui) -> tuple[int, set[Place]]:
-    """Check and tokenize every row; return how many prompts were truncated, and the places of skipped JSON rows."""
-    truncated, skipped = 0, set[Place]()
+def _tokenize(
+    source: Path, encoder: Encoder, groups: TokenStore, rejects: Rejects, ui: Ui
+) -> tuple[Counter[str], set[Place]]:
+    """Check and tokenize every row; return counts of what became of rows, and the places of skipped JSON rows."""
+    counts, skipped = Counter[str](), set[Place]()
 
     def records() -> Iterator[Record]:
         for row in read_rows(str(source), rejects):
@@ -124,11 +130,11 @@ def _tokenize(source: Path, encoder: Encoder, groups: TokenStore, rejects: Rejec
                 continue
             assert result.group is not None, "score drops no rows"
             groups.append(result.group)
-            truncated += result.event == "truncated"
+            counts.update(result.counts)
     rejects.raise_if_any()
     if not len(groups):
         raise RmtoolError("E0302", "no valid rows to score", f"check the errors in {rejects.path}", Place(str(source)))
-    return truncated, skipped
+    return counts, skipped
 
 
 def _scored_rows(source: Path, skipped: set[Place]) -> Iterator[Row]:

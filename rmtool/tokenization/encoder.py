@@ -16,13 +16,16 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rmtool.data.record import Message, Messages, Record
 from rmtool.errors import Place, RmtoolError
 from rmtool.tokenization.batch_tokenizer import BatchTokenizer, Conversation, Result
-from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group, shared_ids
+from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
+from rmtool.tokenization.template_check import TemplateCheck
+from rmtool.tokenization.truncation import shorten
 
 # A tokenizer or template that differs anywhere should differ here: turns, Unicode, white space, special tokens as text.
 FINGERPRINT_CONVERSATIONS: tuple[Messages, ...] = (
@@ -36,16 +39,25 @@ FINGERPRINT_CONVERSATIONS: tuple[Messages, ...] = (
 
 BATCH = 256  # records tokenized together
 PREFETCH_BATCHES = 4  # batches rendered while one is tokenized
+_SLACK = 8  # tokens by which the lengths of two responses can change with the text before them, generously
 
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """The result for one record: its group, what happened to it, or its error; see `Encoder.encode`."""
+    """The result for one record: its group, what happened to it, or its error; see `Encoder.encode`.
+
+    changes: counts of what is different from the row: "continued", "truncated_messages", "truncated_tokens"
+    """
 
     record: Record
     group: ResponseGroup | None
     event: str | None
     error: RmtoolError | None
+    changes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return ({self.event: 1} if self.event else {}) | self.changes
 
 
 @dataclass(frozen=True)
@@ -54,8 +66,8 @@ class Encoder:
 
     tokenizer:  a transformers tokenizer with a chat template
     max_length: the limit in tokens, prompt and response together
-    on_long:    "error", "drop", or "truncate_prompt" (truncate the left side of the prompt by what the longest
-                response of the row needs: all its responses lose the same tokens, and stay comparable)
+    on_long:    "error", "drop", or "truncate_prompt" (shorten the prompt until the longest response of the row fits:
+                all its responses get the same prompt, and stay comparable); see `rmtool.tokenization.truncation`
     on_empty:   "error", "drop" or "keep" responses without text
     strip_trailing_id: an id removed from the end of every sequence: the checkpoint's pad id, because transformers
                 takes the reward at the last token that is not padding. Models trained by rmtool never end in it
@@ -84,6 +96,10 @@ class Encoder:
     def batch_tokenizer(self) -> BatchTokenizer:
         return BatchTokenizer(self.tokenizer)
 
+    @functools.cached_property
+    def template_check(self) -> TemplateCheck:
+        return TemplateCheck(self.tokenizer)
+
     def _without_tail(self, ids: Ids) -> Ids:
         if self.strip_trailing_id is not None:
             while len(ids) > 1 and ids[-1] == self.strip_trailing_id:
@@ -96,8 +112,12 @@ class Encoder:
         if vocabulary is None:
             return None
         options = [self.max_length, self.on_long, self.on_empty, self.strip_trailing_id, self.vocabulary]
-        versions = [importlib.metadata.version(name) for name in ("rmtool", "transformers", "tokenizers", "jinja2")]
-        return hashlib.sha256(json.dumps([vocabulary, options, versions]).encode()).hexdigest()
+        versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
+        digest = hashlib.sha256(json.dumps([vocabulary, options, versions]).encode())
+        for folder in ("data", "tokenization"):  # a different version of this code finds no entries
+            for file in sorted((Path(__file__).parent.parent / folder).glob("*.py")):
+                digest.update(file.read_bytes())
+        return digest.hexdigest()
 
     def fingerprint(self) -> str:
         """Return the sha256 of the ids of FINGERPRINT_CONVERSATIONS: equal for tokenizers that give the same ids."""
@@ -132,17 +152,20 @@ class Encoder:
         with ThreadPoolExecutor(1) as pool:
             waiting = deque[tuple[list[Record], Future[list[list[Result]]]]]()
             for batch in _batches(records):
-                drafts = self.batch_tokenizer.render(self._conversations(record, skip_unlabeled) for record in batch)
+                drafts = self.batch_tokenizer.render(self._wanted(record, skip_unlabeled) for record in batch)
                 waiting.append((batch, pool.submit(self.batch_tokenizer.tokenize, drafts)))
                 while waiting and (len(waiting) > PREFETCH_BATCHES or waiting[0][1].done()):
                     yield from self._results(*waiting.popleft(), skip_unlabeled)
             for work in waiting:
                 yield from self._results(*work, skip_unlabeled)
 
-    def _conversations(self, record: Record, skip_unlabeled: bool) -> list[Conversation]:
-        if (skip_unlabeled and not record.preferences) or (self.on_empty != "keep" and _empty(record)):
-            return []
-        return [Conversation((*record.prompt, *response), record.tools) for response in record.responses]
+    def _conversations(self, record: Record) -> list[Conversation]:
+        return [Conversation(record.conversation(at), record.tools) for at in range(len(record.responses))]
+
+    def _wanted(self, record: Record, skip_unlabeled: bool) -> list[Conversation]:
+        """Return the conversations of a record to tokenize: none if it is dropped, or invalid, anyway."""
+        skip = (skip_unlabeled and not record.preferences) or (self.on_empty != "keep" and _empty(record))
+        return [] if skip else self._conversations(record)
 
     def _results(
         self, records: list[Record], results: Future[list[list[Result]]], skip_unlabeled: bool
@@ -152,28 +175,45 @@ class Encoder:
                 yield EncodeResult(record, None, "no_preference", None)
                 continue
             try:
-                group, event = self._group(record, sequences)
+                yield self._group(record, sequences)
             except RmtoolError as error:
                 yield EncodeResult(record, None, None, error)
-            else:
-                yield EncodeResult(record, group, event, None)
 
-    def _group(self, record: Record, sequences: list[Result]) -> tuple[ResponseGroup | None, str | None]:
+    def _group(self, record: Record, sequences: list[Result]) -> EncodeResult:
         if not sequences and self.on_empty == "drop":
-            return None, "empty_response"
+            return EncodeResult(record, None, "empty_response", None)
         if not sequences:
             hint = "remove the row, or allow it: data.on_empty=keep, --allow-empty"
             raise RmtoolError("E0306", "a response is empty", hint, record.place_of(_empty(record)[0]))
-        ids = [self._require_ids(record.place_of(at), result) for at, result in enumerate(sequences)]
-        return self._fit(record, build_group(ids))
+        group = self._require_group(record, sequences)
+        changes = {"continued": 1} if any(map(record.continues, range(len(sequences)))) else {}
+        if group.longest <= self.max_length:
+            return EncodeResult(record, group, None, None, changes)
+        if self.on_long == "drop":
+            return EncodeResult(record, None, "too_long", None)
+        prompt = self._short_prompt(record, group) if self.on_long == "truncate_prompt" else None
+        if prompt is None or (short := self._encode_with(record, prompt)).longest > self.max_length:
+            raise self._too_long(record, group)
+        changes["truncated_messages"] = len(record.prompt) - len(prompt)
+        changes["truncated_tokens"] = group.longest - short.longest
+        return EncodeResult(record, short, "truncated", None, changes)
 
-    def _require_ids(self, place: Place, ids: Result) -> Ids:
+    def _require_group(self, record: Record, sequences: list[Result]) -> ResponseGroup:
+        ids = list[Ids]()
+        for at, (result, conversation) in enumerate(zip(sequences, self._conversations(record), strict=True)):
+            ids.append(self._require_ids(record.place_of(at), result, conversation))
+            if loss := self.template_check.loss(conversation):
+                raise RmtoolError("E0307", *loss, record.place_of(at))
+        return build_group(ids)
+
+    def _require_ids(self, place: Place, ids: Result, conversation: Conversation) -> Ids:
         if isinstance(ids, ValueError):
             hint = "remove that text from the row, or use a different tokenizer"
             raise RmtoolError("E0307", f"cannot tokenize this conversation: {ids}", hint, place) from ids
         if isinstance(ids, Exception):
-            what = f"the chat template does not support this conversation: {ids}"
-            raise RmtoolError("E0307", what, "fix the message roles", place) from ids
+            general = "the chat template does not support this conversation", "fix the roles or tool calls"
+            what, hint = self.template_check.unsupported_role(conversation.messages) or general
+            raise RmtoolError("E0307", f"{what}: {ids}", hint, place) from ids
         if not len(ids):
             raise RmtoolError("E0307", "the chat template produced no text", "fix the template", place)
         if self.vocabulary is not None and (largest := int(ids.max())) >= self.vocabulary:
@@ -182,39 +222,34 @@ class Encoder:
             raise RmtoolError("E0307", what, "remove the row, or use the tokenizer of this model", place)
         return self._without_tail(ids)
 
-    def _fit(self, record: Record, group: ResponseGroup) -> tuple[ResponseGroup | None, str | None]:
-        excess = group.longest - self.max_length
-        if excess <= 0:
-            return group, None
-        if self.on_long == "drop":
-            return None, "too_long"
-        if self.on_long == "truncate_prompt" and excess <= self._removable(record, group):
-            return _truncate(group, excess), "truncated"
-        raise RmtoolError(
+    def _encode_with(self, record: Record, prompt: Messages) -> ResponseGroup:
+        """Encode a record with a different prompt."""
+        record = replace(record, prompt=prompt)
+        return self._require_group(record, self.batch_tokenizer.read([self._conversations(record)])[0])
+
+    def _short_prompt(self, record: Record, group: ResponseGroup) -> Messages | None:
+        """Return the prompt with which the longest responses fit: they decide, whatever the number of responses."""
+        sized = zip(map(len, group.responses), record.responses, strict=True)
+        long = [response for size, response in sized if size + len(group.prompt) > group.longest - _SLACK]
+        record = replace(record, responses=tuple(long), places=())
+        return shorten(record.prompt, lambda prompt: self._encode_with(record, prompt).longest <= self.max_length)
+
+    def _too_long(self, record: Record, group: ResponseGroup) -> RmtoolError:
+        truncate = self.on_long == "truncate_prompt"
+        what = f"{group.longest} tokens exceed the max length of {self.max_length}"
+        raises = "raise data.max_length (--max-length)"
+        return RmtoolError(
             "E0305",
-            f"{group.longest} tokens exceed the max length of {self.max_length}",
-            "raise data.max_length (--max-length), or set data.on_long (--on-long)",
+            f"{what}, and the prompt cannot be truncated enough" if truncate else what,
+            raises if truncate else f"{raises}, or set data.on_long (--on-long)",
             record.place_of(max(range(len(group.responses)), key=lambda at: len(group.responses[at]))),
         )
 
-    def _removable(self, record: Record, group: ResponseGroup) -> int:
-        """Return how many tokens can be truncated: those before the responses differ, or the prompt of a single one."""
-        if len(group.responses) > 1:
-            return len(group.prompt)
-        empty = Conversation((*record.prompt, Message("assistant", "")), record.tools)
-        ids = self._require_ids(record.place, self.batch_tokenizer.read([[empty]])[0][0])
-        return shared_ids([ids, group.responses[0]])
-
-
-def _truncate(group: ResponseGroup, excess: int) -> ResponseGroup:
-    if len(group.prompt) >= excess:
-        return group.truncate_prompt(excess)
-    return build_group([group.responses[0][excess:].tolist()])  # a single response, with its prompt
-
 
 def _empty(record: Record) -> list[int]:
-    """Return the indices of the responses without text."""
-    return [at for at, response in enumerate(record.responses) if not response[-1].content.strip()]
+    """Return the indices of the responses without text and tool calls."""
+    last = [response[-1] for response in record.responses]
+    return [at for at, each in enumerate(last) if not each.content.strip() and "tool_calls" not in each.as_dict()]
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -78,7 +78,7 @@ def tokenize_records(
             rejects.add(error, result.record.row)
             dataset.failed.append(index)
             continue
-        dataset.counts.update([event] if event else [])
+        dataset.counts.update(result.counts | ({event: 1} if event else {}))
         if result.group is not None and metadata.preferences:
             dataset.metadata.append(metadata)
             dataset.indices.append(index)

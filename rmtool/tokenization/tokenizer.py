@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rmtool.data.record import RESULT_ROLES
 from rmtool.errors import Place, RmtoolError, first_line
+from rmtool.tokenization.batch_tokenizer import refusals
 
 # Pad tokens that model families reserve without setting them; one of these is used before a new one is added.
 RESERVED_PADS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endofpad|>")
@@ -87,12 +89,11 @@ def name_control_tokens(tokenizer: Any) -> None:
 
 
 def _rendered(tokenizer: Any) -> Iterator[str]:
-    from jinja2 import TemplateError
-
-    turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user", "assistant")]
-    for chat in (turns[1:3], turns[:3], turns):
-        with contextlib.suppress(TemplateError):  # not every template supports every role
-            yield tokenizer.apply_chat_template(chat, tokenize=False)
+    chats = [("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant", "user", "assistant")]
+    chats += [("developer", "user", "assistant"), *(("user", "assistant", role, "assistant") for role in RESULT_ROLES)]
+    for roles in chats:
+        with contextlib.suppress(*refusals()):  # not every template supports every role
+            yield tokenizer.apply_chat_template([{"role": role, "content": "x"} for role in roles], tokenize=False)
 
 
 def _pin_template_date(template: str, place: Place) -> str:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from rmtool.data.record import Message, Messages
 from rmtool.tokenization.batch_tokenizer import BatchTokenizer, Conversation
 from rmtool.tokenization.encoder import Encoder
+from rmtool.tokenization.tokenizer import name_control_tokens
 
 
 def hostile(tokens: list[str], count: int = 200) -> list[str]:
@@ -80,3 +81,13 @@ def test_tokens_found_only_in_normalized_text_are_refused(tokenizer: Any) -> Non
     results = batch_tokenizer.read([[Conversation((Message("user", text),))] for text in (wide, "<|user|>", "user")])
     assert isinstance(results[0][0], ValueError)
     assert [len([t for t in ids[0] if t == reader.convert_tokens_to_ids("<|user|>")]) for ids in results[1:]] == [1, 1]
+
+
+def test_tokens_of_the_roles_of_tool_results_stay_text(tokenizer: Any) -> None:
+    reader = bytewise(tokenizer)
+    reader.add_tokens([AddedToken("<|observation|>", special=False, normalized=False)])
+    reader.chat_template = LOOP + "{{ '<|' + m.role + '|>' }}{{ m.content }}" + END
+    name_control_tokens(reader)
+    number = reader.convert_tokens_to_ids("<|observation|>")
+    ids = Encoder(reader, 99).ids([Message("user", "<|observation|>"), Message("observation", "4")])
+    assert ids.count(number) == 1

@@ -1,0 +1,46 @@
+"""Truncation of prompts: whole turns, the oldest first; then the beginning of the last user message.
+
+In: the messages of a prompt, and whether a shorter one fits. Out: the longest that fits, or None.
+What is left is a conversation for the chat template: leading system messages stay; a turn begins with a user message,
+so that roles still alternate; a tool call and its results, after the last user message, are removed together. An
+assistant message at the end of the prompt belongs to the response (`Record.continues`).
+Cost: `fits` is called once for each halving of the number of turns, and of the number of words.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable
+
+from rmtool.data.record import INSTRUCTION_ROLES, Messages
+
+_WORD = re.compile(r"\S{1,32}")  # longer ones (Chinese text, base64) are cut anywhere
+
+
+def shorten(prompt: Messages, fits: Callable[[Messages], bool]) -> Messages | None:
+    """Return the prompt without its oldest turns, and without the first words of its last user message if that is not
+    enough; None if not even its last word fits.
+    """
+    asked = max((at for at, message in enumerate(prompt) if message.role == "user"), default=None)
+    if asked is None:
+        return None
+    head = next(at for at, message in enumerate(prompt) if message.role not in INSTRUCTION_ROLES)
+    end = len(prompt) - (prompt[-1].role == "assistant")
+
+    def without(turns: int) -> Messages:
+        """Return the prompt without the messages before `turns`, but for the system messages and the last question."""
+        return prompt[:head] + prompt[asked : asked + (turns > asked)] + prompt[turns:]
+
+    begins = [at for at in range(head + 1, end) if prompt[at].role == ("user" if at <= asked else "assistant")]
+    begins = [*(at for at in begins if at != asked + 1), end]
+    if (count := bisect_left(begins, True, key=lambda at: fits(without(at)))) < len(begins):
+        return without(begins[count])
+
+    def cut(start: int) -> Messages:
+        question = prompt[asked]._replace(content=prompt[asked].content[start:])
+        return (*prompt[:head], question, *prompt[end:])
+
+    words = [match.start() for match in _WORD.finditer(prompt[asked].content)]
+    count = bisect_left(words, True, key=lambda start: fits(cut(start)))
+    return cut(words[count]) if count < len(words) else None
