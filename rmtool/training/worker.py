@@ -74,12 +74,15 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
 
     manifest = build_manifest(recipe, encoder, fingerprint, padded_reason)
     checkpoints = CheckpointWriter(folder, recipe, engine, encoder, manifest)
-    with contextlib.closing(Tracker(folder, recipe.track, as_dict(recipe), ui)) if main else nullcontext() as tracker:
+    with Tracker(folder, recipe.track, as_dict(recipe), ui) if main else nullcontext() as tracker:
         metrics = train_loop(Trainer(recipe, engine), split, tracker, ui, checkpoints.save_best)
-    ui.say("Saving the checkpoint")
-    checkpoints.finish(metrics)
+        ui.say("Saving the checkpoint")
+        checkpoints.finish(metrics)  # before the tracker is closed, which may take seconds
     if main:
-        draw_curves(folder)
+        try:
+            draw_curves(folder)
+        except OSError as error:  # the checkpoint is complete
+            ui.say(f"cannot draw the training curves: {error}")
     accelerator.wait_for_everyone()
 
 
