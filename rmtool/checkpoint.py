@@ -101,28 +101,32 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a temporary folder, then rename it to `folder`, which must not exist.
+    """Let `fill` write into a temporary folder, then rename it to `folder`, which must not exist. All files get the
+    permissions that the user's umask gives.
 
     Raises:
         RmtoolError: E0502 when the disk is full or not writable.
     """
     from safetensors import SafetensorError
 
-    temporary = folder
+    outer = folder
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
-        temporary.chmod(0o755)
+        outer = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
+        temporary = outer / folder.name
+        temporary.mkdir()  # with the user's umask, unlike mkdtemp and safetensors
         fill(temporary)
+        mode = temporary.stat().st_mode & 0o666
         for path in temporary.rglob("*"):
             if path.is_file():
+                path.chmod(mode)
                 _fsync(path)
         temporary.rename(folder)
         _fsync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from error
     finally:
-        if temporary != folder:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if outer != folder:
+            shutil.rmtree(outer, ignore_errors=True)
 
 
 def cannot_write(path: Path, error: Exception) -> RmtoolError:
