@@ -424,6 +424,13 @@ def test_the_card_names_the_loss(folder, loss, named):
     assert f"({named} loss)" in card
 
 
+def test_the_card_says_how_to_get_raw_rewards_elsewhere(folder):
+    old = model_card(folder, "me/rm", {})
+    assert 'function_to_apply="none"' in old
+    (folder / "config.json").write_text('{"problem_type": "regression"}')
+    assert 'function_to_apply="none"' not in model_card(folder, "me/rm", {})
+
+
 def test_the_card_shows_no_local_path_and_no_token(tmp_path, untouched, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("private/base").mkdir(parents=True)  # reads like owner/name, and is a folder here
