@@ -54,7 +54,8 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
         RmtoolError: E02xx to E05xx for a recipe, data, model or machine that does not work, E0802 for NaN or inf.
     """
     main = accelerator.is_main_process
-    source = resolve_checkpoint(resolve(recipe.model.path), recipe.model.revision, ui)
+    weights = recipe.model.weights != "random"
+    source = resolve_checkpoint(resolve(recipe.model.path), recipe.model.revision, ui, weights)
     encoder, notices = training_encoder(recipe, source)
     fingerprint = encoder.fingerprint()
     with _local_main_first(recipe, folder, accelerator):

@@ -6,17 +6,15 @@ import json
 import os
 import re
 import socket
-import ssl
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from hub_stub import GATEWAY_PAGE, Repo, StubHub
+from hub_stub import GATEWAY_PAGE, TOKEN, Repo
 from safetensors.numpy import save_file
 
 from rmtool.checkpoint import Manifest, write_manifest
@@ -25,7 +23,6 @@ from rmtool.hub import push as hub
 from rmtool.hub.card import model_card
 from rmtool.ui import SilentUi
 
-TOKEN = "hf_stubtoken"
 CANARY = b"hf_CanaryThatMustStayOnThisMachine"
 MANIFEST = Manifest(
     fingerprint="f" * 64,
@@ -49,23 +46,6 @@ class Recorder(SilentUi):
 
     def say(self, text: str) -> None:
         self.lines.append(text)
-
-
-@pytest.fixture
-def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with StubHub() as stub:
-        # The library reads its environment when it is imported, which an earlier test may have done.
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", stub.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nowhere/token")
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
-        # No TLS here; loading the CA certificates would take 60 ms per push.
-        monkeypatch.setattr("httpcore2.default_ssl_context", lambda **_: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-        yield stub
 
 
 @pytest.fixture

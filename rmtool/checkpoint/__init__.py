@@ -7,7 +7,6 @@ A folder is filled under a temporary name next to its target and then renamed, s
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -17,14 +16,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from rmtool.errors import Place, RmtoolError, first_line
+from rmtool.checkpoint.download import download
+from rmtool.errors import Place, RmtoolError
 from rmtool.recipe import BUNDLED
 from rmtool.ui import Ui
 
 MANIFEST = "rmtool.json"
 HELD_OUT_FILE = "held_out.jsonl"  # in a run folder, next to model/
-NON_WEIGHT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
-DOWNLOAD = ("*.safetensors", *NON_WEIGHT_FILES)
 DEFAULT_MODEL = "allenai/Llama-3.1-Tulu-3-8B-RM"
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".yaml", ".yml")  # names of files, never of Hub repos
 
@@ -170,8 +168,7 @@ def resolve_checkpoint(model: str, revision: str | None, ui: Ui, weights: bool =
         weights: also download the weights.
 
     Raises:
-        RmtoolError: E0404 when there is no such folder and it is not a Hub id, E0701 when the Hub has no such
-            repository or cannot be reached, and no copy was downloaded before.
+        RmtoolError: E0404 when there is no such folder and it is not a Hub id, and as from `download`.
     """
     given = Path(model).expanduser()
     for folder in (given / "model", given):
@@ -181,39 +178,4 @@ def resolve_checkpoint(model: str, revision: str | None, ui: Ui, weights: bool =
         raise RmtoolError("E0404", f"{model} contains no checkpoint", "pass a folder that contains config.json")
     if not is_hub_id(model):
         raise RmtoolError("E0404", f"checkpoint not found: {model}", "pass a checkpoint folder or a Hub id owner/name")
-    return _download(model, revision, ui, weights)
-
-
-def _download(repo_id: str, revision: str | None, ui: Ui, weights: bool) -> Path:
-    """Download file by file: snapshot_download has no timeout and no progress for `ui`."""
-    import httpx2
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    from huggingface_hub.utils import filter_repo_objects
-
-    try:
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=30)
-        patterns = list(DOWNLOAD if weights else NON_WEIGHT_FILES)
-        files = list(filter_repo_objects(info.siblings or [], allow_patterns=patterns, key=lambda file: file.rfilename))
-        with ui.progress(f"Downloading {repo_id}", sum(file.size or 0 for file in files) >> 20, "MiB") as bar:
-            for file in files:
-                hf_hub_download(repo_id, file.rfilename, revision=info.sha)
-                bar.advance((file.size or 0) >> 20, file.rfilename)
-        return _cached(repo_id, info.sha)
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError, OSError) as error:
-        with contextlib.suppress(LocalEntryNotFoundError):
-            folder = _cached(repo_id, revision)
-            ui.say(f"note: cannot reach the Hub, using the downloaded copy of {repo_id}")
-            return folder
-        raise RmtoolError(
-            "E0701",
-            f"cannot find the model {repo_id} locally or on the Hub",
-            "check the name and the network, run `hf auth login` if it is gated, or pass a local folder",
-            found=first_line(error),
-        ) from error
-
-
-def _cached(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(DOWNLOAD), local_files_only=True))
+    return download(model, revision, ui, weights)
