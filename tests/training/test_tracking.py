@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def track(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
 
-    def start(stub: str | None = None, outcome: str = "completed") -> list[str]:
+    def start(stub: str | None = None, outcome: str = "completed", before: Any = lambda process: None) -> list[str]:
         if stub is not None:
             monkeypatch.setattr(tracking, "WANDB_FINISH_S", 1 if HANG in stub else 20)
             (tmp_path / "stub").mkdir()
@@ -60,7 +61,10 @@ def track(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'stub'}:{os.environ.get('PYTHONPATH', '')}")
         err = io.StringIO()
         tracker = Tracker(tmp_path, TrackConfig(wandb=True), {"name": "debug"}, TerminalUi(io.StringIO(), err))
-        for row in ROWS:
+        tracker.log(ROWS[0])
+        assert tracker.wandb
+        before(tracker.wandb.process)
+        for row in ROWS[1:]:
             tracker.log(row)
         tracker.close(outcome)
         assert read_metrics(tmp_path) == ROWS
@@ -73,6 +77,16 @@ def test_a_run_reaches_wandb_with_its_name_config_steps_and_outcome(track: Any, 
     assert track(WORKING) == ["wandb: https://host/run"]
     steps = [f"logged {row['step']} {row['train/rm/loss']}" for row in ROWS]
     assert capfd.readouterr().err.splitlines() == ["init rmtool debug debug None", *steps, "finished 0"]
+
+
+def test_a_failure_during_the_run_is_reported_once(track: Any) -> None:
+    broken = WORKING.replace("return settings", "raise OSError('x')")
+    assert track(broken, before=lambda process: process.wait(20)) == ["cannot start wandb, metrics.jsonl only: x"]
+
+
+def test_rows_that_come_later_are_logged(track: Any, capfd: Any) -> None:
+    track(WORKING, before=lambda process: time.sleep(2))
+    assert capfd.readouterr().err.splitlines()[-2:] == ["logged 3 0.125", "finished 0"]
 
 
 def test_without_a_key_it_is_offline_and_a_setting_of_wandb_stays(track: Any, capfd: Any) -> None:
