@@ -1,4 +1,5 @@
-"""A local Hub for tests: what huggingface_hub 2.4 needs for create_repo, model_info, create_commit and LFS uploads.
+"""A local Hub for tests: what huggingface_hub 2.4 needs for create_repo, model_info, create_commit, LFS uploads and
+downloads.
 
 Two servers on 127.0.0.1, because the storage of the real Hub has a different origin too: uploads go to
 `StubHub.storage`, which must not receive the Authorization header. Repos are in memory. HF_HUB_DISABLE_XET must be 1.
@@ -17,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 OWNER = "me"
+TOKEN = "hf_stubtoken"
 GATEWAY_PAGE = b"<html><body><h1>502 Bad Gateway</h1></body></html>"
 MODEL = r"/api/models/(?P<repo>[\w.-]+/[\w.-]+)"
 ROUTES = (
@@ -24,7 +26,10 @@ ROUTES = (
     ("validate-yaml", "POST", r"/api/validate-yaml"),
     ("preupload", "POST", MODEL + r"/preupload/main"),
     ("commit", "POST", MODEL + r"/commit/main"),
-    ("info", "GET", MODEL + r"(/revision/main)?"),
+    ("info", "GET", MODEL + r"(/revision/(?P<revision>[\w.-]+))?"),
+    ("resolve", "HEAD", r"/(?P<repo>[\w.-]+/[\w.-]+)/resolve/(?P<revision>[\w.-]+)/(?P<name>.+)"),
+    ("resolve", "GET", r"/(?P<repo>[\w.-]+/[\w.-]+)/resolve/(?P<revision>[\w.-]+)/(?P<name>.+)"),
+    ("get", "GET", r"/lfs/(?P<oid>[0-9a-f]{64})"),
     ("batch", "POST", r"/(?P<repo>[\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch"),
     ("put", "PUT", r"/lfs/(?P<oid>[0-9a-f]{64})"),
 )
@@ -35,6 +40,7 @@ class Repo:
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[list[str]] = field(default_factory=list)  # the paths of each commit, oldest first
+    revisions: tuple[str, ...] = ("main",)
 
     @property
     def sha(self) -> str:
@@ -113,16 +119,37 @@ class StubHub:
     def validate_yaml(self, body: bytes, **_: str) -> tuple[int, Any]:
         return 200, {"errors": [], "warnings": []}
 
-    def info(self, body: bytes, repo: str) -> tuple[int, Any]:
+    def info(self, body: bytes, repo: str, revision: str | None = None) -> tuple[int, Any]:
         found = self.repos[repo]
-        siblings = [{"rfilename": name} for name in found.files]
+        if (revision or "main") not in (*found.revisions, found.sha):
+            return 404, {"error": "Invalid rev id"}
+        siblings = [
+            {"rfilename": name, "size": len(content), **({"lfs": _pointer(content)} if _is_lfs(name) else {})}
+            for name, content in found.files.items()
+        ]
         return 200, {"id": repo, "modelId": repo, "sha": found.sha, "private": found.private, "siblings": siblings}
+
+    def resolve(self, body: bytes, repo: str, revision: str, name: str) -> tuple[int, Any, dict[str, str]]:
+        found = self.repos[repo]
+        headers = {"X-Repo-Commit": found.sha}
+        if name not in found.files or revision not in (*found.revisions, found.sha):
+            return 404, b"", {**headers, "X-Error-Code": "EntryNotFound"}
+        content = found.files[name]
+        oid = hashlib.sha256(content).hexdigest()
+        if not _is_lfs(name):
+            return 200, content, {**headers, "ETag": f'"{oid[:40]}"'}
+        self.blobs[oid] = content
+        linked = {"X-Linked-ETag": f'"{oid}"', "X-Linked-Size": str(len(content))}
+        return 302, b"", {**headers, **linked, "Location": f"{self.storage}/lfs/{oid}"}
+
+    def get(self, body: bytes, oid: str) -> tuple[int, Any]:
+        return 200, self.blobs[oid]
 
     def preupload(self, body: bytes, repo: str) -> tuple[int, Any]:
         return 200, {"files": [self._mode(self.repos[repo], item) for item in json.loads(body)["files"]]}
 
     def _mode(self, repo: Repo, item: dict[str, Any]) -> dict[str, Any]:
-        lfs = item["path"].endswith((".safetensors", "tokenizer.json"))
+        lfs = _is_lfs(item["path"])
         answer = {"path": item["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
         content = repo.files.get(item["path"])
         if content is not None:
@@ -157,6 +184,14 @@ class StubHub:
         return 200, answer
 
 
+def _is_lfs(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".pth", ".onnx", "tokenizer.json"))
+
+
+def _pointer(content: bytes) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: StubHub
     protocol_version = "HTTP/1.1"
@@ -182,12 +217,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif match is None or match.groupdict().get("repo", OWNER) not in {OWNER, *self.hub.repos}:
             self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         else:
-            route: Callable[..., tuple[int, Any]] = getattr(self.hub, name.replace("-", "_"))
+            route: Callable[..., tuple[Any, ...]] = getattr(self.hub, name.replace("-", "_"))
             with self.hub.lock:
-                status, answer = route(body, **match.groupdict())
-            self._answer(status, answer, {})
+                status, answer, *headers = route(body, **match.groupdict())
+            self._answer(status, answer, *headers)
 
-    do_GET = do_POST = do_PUT = handle_any  # noqa: N815 - http.server's names
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any  # noqa: N815 - http.server's names
 
     def _body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -207,11 +242,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._answer(fault.kind, fault.body or {"error": "as the test asked for"}, fault.headers)
 
-    def _answer(self, status: int, answer: Any, headers: dict[str, str]) -> None:
+    def _answer(self, status: int, answer: Any, headers: dict[str, str] | None = None) -> None:
         content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         kind = "text/html" if isinstance(answer, bytes) else "application/json"
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **headers}.items():
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import write_jsonl
 
@@ -71,6 +72,26 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert caught.value.id == "E0502"
     assert (target / "a").read_bytes() == old
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("umask", "folder_mode", "file_mode"), [(0o022, 0o755, 0o644), (0o002, 0o775, 0o664), (0o077, 0o700, 0o600)]
+)
+def test_permissions_are_those_of_the_umask(umask: int, folder_mode: int, file_mode: int, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    def fill(folder: Path) -> None:
+        save_file({"score.weight": np.zeros(2)}, folder / "model.safetensors")  # creates it with 0600
+        (folder / "templates").mkdir()
+        (folder / "templates" / "a.jinja").write_text("")
+
+    before = os.umask(umask)
+    try:
+        write_folder(tmp_path / "model", fill)
+    finally:
+        os.umask(before)
+    modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
+    assert modes == {(True, folder_mode), (False, file_mode)}
 
 
 def test_the_default_model_is_the_environments_then_the_newest_run(

@@ -196,7 +196,9 @@ def print_result(output: Path, metrics: dict[str, float], padded_reason: str | N
     from rmtool.training.tracking import CURVES_FILE
 
     ui.table("Result", ("metric", "value"), [(name, f"{value:.4f}") for name, value in metrics.items()])
-    ui.result(f"checkpoint: {output / 'model'}\ncurves:     {output / CURVES_FILE}")
+    ui.result(f"checkpoint: {output / 'model'}")
+    if (output / CURVES_FILE).exists():
+        ui.result(f"curves:     {output / CURVES_FILE}")
     if (output / REJECTS_FILE).exists():
         ui.result(f"skipped rows: {output / REJECTS_FILE}")
     ui.result(f"prefix sharing: {describe_sharing(padded_reason)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -191,19 +192,26 @@ def write_report(report: DataReport, tokenized: TokenizedDataset, folder: Path) 
     draw_lengths(tokenized, folder / LENGTHS_FILE)
 
 
-def draw_lengths(tokenized: TokenizedDataset, path: Path) -> None:
-    """Draw histograms of prompt, chosen and rejected lengths, as a PNG."""
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure for a PNG, with the size in inches."""
+    os.environ["MPLBACKEND"] = "agg"  # one that matplotlib does not know would make its import fail
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_lengths(tokenized: TokenizedDataset, path: Path) -> None:
+    """Draw histograms of prompt, chosen and rejected lengths, as a PNG."""
     pairs = [
         (len(group.prompt), len(group.responses[winner]), len(group.responses[loser]))
         for metadata, group in zip(tokenized.metadata, tokenized.groups, strict=True)
         for winner, loser in metadata.preferences
     ]
     prompt, chosen, rejected = (np.array(column) for column in zip(*pairs, strict=True))
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 3.6)
     left, right = figure.subplots(1, 2)
     left.hist(prompt, bins=_bins(prompt), color="#8a8a8a")
     left.set_title("prompts")

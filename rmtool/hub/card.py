@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rmtool.checkpoint import is_hub_id, public_name
 
@@ -54,7 +55,12 @@ with torch.no_grad():
 print(reward)
 ```
 
-- The reward is the raw logit. Do not apply a sigmoid (`pipeline("text-classification")` does).
+- The reward is the raw logit, without a sigmoid.
+{%- if raw %} `problem_type` in `config.json` says so to `pipeline("text-classification")` and vLLM.
+{%- else %} Pass `function_to_apply="none"` to `pipeline("text-classification")`,
+  and `--hf-overrides '{"problem_type": "regression"}'` to vLLM.
+{%- endif %}
+  Pass `activation_fn=torch.nn.Identity()` to sentence-transformers' `CrossEncoder`.
 - The chat template adds the special tokens: tokenize rendered text with `add_special_tokens=False`.
 - `sanitize_control_tokens` (transformers 5.23 or later) tokenizes special tokens in messages as plain text.
 - For full precision pass `dtype=torch.float32`: in bfloat16, rewards near 4 are 0.03 apart.
@@ -98,6 +104,7 @@ def model_card(folder: Path, repo_id: str, facts: Mapping[str, object]) -> str:
         repo_id=repo_id,
         summary=_summary(base, data, dict(settings).get("loss")),
         has_template=_has_template(folder),
+        raw=_config(folder, "config.json").get("problem_type") == "regression",
         tables=[
             ("Training", "setting", [(label, _shown(value)) for label, value in settings]),
             ("Evaluation", "metric", [(k, f"{v:.4f}") for k, v in numbers if isinstance(v, int | float)]),
@@ -136,7 +143,12 @@ def _flat(settings: object, prefix: str) -> Iterator[tuple[str, object]]:
 def _has_template(folder: Path) -> bool:
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
+    return bool(_config(folder, "tokenizer_config.json").get("chat_template"))
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    """Read a configuration file; empty if it cannot be read."""
     try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template"))
-    except (OSError, ValueError, AttributeError):
-        return False
+        return dict(json.loads((folder / name).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}

@@ -121,4 +121,5 @@ def final_manifest(output: Path) -> Manifest:
 
 def final_metrics(output: Path, manifest: Manifest) -> dict[str, float]:
     """The eval metrics of the saved model, or the training metrics of the last step if there is no eval set."""
-    return manifest.metrics or {name: value for name, value in read_metrics(output)[-1].items() if "/" in name}
+    last = read_metrics(output)[-1:] or [{}]
+    return manifest.metrics or {name: value for name, value in last[0].items() if "/" in name}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rmtool.checkpoint import foreign_weights
+from rmtool.checkpoint.foreign import foreign_weights
 from rmtool.errors import RmtoolError, first_line
 
 INDEX = "model.safetensors.index.json"

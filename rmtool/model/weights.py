@@ -57,6 +57,7 @@ def meta_copy(classifier: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMode
     config = copy.deepcopy(classifier.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    config.problem_type = "regression"  # to transformers' pipeline and vLLM: the reward is the logit, without a sigmoid
     with without_zero3_init(), torch.device("meta"):
         empty = type(classifier)(config)
     empty.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps its signature

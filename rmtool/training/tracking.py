@@ -1,28 +1,37 @@
 """Metrics of a run: metrics.jsonl, training curves, and Weights & Biases where the recipe enables it.
 
-In: one dictionary of metrics per step. Out: files in the run folder. A wandb failure never stops a run: it is reported
-once, and metrics.jsonl continues.
-Cost: one small write per step; the curves are drawn once, at the end.
+In: one dictionary of metrics per step. Out: files in the run folder. wandb follows metrics.jsonl in a separate process
+(`wandb_process.py`), so it cannot end, delay or change a run: a failure is printed once, and metrics.jsonl continues.
+Cost: one small write per step; the curves are drawn once, at the end, where wandb may take WANDB_FINISH_S seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rmtool.config import TrackConfig
+from rmtool.dataset.report import new_figure
+from rmtool.training.wandb_process import FAILED
 from rmtool.ui import Ui
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
-WANDB_TIMEOUT_S = 20
+WANDB_TIMEOUT_S = 20  # for the connection, as wandb counts it
+WANDB_START_S = 60  # for the import, too
+WANDB_FINISH_S = 20
 
 
 class Tracker:
-    """Writer of metrics to metrics.jsonl and wandb.
+    """Writer of metrics to metrics.jsonl, which wandb follows.
 
     In: one dictionary of metrics per step. Out: one line of metrics.jsonl each, and one wandb step.
     """
@@ -30,69 +39,113 @@ class Tracker:
     def __init__(self, folder: Path, track: TrackConfig, config: Mapping[str, Any], ui: Ui):
         self.ui = ui
         self.file = open(folder / METRICS_FILE, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self.run = _start_wandb(folder, track, config, ui) if track.wandb else None
+        self.wandb = None
+        if track.wandb:
+            init = {"project": track.project, "name": track.name or config["name"], "config": dict(config)}
+            try:
+                self.wandb = _Wandb({**init, "dir": str(folder)}, folder / METRICS_FILE, ui)
+            except OSError as error:
+                ui.say(f"cannot start wandb, {FAILED}: {error}")
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close("failed" if kind else "completed")
 
     def log(self, numbers: Mapping[str, float | int]) -> None:
         """Log the metrics of one optimizer step; `numbers["step"]` is its number."""
-        self.file.write(json.dumps(dict(numbers), allow_nan=False) + "\n")
-        self.file.flush()
-        if self.run is not None:
-            import wandb
+        line = json.dumps(dict(numbers), allow_nan=False) + "\n"
+        try:
+            self.file.write(line)
+            self.file.flush()
+        except OSError as error:  # the disk may have space again when the checkpoint is saved
+            self.ui.say(f"cannot write {METRICS_FILE}, the run continues without it: {error.strerror}")
+            with contextlib.suppress(OSError):
+                self.file.close()
+            self.file = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        if self.wandb:
+            self.wandb.show_notices()
 
-            try:
-                self.run.log(dict(numbers), step=int(numbers["step"]))
-            except (wandb.Error, OSError) as error:
-                self.ui.say(f"wandb logging failed, metrics.jsonl only from here on: {error}")
-                self.run = None
-
-    def close(self) -> None:
-        """Close the file and finish the wandb run."""
+    def close(self, outcome: str = "completed") -> None:
+        """Close the file and finish the wandb run; waits at most WANDB_FINISH_S seconds, and not if the run failed."""
         self.file.close()
-        if self.run is not None:
-            import wandb
-
-            try:
-                self.run.finish()
-            except (wandb.Error, OSError) as error:
-                self.ui.say(f"cannot finish the wandb run: {error}")
+        if self.wandb:
+            self.wandb.finish(outcome)
 
 
-def _start_wandb(folder: Path, track: TrackConfig, config: Mapping[str, Any], ui: Ui) -> Any:
-    import wandb
+class _Wandb:
+    """The process of the wandb run."""
 
-    online = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if online else "offline")
-    if mode == "offline":
-        ui.say("wandb: offline (no API key, or WANDB_MODE=offline); upload later with `wandb sync`")
-    settings = wandb.Settings(init_timeout=WANDB_TIMEOUT_S, silent=True, console="off")
-    try:
-        return wandb.init(
-            project=track.project,
-            name=track.name or config["name"],
-            config=dict(config),
-            dir=folder,
-            mode=mode,
-            settings=settings,
+    def __init__(self, init: dict[str, Any], metrics: Path, ui: Ui):
+        self.ui, self.start_by = ui, time.monotonic() + WANDB_START_S
+        self.started = self.finishing = self.failed = False
+        # In its own session: Ctrl-C is for the run, whose end is the end of this process, too.
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rmtool.training.wandb_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
-    except (wandb.Error, OSError, TimeoutError) as error:
-        ui.say(f"cannot start wandb, metrics.jsonl only: {error}")
-        return None
+        self.orders: IO[bytes] = self.process.stdin  # type: ignore[assignment]
+        self.notices: IO[bytes] = self.process.stdout  # type: ignore[assignment]
+        os.set_blocking(self.notices.fileno(), False)
+        given = {"init": init, "metrics": str(metrics), "start_s": WANDB_TIMEOUT_S, "finish_s": WANDB_FINISH_S + 5}
+        self._order(json.dumps(given))
+
+    def _order(self, line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which `show_notices` finds
+            self.orders.write(line.encode() + b"\n")
+            self.orders.flush()
+
+    def show_notices(self) -> None:
+        """Show what the process has to say, without waiting; stop one that does not start."""
+        try:
+            text = os.read(self.notices.fileno(), 2**16).decode(errors="replace")
+        except BlockingIOError:
+            if not self.started and time.monotonic() > self.start_by:
+                self._stop(f"wandb did not start within {WANDB_START_S} s")
+            return
+        for line in text.splitlines():
+            self.ui.say(line)
+        self.failed |= FAILED in text
+        if text:
+            self.started = True
+        elif not (self.started and self.finishing):
+            self._stop("wandb ended")
+
+    def finish(self, outcome: str) -> None:
+        self.finishing = True
+        self._order(outcome)
+        if outcome == "failed":  # the error is shown now; wandb ends by itself
+            return
+        try:
+            self.process.wait(WANDB_FINISH_S)
+            self.show_notices()
+        except subprocess.TimeoutExpired:
+            self.show_notices()
+            self._stop(f"wandb did not finish within {WANDB_FINISH_S} s")
+
+    def _stop(self, what: str) -> None:
+        """Say once that the process failed, and kill it if it still runs."""
+        if not self.failed:
+            self.failed = True
+            self.ui.say(f"{what}, {FAILED}")
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(1)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Read the metrics of every step in a run folder."""
-    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    """Read the metrics of every step in a run folder; a last line without its end was not written completely."""
+    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
 
 def draw_curves(folder: Path) -> Path:
     """Draw loss, accuracy and reward margin over optimizer steps, on the training and eval sets; return the PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = read_metrics(folder)
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 3.8)
     panels = (("loss", "loss"), ("accuracy", "accuracy"), ("reward_margin", "reward margin"))
     for axis, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
         train = [(row["step"], row[f"train/rm/{key}"]) for row in rows if f"train/rm/{key}" in row]

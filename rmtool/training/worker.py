@@ -54,7 +54,8 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
         RmtoolError: E02xx to E05xx for a recipe, data, model or machine that does not work, E0802 for NaN or inf.
     """
     main = accelerator.is_main_process
-    source = resolve_checkpoint(resolve(recipe.model.path), recipe.model.revision, ui)
+    weights = recipe.model.weights != "random"
+    source = resolve_checkpoint(resolve(recipe.model.path), recipe.model.revision, ui, weights)
     encoder, notices = training_encoder(recipe, source)
     fingerprint = encoder.fingerprint()
     with _local_main_first(recipe, folder, accelerator):
@@ -74,12 +75,15 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
 
     manifest = build_manifest(recipe, encoder, fingerprint, padded_reason)
     checkpoints = CheckpointWriter(folder, recipe, engine, encoder, manifest)
-    with contextlib.closing(Tracker(folder, recipe.track, as_dict(recipe), ui)) if main else nullcontext() as tracker:
+    with Tracker(folder, recipe.track, as_dict(recipe), ui) if main else nullcontext() as tracker:
         metrics = train_loop(Trainer(recipe, engine), split, tracker, ui, checkpoints.save_best)
-    ui.say("Saving the checkpoint")
-    checkpoints.finish(metrics)
+        ui.say("Saving the checkpoint")
+        checkpoints.finish(metrics)  # before the tracker is closed, which may take seconds
     if main:
-        draw_curves(folder)
+        try:
+            draw_curves(folder)
+        except OSError as error:  # the checkpoint is complete
+            ui.say(f"cannot draw the training curves: {error}")
     accelerator.wait_for_everyone()
 
 

@@ -41,7 +41,7 @@ def mark_started(folder: Path, rank: int) -> None:
     launcher = os.environ.get(LAUNCHER)
     if launcher and not psutil.pid_exists(int(launcher)):
         raise SystemExit("the parent rmtool process has exited")  # before die_with_parent took effect
-    log = os.open(log_file(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    log = os.open(log_file(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(log, 1)

@@ -6,17 +6,15 @@ import json
 import os
 import re
 import socket
-import ssl
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from hub_stub import GATEWAY_PAGE, Repo, StubHub
+from hub_stub import GATEWAY_PAGE, TOKEN, Repo
 from safetensors.numpy import save_file
 
 from rmtool.checkpoint import Manifest, write_manifest
@@ -25,7 +23,6 @@ from rmtool.hub import push as hub
 from rmtool.hub.card import model_card
 from rmtool.ui import SilentUi
 
-TOKEN = "hf_stubtoken"
 CANARY = b"hf_CanaryThatMustStayOnThisMachine"
 MANIFEST = Manifest(
     fingerprint="f" * 64,
@@ -49,23 +46,6 @@ class Recorder(SilentUi):
 
     def say(self, text: str) -> None:
         self.lines.append(text)
-
-
-@pytest.fixture
-def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with StubHub() as stub:
-        # The library reads its environment when it is imported, which an earlier test may have done.
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", stub.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nowhere/token")
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
-        # No TLS here; loading the CA certificates would take 60 ms per push.
-        monkeypatch.setattr("httpcore2.default_ssl_context", lambda **_: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-        yield stub
 
 
 @pytest.fixture
@@ -422,6 +402,13 @@ def test_the_card_contains_the_manifests_fields(untouched):
 def test_the_card_names_the_loss(folder, loss, named):
     card = model_card(folder, "me/rm", {"base_model": "a/b", "settings": {"loss": loss}})
     assert f"({named} loss)" in card
+
+
+def test_the_card_says_how_to_get_raw_rewards_elsewhere(folder):
+    old = model_card(folder, "me/rm", {})
+    assert 'function_to_apply="none"' in old
+    (folder / "config.json").write_text('{"problem_type": "regression"}')
+    assert 'function_to_apply="none"' not in model_card(folder, "me/rm", {})
 
 
 def test_the_card_shows_no_local_path_and_no_token(tmp_path, untouched, monkeypatch):

@@ -7,7 +7,6 @@ A folder is filled under a temporary name next to its target and then renamed, s
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -17,38 +16,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from rmtool.errors import Place, RmtoolError, first_line
+from rmtool.checkpoint.download import download
+from rmtool.checkpoint.foreign import ADAPTER, foreign_weights, require_complete
+from rmtool.errors import Place, RmtoolError
 from rmtool.recipe import BUNDLED
 from rmtool.ui import Ui
 
 MANIFEST = "rmtool.json"
-ADAPTER = "adapter_config.json"
 HELD_OUT_FILE = "held_out.jsonl"  # in a run folder, next to model/
-NON_WEIGHT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
-DOWNLOAD = ("*.safetensors", *NON_WEIGHT_FILES)
 DEFAULT_MODEL = "allenai/Llama-3.1-Tulu-3-8B-RM"
-# Weights in formats that are not read: files, their name, and how to convert them.
-_FOREIGN = (
-    (("*.gguf", "*.ggml"), "GGUF weights", "use the safetensors checkpoint that they were converted from"),
-    (
-        ("global_step*", "zero_to_fp32.py", "*zero_pp_rank*", "mp_rank_*"),
-        "DeepSpeed states",
-        "run python {folder}/zero_to_fp32.py {folder} {folder} --safe_serialization",
-    ),
-    (
-        ("pytorch_model_fsdp*", "*.distcp", "*/*.distcp"),
-        "FSDP shards",
-        "run accelerate merge-weights {folder}/pytorch_model_fsdp_0 {folder}",
-    ),
-    (
-        ("pytorch_model*.bin", "model*.bin", "model*.pt", "consolidated*.pth", "*.ckpt"),
-        "pickled weights, which can run code",
-        "save them with save_pretrained",
-    ),
-    (("consolidated*.safetensors",), "weights in Mistral's format", "use the checkpoint for transformers"),
-    (("model*-of-*.safetensors",), "shards without model.safetensors.index.json", "download or copy that file as well"),
-    (("*.h5", "*.msgpack", "*.onnx", "*.nemo", "*.npz"), "weights of other frameworks", "save them for PyTorch"),
-)
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".yaml", ".yml")  # names of files, never of Hub repos
 
 
@@ -124,28 +100,32 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a temporary folder, then rename it to `folder`, which must not exist.
+    """Let `fill` write into a temporary folder, then rename it to `folder`, which must not exist. All files get the
+    permissions that the user's umask gives.
 
     Raises:
         RmtoolError: E0502 when the disk is full or not writable.
     """
     from safetensors import SafetensorError
 
-    temporary = folder
+    outer = folder
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
-        temporary.chmod(0o755)
+        outer = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
+        temporary = outer / folder.name
+        temporary.mkdir()  # with the user's umask, unlike mkdtemp and safetensors
         fill(temporary)
+        mode = temporary.stat().st_mode & 0o666
         for path in temporary.rglob("*"):
             if path.is_file():
+                path.chmod(mode)
                 _fsync(path)
         temporary.rename(folder)
         _fsync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from error
     finally:
-        if temporary != folder:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if outer != folder:
+            shutil.rmtree(outer, ignore_errors=True)
 
 
 def cannot_write(path: Path, error: Exception) -> RmtoolError:
@@ -189,14 +169,13 @@ def resolve_checkpoint(model: str, revision: str | None, ui: Ui, weights: bool =
         weights: also download the weights.
 
     Raises:
-        RmtoolError: E0404 when there is no such folder and it is not a Hub id, E0701 when the Hub has no such
-            repository or cannot be reached, and no copy was downloaded before; E0407 its weights are in a format
-            that is not read; E0413 it is a PEFT adapter.
+        RmtoolError: E0404 when there is no such folder and it is not a Hub id, E0407 when its weights are in a format
+            that is not read, E0413 when it is a PEFT adapter, and as from `download`.
     """
     given = Path(model).expanduser()
     for folder in (given / "model", given):
         if (folder / "config.json").is_file() or (folder / ADAPTER).is_file():
-            return _require_complete(folder)
+            return require_complete(folder)
     if given.is_dir():
         inner = [str(path.parent) for path in sorted(given.glob("*/config.json"))]
         hint = f"pass {' or '.join(inner[:3])}" if inner else "pass a folder that contains config.json"
@@ -210,68 +189,4 @@ def resolve_checkpoint(model: str, revision: str | None, ui: Ui, weights: bool =
         raise RmtoolError("E0404", f"{model} is a file, not a checkpoint folder", hint)
     if not is_hub_id(model):
         raise RmtoolError("E0404", f"checkpoint not found: {model}", "pass a checkpoint folder or a Hub id owner/name")
-    return _require_complete(_download(model, revision, ui, weights))
-
-
-def _require_complete(folder: Path) -> Path:
-    """Check that the folder is not a PEFT adapter. One with the weights of its base model is refused, too: transformers
-    would load the base model that the adapter names instead.
-    """
-    if not (folder / ADAPTER).is_file():
-        return folder
-    try:
-        values = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-        base, task = values.get("base_model_name_or_path"), values.get("task_type")
-    except (ValueError, AttributeError, OSError):
-        base, task = None, None
-    auto, labels = ("CausalLM", "") if task == "CAUSAL_LM" else ("SequenceClassification", ", num_labels=1")
-    raise RmtoolError(
-        "E0413",
-        f"{folder} is a PEFT adapter of {base or 'a base model'}, not a complete checkpoint",
-        f"merge it: peft.AutoPeftModelFor{auto}.from_pretrained({str(folder)!r}{labels}).merge_and_unload()"
-        ".save_pretrained('merged'), then copy the tokenizer's files",
-    )
-
-
-def foreign_weights(folder: Path) -> RmtoolError | None:
-    """Return the error for a folder whose weights are in a format that is not read; None if it has none."""
-    for patterns, what, hint in _FOREIGN:
-        if found := sorted(path.name for pattern in patterns for path in folder.glob(pattern)):
-            what = f"no safetensors weights found in {folder}, but {what}: {found[0]}"
-            return RmtoolError("E0407", what, hint.format(folder=folder))
-    return None
-
-
-def _download(repo_id: str, revision: str | None, ui: Ui, weights: bool) -> Path:
-    """Download file by file: snapshot_download has no timeout and no progress for `ui`."""
-    import httpx2
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    from huggingface_hub.utils import filter_repo_objects
-
-    try:
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=30)
-        patterns = list(DOWNLOAD if weights else NON_WEIGHT_FILES)
-        files = list(filter_repo_objects(info.siblings or [], allow_patterns=patterns, key=lambda file: file.rfilename))
-        with ui.progress(f"Downloading {repo_id}", sum(file.size or 0 for file in files) >> 20, "MiB") as bar:
-            for file in files:
-                hf_hub_download(repo_id, file.rfilename, revision=info.sha)
-                bar.advance((file.size or 0) >> 20, file.rfilename)
-        return _cached(repo_id, info.sha)
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError, OSError) as error:
-        with contextlib.suppress(LocalEntryNotFoundError):
-            folder = _cached(repo_id, revision)
-            ui.say(f"note: cannot reach the Hub, using the downloaded copy of {repo_id}")
-            return folder
-        raise RmtoolError(
-            "E0701",
-            f"cannot find the model {repo_id} locally or on the Hub",
-            "check the name and the network, run `hf auth login` if it is gated, or pass a local folder",
-            found=first_line(error),
-        ) from error
-
-
-def _cached(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(DOWNLOAD), local_files_only=True))
+    return require_complete(download(model, revision, ui, weights))

@@ -1,0 +1,177 @@
+"""A tracker never ends, delays or changes a run, whatever wandb, its settings and the disk do."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rmtool.config import TrackConfig
+from rmtool.training import tracking
+from rmtool.training.tracking import Tracker, draw_curves, read_metrics
+from rmtool.ui import TerminalUi
+
+ROWS = [{"step": step, "train/rm/loss": 0.5**step} for step in (1, 2, 3)]
+HANG = "import time; time.sleep(600)"
+WORKING = """
+class Run:
+    disabled, offline, url = False, False, "https://host/run"
+    def log(self, row, step):
+        print("logged", step, row["train/rm/loss"])
+    def finish(self, exit_code):
+        print("finished", exit_code)
+
+class settings:
+    mode = "online"
+
+def setup():
+    import types
+    return types.SimpleNamespace(settings=settings)
+
+def Settings(**settings):
+    return settings
+
+class api:
+    api_key = "key"
+
+def init(**given):
+    print("init", given["project"], given["name"], given["config"]["name"], given.get("mode"))
+    return Run()
+"""
+
+
+@pytest.fixture
+def track(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Track three steps with a stub of wandb, or with the real one; return the notices, and what wandb printed."""
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def start(stub: str | None = None, outcome: str = "completed", before: Any = lambda process: None) -> list[str]:
+        if stub is not None:
+            monkeypatch.setattr(tracking, "WANDB_FINISH_S", 1 if HANG in stub else 20)
+            (tmp_path / "stub").mkdir()
+            (tmp_path / "stub" / "wandb.py").write_text(stub)
+            monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'stub'}:{os.environ.get('PYTHONPATH', '')}")
+        err = io.StringIO()
+        tracker = Tracker(tmp_path, TrackConfig(wandb=True), {"name": "debug"}, TerminalUi(io.StringIO(), err))
+        tracker.log(ROWS[0])
+        assert tracker.wandb
+        before(tracker.wandb.process)
+        for row in ROWS[1:]:
+            tracker.log(row)
+        tracker.close(outcome)
+        assert read_metrics(tmp_path) == ROWS
+        return err.getvalue().splitlines()
+
+    return start
+
+
+def test_a_run_reaches_wandb_with_its_name_config_steps_and_outcome(track: Any, capfd: Any) -> None:
+    assert track(WORKING) == ["wandb: https://host/run"]
+    steps = [f"logged {row['step']} {row['train/rm/loss']}" for row in ROWS]
+    assert capfd.readouterr().err.splitlines() == ["init rmtool debug debug None", *steps, "finished 0"]
+
+
+def test_a_failure_during_the_run_is_reported_once(track: Any) -> None:
+    broken = WORKING.replace("return settings", "raise OSError('x')")
+    assert track(broken, before=lambda process: process.wait(20)) == ["cannot start wandb, metrics.jsonl only: x"]
+
+
+def test_rows_that_come_later_are_logged(track: Any, capfd: Any) -> None:
+    track(WORKING, before=lambda process: time.sleep(2))
+    assert capfd.readouterr().err.splitlines()[-2:] == ["logged 3 0.125", "finished 0"]
+
+
+def test_without_a_key_it_is_offline_and_a_setting_of_wandb_stays(track: Any, capfd: Any) -> None:
+    track(WORKING.replace('api_key = "key"', "api_key = None"))
+    assert "debug offline" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stub", "notice"),
+    [
+        ("raise ImportError('broken')", "cannot start wandb, metrics.jsonl only: broken"),
+        ("raise SystemExit(3)", "cannot start wandb, metrics.jsonl only: 3"),
+        ("import os; os._exit(3)", "wandb ended, metrics.jsonl only"),
+        ("import os; os.abort()", "wandb ended, metrics.jsonl only"),
+        (HANG, "wandb did not finish within 1 s, metrics.jsonl only"),
+        (
+            WORKING + "import atexit, time; atexit.register(time.sleep, 60)",  # as wandb's own, without a network
+            "wandb: https://host/run",
+        ),
+        (
+            WORKING.replace("return Run()", "raise RuntimeError('a\\n b')"),
+            "cannot start wandb, metrics.jsonl only: a b",
+        ),
+        (WORKING.replace("return Run()", HANG), "wandb did not finish within 1 s, metrics.jsonl only"),
+        (WORKING.replace('print("logged"', "raise KeyError(7) or (0"), "cannot log to wandb, metrics.jsonl only: 7"),
+        (WORKING.replace('print("finished"', "raise OSError(5"), "cannot finish the wandb run, metrics.jsonl only"),
+        (WORKING.replace('print("finished", exit_code)', HANG), "wandb did not finish within 1 s, metrics.jsonl only"),
+    ],
+)
+def test_wandb_may_raise_exit_or_hang_anywhere(track: Any, stub: str, notice: str) -> None:
+    notices = track(stub)
+    assert notice in notices[-1]
+    assert len([line for line in notices if "metrics.jsonl only" in line]) == ("://" not in notice)
+    assert not [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_process_that_does_not_start_is_reported_while_the_run_goes_on(
+    track: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "WANDB_START_S", 0)
+    assert track(HANG) == ["wandb did not start within 0 s, metrics.jsonl only"]
+
+
+def test_a_failed_run_does_not_wait_and_wandb_learns_that_it_failed(track: Any, tmp_path: Path) -> None:
+    stub = WORKING.replace('print("finished", exit_code)', f"open('{tmp_path}/code', 'w').write(str(exit_code))")
+    assert track(stub, "failed") == []
+    [child] = psutil.Process().children()
+    child.wait(30)
+    assert (tmp_path / "code").read_text() == "1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "notice"),
+    [
+        ({"WANDB_MODE": "ofline"}, "cannot start wandb, metrics.jsonl only: 1 validation error for Settings mode"),
+        ({"WANDB_MODE": "disabled"}, "wandb: disabled by its settings"),
+        ({"WANDB_API_KEY": "malformed"}, "cannot start wandb, metrics.jsonl only: WANDB_API_KEY invalid"),
+        ({"WANDB_MODE": "offline", "WANDB_PROJECT": "a/b#"}, "cannot start wandb, metrics.jsonl only: Invalid project"),
+        ({"WANDB_MODE": "offline", "WANDB_DIR": "/proc/no"}, "wandb: offline"),
+    ],
+    ids=str,
+)
+def test_settings_of_wandb(track: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], notice: str) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    [shown] = track()
+    assert shown.startswith(notice)
+
+
+def test_a_disk_without_space_for_metrics_does_not_end_the_run(tmp_path: Path) -> None:
+    err = io.StringIO()
+    tracker = Tracker(tmp_path, TrackConfig(), {"name": "x"}, TerminalUi(io.StringIO(), err))
+    tracker.log(ROWS[0])
+    tracker.file.close()
+    tracker.file = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115 - closed by the tracker
+    for row in ROWS[1:]:
+        tracker.log(row)
+    tracker.close()
+    assert err.getvalue() == "cannot write metrics.jsonl, the run continues without it: No space left on device\n"
+    with open(tmp_path / tracking.METRICS_FILE, "a") as file:
+        file.write(json.dumps(ROWS[1])[:9])
+    assert read_metrics(tmp_path) == ROWS[:1]
+
+
+def test_curves_are_drawn_with_any_backend_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "unknown")
+    (tmp_path / tracking.METRICS_FILE).write_text(json.dumps(ROWS[0]) + "\n")
+    assert draw_curves(tmp_path).exists()
