@@ -207,8 +207,8 @@ def _truncate(group: ResponseGroup, excess: int) -> ResponseGroup:
 
 
 def _empty(record: Record) -> list[int]:
-    """Return the indices of the responses without text."""
-    return [at for at, response in enumerate(record.responses) if not response[-1].content.strip()]
+    """Return the indices of the responses with neither text nor a tool call."""
+    return [at for at, response in enumerate(record.responses) if response[-1].is_empty()]
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -116,6 +116,57 @@ EXAMPLES: dict[str, tuple[str, dict[str, Any], set[tuple[str, str, str]]]] = {
             {"response": BAD, "overall_score": 4.0}]},
         {(Q, GOOD, BAD), (Q, GOOD, WORSE), (Q, BAD, WORSE)},
     ),
+    "LLaMA-Factory alpaca": (
+        "LLaMA-Factory, alpaca",
+        {"instruction": "Add.", "input": "2 + 2", "chosen": GOOD, "rejected": BAD, "history": [], "system": None},
+        {("Add.\n2 + 2", GOOD, BAD)},
+    ),
+    "LLaMA-Factory sharegpt": (
+        "LLaMA-Factory, sharegpt",
+        {"conversations": [{"from": "human", "value": Q}], "chosen": {"from": "gpt", "value": GOOD},
+         "rejected": {"from": "gpt", "value": BAD}, "system": ""},
+        ONE,
+    ),
+    "Axolotl chat_template": (
+        "messages before chosen and rejected",
+        {"messages": [U(Q)], "chosen": A(GOOD), "rejected": A(BAD)},
+        ONE,
+    ),
+    "orca_dpo_pairs": ("Orca pairs", {"system": "", "question": Q, "chosen": GOOD, "rejected": BAD}, ONE),
+    "distilabel-intel-orca-dpo-pairs": (
+        "Orca pairs",
+        {"system": "", "input": Q, "chosen": GOOD, "rejected": BAD, "generations": [GOOD, BAD], "rating": [9.0, 2.0],
+         "labelling_prompt": [U("Which is better?")], "labelling_model": "gpt-4", "raw_labelling_response": "9 and 2"},
+        ONE,
+    ),
+    "ultrafeedback-binarized-preferences": (
+        "UltraFeedback, Argilla",
+        {"source": "x", "instruction": Q, "chosen_response": GOOD, "rejected_response": BAD, "chosen_avg_rating": 5.0},
+        ONE,
+    ),
+    "ms-swift": ("ms-swift", {"messages": [U(Q), A(GOOD)], "rejected_response": BAD, "margin": 1.0}, ONE),
+    "SHP": (
+        "Stanford SHP",
+        {"post_id": "p", "history": Q, "human_ref_A": BAD, "human_ref_B": GOOD, "labels": 0, "score_A": 1},
+        ONE,
+    ),
+    "stack-exchange-paired": (
+        "Stack Exchange, paired",
+        {"qid": 1, "question": Q, "response_j": GOOD, "response_k": BAD, "metadata": ["https://x.y/q/1"]},
+        ONE,
+    ),
+    "stack-exchange-preferences": (
+        "Stack Exchange preferences",
+        {"qid": 1, "question": Q, "answers": [
+            {"text": BAD, "pm_score": 0, "author": "x"}, {"text": GOOD, "pm_score": 3, "selected": True}]},
+        ONE,
+    ),
+    "webgpt_comparisons": (
+        "WebGPT comparisons",
+        {"question": {"dataset": "eli5", "id": "7", "full_text": Q}, "quotes_0": {"title": ["a"], "extract": ["b c"]},
+         "answer_0": BAD, "answer_1": GOOD, "score_0": -0.5, "score_1": 0.5, "tokens_0": {"prefix": [1]}},
+        ONE,
+    ),
     "ranked": ("ranked responses", {"prompt": Q, "responses": [BAD, GOOD], "ranks": [2, 1]}, ONE),
     "rated": ("rated responses", {"prompt": Q, "responses": [BAD, GOOD], "ratings": [0.1, 0.9]}, ONE),
 }  # fmt: skip
