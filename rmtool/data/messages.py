@@ -77,7 +77,7 @@ def message_of(row: Row, item: Any, name: str) -> tuple[str, str, str]:
     return role, content, json.dumps(extra, ensure_ascii=False, sort_keys=True) if extra else ""
 
 
-def role_of(item: dict[str, Any]) -> Any:
+def role_of(item: Any) -> Any:
     """Return the role of a message under the name that chat templates use."""
     said = item.get("from") if item.get("role") is None else item["role"]
     folded = said.strip().lower() if isinstance(said, str) else said
