@@ -119,9 +119,10 @@ def _roots(options: RowOptions) -> frozenset[str]:
 
 def _has_no_prompt(record: Record) -> bool:
     """Return whether there is nothing but a system prompt before the response."""
-    if record.prompt and record.prompt[-1].role == "user":
+    if record.prompt and record.prompt[-1].role == "user" and record.prompt[-1].content:
         return False
-    return all(message.role in ("system", "assistant") for message in record.prompt + record.responses[0])
+    messages = record.prompt + record.responses[0]
+    return all(message.role in ("system", "assistant") or message.is_empty() for message in messages)
 
 
 def _lost_part(name: str, value: Any, record: Record, no_prompt: bool) -> tuple[str, Any] | None:

@@ -193,7 +193,8 @@ def recognize(row: Row, options: RowOptions = PLAIN) -> Format:
             return format
     if "chosen" in row.data or "rejected" in row.data:
         missing = "rejected" if "chosen" in row.data else "chosen"
-        raise invalid_row(row, f'"{missing}" is missing', shown_fields(row))
+        hint = f"fix this row, or map the field that has it: {options.option}{missing}=COLUMN"
+        raise invalid_row(row, f'"{missing}" is missing', shown_fields(row), hint)
     hint = f"use a format of the README, or map fields: {options.option}chosen=... {options.option}rejected=..."
     raise invalid_row(row, "unknown preference format", shown_fields(row), hint)
 
