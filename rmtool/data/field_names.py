@@ -47,7 +47,7 @@ _WEAK = _words(
 _MEDIA = _words(
     "attachment audio image img media modal multimodal photo picture pixel screenshot sound speech video voice wav"
 )
-_FILES = _words("base64 bytes data file link name path uri url")  # image_path is an image; a path is not
+_FILES = _words("base64 bytes data file link name path uri url value")  # image_path is an image; a path is not
 _METADATA = _FILES | _words(
     "ability accuracy age answer attribute author avg bool candidate category chosen class cluster coherence "
     "comment completion complexity confidence config continuation correct correctness cost count country created "
@@ -64,7 +64,9 @@ _METADATA = _FILES | _words(
     "uuid validation value variant verbosity verdict version vote weight width winner worker year"
 )
 _PLAIN = _words("body content paragraph sentence text")  # source_text is not a source
-_ANYWHERE = _words("annotation annotator critic evaluator generation grader judge judging labeling labelling rubric")
+_ANYWHERE = _words(
+    "annotation annotator critic eval evaluation evaluator generation grader judge judging labeling labelling rubric"
+)
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_A-Za-z]+")
 _READS_AS_TEXT = re.compile(r"(?=.*[^\W\d_]).*(?:\s|[^\x00-\x7f]|[?!.]$)", re.DOTALL)
 _MESSAGE_KEYS = (("role", "content"), ("from", "value"))
@@ -139,7 +141,8 @@ def is_strong(path: str) -> bool:
 def by_likelihood(path: str) -> int:
     """Return the place of a path among several that could be the prompt."""
     words = words_of(path)
-    return next((at for at, strong in enumerate(_STRONG) if strong in words), len(_STRONG))
+    unknown = kind_of(path) is Kind.UNKNOWN
+    return next((at for at, strong in enumerate(_STRONG) if strong in words), len(_STRONG) + unknown)
 
 
 def target_of(path: str) -> str:

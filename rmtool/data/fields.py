@@ -25,7 +25,7 @@ from rmtool.data.field_names import (
     texts,
 )
 from rmtool.data.messages import invalid_row
-from rmtool.data.record import Record, RowOptions
+from rmtool.data.record import Record, RowOptions, has_no_prompt
 from rmtool.data.rows import Row
 from rmtool.errors import RmtoolError
 
@@ -89,19 +89,21 @@ def check_unread(row: Row, record: Record, read: frozenset[str], options: RowOpt
         RmtoolError: E0303 with the mapping that would read the field.
     """
     names, suspicious = _unread(tuple(row.data), read | _roots(options) if options.columns else read)
-    if not names:
-        return
+    bare = [] if record.prompt else [has_no_prompt(response) for response in record.responses]
     if unread is not None and not unread.issuperset(names):
         unread.update(name for name in names if has_content(row.data[name]))
     no_prompt = _has_no_prompt(record)
-    if not no_prompt and not suspicious:
-        return
-    looked_at = ((name, row.data[name]) for name in (names if no_prompt else suspicious))
-    same = [row.data[name] for name in read if isinstance(row.data.get(name), list)]  # messages that repeat chosen
-    lost = (_lost_part(name, value, record, no_prompt) for name, value in looked_at if value and value not in same)
-    parts = [part for part in lost if part]
-    if parts:
-        raise _refusal(row, parts, record, options, no_prompt)
+    if looked_at := names if no_prompt else suspicious:
+        same = [row.data[name] for name in read if isinstance(row.data.get(name), list)]  # messages that repeat chosen
+        values = ((name, row.data[name]) for name in looked_at)
+        lost = (_lost_part(name, value, record, no_prompt) for name, value in values if value and value not in same)
+        if parts := [part for part in lost if part]:
+            raise _refusal(row, parts, record, options, no_prompt)
+    if any(bare) and (not all(bare) or row.data.get("prompt", "") is None):
+        what = '"prompt" is null, and a response has none' if all(bare) else "only some responses have a prompt"
+        raise invalid_row(
+            row, what, hint='add a "prompt" to the row, or write each response as a complete conversation'
+        )
 
 
 @functools.lru_cache(1024)
@@ -160,9 +162,10 @@ def _refusal(
     target, value = target_of(paths[0]), values[paths[0]]
     free = {"prompt": no_prompt, "tools": not record.tools, "system": not _has_system(record)}[target]
     readable = isinstance(value, str) or is_message(value) or is_messages(value) or target == "tools"
-    mapping = f"pass {options.option}{target}={paths[0]}" if free and readable else f'add it to "{target}"'
+    usable = free and readable and target != paths[0]
+    mapping = f"pass {options.option}{target}={paths[0]}" if usable else f'add it to "{target}"'
     what = f"{named} {'is' if one else 'are'} not read, but could be part of the conversation"
-    hint = f"{mapping}, or {'' if free and readable else 'pass '}{ignore} to leave {'it' if one else 'them'} out"
+    hint = f"{mapping}, or {'' if usable else 'pass '}{ignore} to leave {'it' if one else 'them'} out"
     return invalid_row(row, what, shown_fields(row), hint)
 
 

@@ -159,13 +159,9 @@ def conversation(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
     if messages[-1].role != "assistant":
         hint = "add the response as an assistant message"
         raise invalid_row(row, f'"{name}" must end with an assistant message', f"a {messages[-1].role} message", hint)
-    if has_no_prompt(messages):
-        if row.data.get("prompt", "") is None:
-            hint = f'add a "prompt" to the row, or write "{name}" as a complete conversation'
-            raise invalid_row(row, f'"prompt" is null, but "{name}" contains only a response', hint=hint)
-        if isinstance(value, str) and (_NOTATION.match(value) or len(_TURN.findall(value)) > 1):
-            what = f'"{name}" looks like a complete conversation in an unsupported notation'
-            raise invalid_row(row, what, repr(value[:40]), "write it as a list of messages")
+    if isinstance(value, str) and has_no_prompt(messages) and (_NOTATION.match(value) or len(_TURN.findall(value)) > 1):
+        what = f'"{name}" looks like a complete conversation in an unsupported notation'
+        raise invalid_row(row, what, repr(value[:40]), "write it as a list of messages")
     return messages
 
 

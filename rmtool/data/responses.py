@@ -10,17 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 from rmtool.data import parsers
-from rmtool.data.field_names import has_content
+from rmtool.data.field_names import has_content, is_messages
 from rmtool.data.fields import check_unread, renamed, shown_fields
 from rmtool.data.layouts import alpaca_prompt, ends_before_response, orca_prompt, prompt_in
 from rmtool.data.messages import invalid_row
 from rmtool.data.record import PLAIN, Messages, Record, RowOptions
 from rmtool.data.rows import Row
+from rmtool.errors import RmtoolError
 
 # The first that a row has.
 _RESPONSES = ("responses", "response", "output", "messages", "conversations")
 _CONVERSATIONS = ("messages", "conversations")
 SCORE_FIELDS = parsers.COMMON_FIELDS | {*_RESPONSES, "prompt", "instruction", "input", "history", "question"}
+_LIKELY = ("answer", "answers", "completion", "completions", "output", "outputs", "reply", "generations", "text")
 _OUTPUT = ("reward", "rewards", "best")
 
 
@@ -78,6 +80,11 @@ def _prompt(row: Row, response: str) -> tuple[Messages, tuple[str, ...]]:
     return parsers.full_prompt(row), ("prompt",)
 
 
-def _missing(row: Row, options: RowOptions) -> Exception:
-    hint = f"map the field that has it: {options.option}response=COLUMN"
-    return invalid_row(row, '"response", "responses" or "messages" is missing', shown_fields(row), hint)
+def _missing(row: Row, options: RowOptions) -> RmtoolError:
+    """Return the error of a row without responses, with the mapping of the field that probably has them."""
+    chats = [name for name, value in row.data.items() if is_messages(value)]
+    likely = [name for name in row.data if name in _LIKELY] + ["COLUMN"]
+    target = "responses" if isinstance(row.data.get(likely[0]), list) else "response"
+    mapping = f"messages={chats[0]}" if chats else f"{target}={likely[0]}"
+    what, hint = '"response", "responses" or "messages" is missing', f"pass {options.option}{mapping}"
+    return invalid_row(row, what, shown_fields(row), hint)

@@ -199,11 +199,34 @@ def test_rows_to_score_are_mapped_and_checked() -> None:
     assert contents(score_record(row(data), RowOptions(columns))) == [
         ("system", "Be brief."), ("user", Q), ("assistant", GOOD)
     ]  # fmt: skip
-    hints = {"prompt=ask": columns[1:], "response=": columns[:1], "system=sys": columns[:2]}
+    hints = {"prompt=ask": columns[1:], "response=answer": columns[:1], "system=sys": columns[:2]}
     for hint, wrong in hints.items():
         with pytest.raises(RmtoolError) as caught:
             score_record(row(data), RowOptions(wrong, option="--column "))
         assert f"--column {hint}" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        ({"conversation": [U(Q), A(GOOD)]}, "pass --column messages=conversation"),
+        ({"prompt": Q, "completions": [GOOD]}, "pass --column responses=completions"),
+        ({"prompt": Q, "said": GOOD}, "pass --column response=COLUMN"),
+    ],
+)
+def test_the_hint_without_a_response_names_the_field_that_has_it(data: dict[str, Any], hint: str) -> None:
+    with pytest.raises(RmtoolError) as caught:
+        score_record(row(data), EVAL)
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize("prompt", [{"prompt": None}, {"prompt": ""}, {}])
+def test_an_empty_prompt_is_no_prompt(prompt: dict[str, Any]) -> None:
+    assert "prompt=question" in refused({**prompt, "question": Q, **PAIR}).hint
+
+
+def test_a_prompt_in_only_some_responses_is_refused() -> None:
+    assert "only some" in refused({"chosen": [U(Q), A(GOOD)], "rejected": BAD}).what
 
 
 def test_a_system_prompt_beside_messages_is_read() -> None:
