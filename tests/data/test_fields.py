@@ -41,7 +41,7 @@ def contents(record: Record) -> list[tuple[str, str]]:
     "field",
     ["question", "query", "input", "Prompt", "PROMPT", "userPrompt", "user_prompt", "prompt_text", "system_and_query",
      "conversation", "dialogue", "dialog_history", "context", "history", "post", "problem", "request", "user", "human",
-     "text", "task", "title", "x", "问题", "question.text", "queries", "last_user_message"],
+     "text", "source_text", "task", "title", "x", "问题", "question.text", "queries", "last_user_message"],
 )  # fmt: skip
 def test_text_under_any_name_stops_a_row_without_a_prompt(field: str) -> None:
     error = refused({field: Q, **PAIR})
