@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rmtool.cli.inference import InferenceOptions, load, print_sharing, print_skipped, sharing_fields
+from rmtool.cli.inference import (
+    InferenceOptions,
+    load,
+    parse_columns,
+    print_sharing,
+    print_skipped,
+    sharing_fields,
+)
 from rmtool.cli.options import (
     AllowEmptyOption,
     BadRowOption,
+    ColumnOption,
     JsonOption,
     MaxLengthOption,
     PrecisionOption,
@@ -43,10 +51,7 @@ def eval_(
             "[default: the run's held-out pairs, else allenai/reward-bench]"
         ),
     ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FIELD=COLUMN", help="Read a field from a column, e.g. prompt=question. Can be repeated."),
-    ] = None,
+    column: ColumnOption = None,
     samples: Annotated[int, typer.Option(min=0, help="Number of example pairs to print.")] = 5,
     precision: PrecisionOption = None,
     max_length: MaxLengthOption = None,
@@ -68,9 +73,8 @@ def eval_(
     The loss (eval/rm/loss) is plain Bradley-Terry, -log sigmoid(r_chosen - r_rejected), without the margins, label
     smoothing, centering or hinge that the training loss (train/rm/loss) may have.
     """
-    columns = tuple(_parse_column(text) for text in column or [])
     options = InferenceOptions(
-        precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row, columns
+        precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row, parse_columns(column)
     )
     options.check(("error", "drop", "truncate_prompt"))
     from rmtool.ui import redirect_output
@@ -83,19 +87,6 @@ def eval_(
         _print_result(evaluated, as_json, ui)
     if evaluated.pairs.counts["too_long"] or evaluated.skipped_rows:
         raise SystemExit(ExitCode.PARTIAL)
-
-
-def _parse_column(text: str) -> tuple[str, str]:
-    """Parse `FIELD=COLUMN`.
-
-    Raises:
-        RmtoolError: E0206 when it has another form.
-    """
-    name, _, column = text.partition("=")
-    if not name or not column:
-        what = f"invalid --column {text}: must be FIELD=COLUMN"
-        raise RmtoolError("E0206", what, "use this form, e.g. --column prompt=question")
-    return name, column
 
 
 @dataclass(frozen=True)
@@ -135,7 +126,6 @@ class _Evaluated:
 
 def _evaluate(folder: Path, sources: list[str], samples: int, options: InferenceOptions, ui: TerminalUi) -> _Evaluated:
     from rmtool.config import Source
-    from rmtool.data import record
     from rmtool.dataset.split import read_sources, tokenize_subset
     from rmtool.evaluation.evaluate import evaluate
 
@@ -143,7 +133,7 @@ def _evaluate(folder: Path, sources: list[str], samples: int, options: Inference
     with options.rejects(Path(Path(sources[0]).name), sources) as rejects:
         selection = read_sources(
             [Source(source) for source in sources],
-            record.RowOptions(options.columns),
+            options.row_options(),
             *(0, rejects, ui),
             use_cache=False,  # one process parses them once, and leaves no text behind
         )
@@ -167,8 +157,8 @@ def _samples(selection: RecordSubset, tokenized: TokenizedDataset, result: EvalR
     records, samples = selection.take(indices).records(), list[Sample]()
     for record, (at, rewards) in zip(records, result.samples, strict=True):
         chosen, rejected = tokenized.metadata[at].preferences[0]
-        prompt = record.prompt[-1].content if record.prompt else ""
-        texts = [response[-1].content for response in record.responses]
+        prompt = record.prompt[-1].shown() if record.prompt else ""
+        texts = [response[-1].shown() for response in record.responses]
         samples.append(Sample(prompt, texts[chosen], texts[rejected], rewards[chosen], rewards[rejected]))
     return samples
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rmtool.errors import RmtoolError
 
 if TYPE_CHECKING:
+    from rmtool.data.record import RowOptions
     from rmtool.data.rejects import Rejects
     from rmtool.model.loading import LoadedModel
     from rmtool.ui import TerminalUi
@@ -30,6 +31,12 @@ class InferenceOptions:
     chat_template: str | None
     on_bad_row: str = "fail"
     columns: tuple[tuple[str, str], ...] = ()
+
+    def row_options(self) -> RowOptions:
+        """Return how rows are read."""
+        from rmtool.data.record import RowOptions
+
+        return RowOptions(self.columns, option="--column ")
 
     def rejects(self, output: Path, inputs: Sequence[str]) -> Rejects:
         """Return where invalid rows go: `output` with the ending .rejects.jsonl, or an error that lists them.
@@ -60,6 +67,20 @@ class InferenceOptions:
                 raise RmtoolError(
                     "E0206", f"invalid {option}: {value}", f"use {', '.join(allowed[:-1])} or {allowed[-1]}"
                 )
+
+
+def parse_columns(texts: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
+    """Parse `FIELD=COLUMN` options.
+
+    Raises:
+        RmtoolError: E0206 when one has another form.
+    """
+    columns = tuple((name, column) for name, _, column in (text.partition("=") for text in texts or []))
+    for text, (name, column) in zip(texts or [], columns, strict=True):
+        if not name or not column:
+            what = f"invalid --column {text}: must be FIELD=COLUMN"
+            raise RmtoolError("E0206", what, "use this form, e.g. --column prompt=question")
+    return columns
 
 
 def load(folder: Path, options: InferenceOptions, ui: TerminalUi) -> LoadedModel:

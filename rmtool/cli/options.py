@@ -27,6 +27,13 @@ MaxLengthOption = Annotated[
 TemplateOption = Annotated[
     str | None, typer.Option(help="Chat template to use instead of the tokenizer's: a .jinja file, or tulu.")
 ]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FIELD=COLUMN",
+        help="Read a field from a column, e.g. prompt=question; ignore=COLUMN leaves one unread. Can be repeated.",
+    ),
+]
 BadRowOption = Annotated[
     str,
     typer.Option(help="What to do with invalid rows: fail, or skip (writes them to *.rejects.jsonl; exit code 1)."),

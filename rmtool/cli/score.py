@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rmtool.cli.inference import InferenceOptions, load, print_sharing, print_skipped, sharing_fields, with_ending
+from rmtool.cli.inference import (
+    InferenceOptions,
+    load,
+    parse_columns,
+    print_sharing,
+    print_skipped,
+    sharing_fields,
+    with_ending,
+)
 from rmtool.cli.options import (
     RUNS,
     AllowEmptyOption,
     BadRowOption,
+    ColumnOption,
     JsonOption,
     MaxLengthOption,
     PrecisionOption,
@@ -46,6 +55,7 @@ def score(
         Path | None, typer.Option(help="Output file. [default: INPUT.scored.jsonl next to the input]")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    column: ColumnOption = None,
     precision: PrecisionOption = None,
     max_length: MaxLengthOption = None,
     on_long: Annotated[
@@ -58,7 +68,9 @@ def score(
     as_json: JsonOption = False,
 ) -> None:
     """Score the responses in a file with a reward model."""
-    options = InferenceOptions(precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row)
+    options = InferenceOptions(
+        precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row, parse_columns(column)
+    )
     options.check(("error", "truncate_prompt"))
     from rmtool.ui import redirect_output
 
@@ -89,7 +101,7 @@ def _score(
 
     loaded = load(resolve_checkpoint(model, None, ui), options, ui)
     with rejects:
-        summary = score_file(source, output, loaded, options.tokens_per_pack, rejects, ui)
+        summary = score_file(source, output, loaded, options.tokens_per_pack, rejects, ui, options.row_options())
     print_skipped(rejects, ui)
     _print_summary(model, output, loaded, summary, as_json, ui)
     print_sharing(loaded, ui)
@@ -101,6 +113,8 @@ def _print_summary(
 ) -> None:
     from rmtool.ui import print_json
 
+    if summary.unread_fields:
+        ui.say(f"unread fields: {', '.join(summary.unread_fields)}")
     if summary.nonfinite:
         ui.say(f"note: {summary.nonfinite:,} rewards are NaN or inf, written as null")
     if as_json:

@@ -1,4 +1,4 @@
-"""Formats of preference data and responses, recognized by their fields.
+"""Formats of preference data, recognized by their fields.
 
 In: `Row`s. Out: `Record`s: prompt, responses, and which response is preferred to which.
 Cost: string work only; nothing is tokenized here.
@@ -6,13 +6,15 @@ Cost: string work only; nothing is tokenized here.
 
 from __future__ import annotations
 
-import difflib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rmtool.data import parsers
-from rmtool.data.record import PLAIN, Messages, Record, RowOptions, has_no_prompt, invalid_row
+from rmtool.data import layouts, parsers
+from rmtool.data.fields import check_unread, renamed, require_known_columns, shown_fields
+from rmtool.data.messages import invalid_row
+from rmtool.data.record import PLAIN, Messages, Record, RowOptions, has_no_prompt
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row
 from rmtool.errors import RmtoolError
@@ -29,6 +31,7 @@ class Format:
     optional: other fields that `parse` reads
     lists:    whether chosen and rejected are lists of responses
     grouped:  whether rows with the same prompt become one record
+    when:     a further condition on the row
     """
 
     name: str
@@ -38,11 +41,19 @@ class Format:
     optional: tuple[str, ...] = ()
     lists: bool = False
     grouped: bool = False
+    when: Callable[[dict[str, Any]], bool] | None = None
+
+    @functools.cached_property
+    def reads(self) -> frozenset[str]:
+        """The fields that `parse` reads."""
+        return parsers.COMMON_FIELDS.union(self.fields, self.any_of, self.optional)
 
     def fits(self, data: dict[str, Any]) -> bool:
         """Return whether a row has the fields of this format."""
         required = data.keys() >= set(self.fields) and (not self.any_of or any(name in data for name in self.any_of))
-        return required and (not self.lists or all(map(_is_list_of_responses, (data[name] for name in self.fields))))
+        if not required or (self.when and not self.when(data)):
+            return False
+        return not self.lists or all(map(_is_list_of_responses, (data[name] for name in self.fields)))
 
 
 def _is_list_of_responses(value: Any) -> bool:
@@ -50,11 +61,21 @@ def _is_list_of_responses(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
 
 
+def _without_prompt(data: dict[str, Any]) -> bool:
+    return not data.get("prompt")
+
+
+def _after(name: str) -> Callable[[dict[str, Any]], bool]:
+    """Return the condition that the prompt is a list of messages in the field `name`."""
+    return lambda data: not data.get("prompt") and layouts.ends_before_response(data[name])
+
+
 def _two(name: str, prompt: str, names: tuple[str, str], label: str, preferences: dict[Any, float] | None) -> Format:
     parse = parsers.two_responses(prompt, names, label, preferences)
     return Format(name, (prompt, *names, label), parse)
 
 
+_SCORES = ("score_chosen", "score_rejected")
 # The first that fits a source's first row is the format of the source.
 FORMATS = (
     Format(
@@ -69,25 +90,74 @@ FORMATS = (
         parsers.rmb("bon_best", "loser_list"),
         optional=("category_path",),
     ),
-    Format("lists of chosen and rejected responses", ("chosen", "rejected"), parsers.lists, lists=True),
     Format(
-        "pairs of chosen and rejected",
+        "lists of chosen and rejected responses",
         ("chosen", "rejected"),
-        parsers.pair,
-        optional=("score_chosen", "score_rejected"),
+        parsers.lists,
+        optional=("prompt",),
+        lists=True,
     ),
+    Format(
+        "LLaMA-Factory, alpaca",
+        ("instruction", "chosen", "rejected"),
+        parsers.pair(layouts.alpaca_prompt),
+        optional=("input", "history", *_SCORES),
+        when=_without_prompt,
+    ),
+    Format(
+        "LLaMA-Factory, sharegpt",
+        ("conversations", "chosen", "rejected"),
+        parsers.pair(layouts.prompt_in("conversations")),
+        optional=_SCORES,
+        when=_after("conversations"),
+    ),
+    Format(
+        "messages before chosen and rejected",
+        ("messages", "chosen", "rejected"),
+        parsers.pair(layouts.prompt_in("messages")),
+        optional=_SCORES,
+        when=_after("messages"),
+    ),
+    Format(
+        "Orca pairs",
+        ("system", "chosen", "rejected"),
+        parsers.pair(layouts.orca_prompt),
+        any_of=("question", "input"),
+        optional=_SCORES,
+        when=lambda data: not data.get("prompt") and not (data.get("question") and data.get("input")),
+    ),
+    Format("pairs of chosen and rejected", ("chosen", "rejected"), parsers.pair(), optional=("prompt", *_SCORES)),
+    Format(
+        "UltraFeedback, Argilla",
+        ("instruction", "chosen_response", "rejected_response"),
+        parsers.pair(layouts.prompt_in("instruction"), ("chosen_response", "rejected_response")),
+    ),
+    Format("ms-swift", ("messages", "rejected_response"), layouts.swift),
+    _two("Stanford SHP", "history", ("human_ref_A", "human_ref_B"), "labels", {1: -1, 0: 1}),
+    Format(
+        "Stack Exchange, paired",
+        ("question", "response_j", "response_k"),
+        parsers.pair(layouts.prompt_in("question"), ("response_j", "response_k")),
+    ),
+    Format(
+        "Stack Exchange preferences",
+        ("question", "answers"),
+        parsers.rated_objects("answers", "text", "pm_score", "question"),
+    ),
+    Format("WebGPT comparisons", ("question", "answer_0", "answer_1", "score_0", "score_1"), layouts.web_gpt),
     _two("HelpSteer3 preference", "context", ("response1", "response2"), "overall_preference", None),
     _two("HelpSteer2 preference", "prompt", ("response_1", "response_2"), "preference_strength", None),
     _two("PKU-SafeRLHF", "prompt", ("response_0", "response_1"), "better_response_id", {0: -1, 1: 1}),
     Format(
         "Chatbot Arena, conversations",
         ("conversation_a", "conversation_b", "winner"),
-        parsers.two_responses("prompt", ("conversation_a", "conversation_b"), "winner", parsers.ARENA_WINNERS),
+        layouts.arena_conversations,
+        optional=("prompt", "turn"),
     ),
     Format(
         "Chatbot Arena, responses",
         ("prompt", "response_a", "response_b"),
-        parsers.arena_responses,
+        layouts.arena_responses,
         any_of=("winner", "winner_model_a"),
         optional=("winner_model_b", "winner_tie"),
     ),
@@ -98,8 +168,8 @@ FORMATS = (
         ("instruction", "completions"),
         parsers.rated_objects("completions", "response", "overall_score", "instruction"),
     ),
-    Format("ranked responses", ("responses", "ranks"), parsers.rated_lists("ranks")),
-    Format("rated responses", ("responses", "ratings"), parsers.rated_lists("ratings")),
+    Format("ranked responses", ("responses", "ranks"), parsers.rated_lists("ranks"), optional=("prompt",)),
+    Format("rated responses", ("responses", "ratings"), parsers.rated_lists("ratings"), optional=("prompt",)),
     Format(
         "rated rows, grouped by prompt",
         ("prompt", "response"),
@@ -109,10 +179,10 @@ FORMATS = (
     ),
 )
 # Fields that data.columns can map: those that some format reads.
-FIELDS = parsers.COMMON_FIELDS.union(*((*format.fields, *format.any_of, *format.optional) for format in FORMATS))
+FIELDS = frozenset[str]().union(*(format.reads for format in FORMATS))
 
 
-def recognize(row: Row) -> Format:
+def recognize(row: Row, options: RowOptions = PLAIN) -> Format:
     """Return the format of a row with preferences.
 
     Raises:
@@ -123,13 +193,10 @@ def recognize(row: Row) -> Format:
             return format
     if "chosen" in row.data or "rejected" in row.data:
         missing = "rejected" if "chosen" in row.data else "chosen"
-        raise invalid_row(row, f'"{missing}" is missing', _shown_fields(row))
-    hint = "use a format of the README, or map fields: --set data.columns.chosen=... data.columns.rejected=..."
-    raise invalid_row(row, "unknown preference format", _shown_fields(row), hint)
-
-
-def _shown_fields(row: Row) -> str:
-    return f"fields {', '.join(map(repr, row.data)) or 'none'}"
+        hint = f"fix this row, or map the field that has it: {options.option}{missing}=COLUMN"
+        raise invalid_row(row, f'"{missing}" is missing', shown_fields(row), hint)
+    hint = f"use a format of the README, or map fields: {options.option}chosen=... {options.option}rejected=..."
+    raise invalid_row(row, "unknown preference format", shown_fields(row), hint)
 
 
 def preference_record(row: Row, options: RowOptions = PLAIN) -> Record:
@@ -138,35 +205,44 @@ def preference_record(row: Row, options: RowOptions = PLAIN) -> Record:
     Raises:
         RmtoolError: E0303 when a field is missing or invalid.
     """
-    row = _renamed(row, options)
-    return recognize(row).parse(row, options)
+    row = renamed(row, options)
+    return _parse(recognize(row, options), row, options, None)
+
+
+def _parse(format: Format, row: Row, options: RowOptions, unread: set[str] | None) -> Record:
+    record = format.parse(row, options)
+    check_unread(row, record, format.reads, options, unread)
+    return record
 
 
 def preference_records(
-    rows: Iterable[Row], options: RowOptions, rejects: Rejects, seen: Callable[[Format], None]
+    rows: Iterable[Row],
+    options: RowOptions,
+    rejects: Rejects,
+    seen: Callable[[Format], None],
+    unread: set[str] | None = None,
 ) -> Iterator[Record]:
     """Return the records of a source, all in the format of its first row; invalid rows go to `rejects`.
 
-    `seen` is called once, with the format. Rated rows are held until the end, and come in the order of their prompts'
-    first rows.
+    `seen` is called once, with the format; `unread` gets names of fields. Rated rows come last, prompt by prompt.
 
     Raises:
         RmtoolError: as `require_known_columns`.
     """
-    require_known_columns(options)
+    require_known_columns(options, FIELDS)
     format: Format | None = None
     no_prompts: bool | None = None  # by the first row
     singles = list[Record]()
     for row in rows:
         try:
-            row = _renamed(row, options)
+            row = renamed(row, options)
+            fitting = format if format and format.fits(row.data) else recognize(row, options)
             if format is None:
-                format = recognize(row)
+                format = fitting
                 seen(format)
-            if not format.fits(row.data):
-                what = f"row format {recognize(row).name} differs from the first row's, {format.name}"
-                raise invalid_row(row, what)
-            record = format.parse(row, options)
+            if fitting is not format:
+                raise invalid_row(row, f"row format {fitting.name} differs from the first row's, {format.name}")
+            record = _parse(format, row, options, unread)
             no_prompt = has_no_prompt(record.prompt + record.responses[0])
             no_prompts = no_prompt if no_prompts is None else no_prompts
             if no_prompt and not no_prompts:
@@ -179,19 +255,6 @@ def preference_records(
         else:
             yield record
     yield from _grouped(singles, options, rejects)
-
-
-def require_known_columns(options: RowOptions) -> None:
-    """Check that only fields that some format reads are mapped: others would be ignored without notice.
-
-    Raises:
-        RmtoolError: E0204 when no format reads such a field.
-    """
-    for ours, _ in options.columns:
-        if ours not in FIELDS:
-            near = difflib.get_close_matches(ours, FIELDS, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(FIELDS))}"
-            raise RmtoolError("E0204", f"data.columns.{ours}: unknown field {ours}", hint)
 
 
 def _grouped(singles: Sequence[Record], options: RowOptions, rejects: Rejects) -> Iterator[Record]:
@@ -222,44 +285,3 @@ def _consistent(records: Sequence[Record], rejects: Rejects) -> Iterator[Record]
         found = f"{record.weight:g}, {record.subset} (there: {first.weight:g}, {first.subset})"
         hint = "use the same weight and subset in all rows of a prompt"
         rejects.add(RmtoolError("E0303", what, hint, record.place, found), record.row)
-
-
-def _renamed(row: Row, options: RowOptions) -> Row:
-    """Return the row with our field names in place of the source's."""
-    if not options.columns:
-        return row
-    data = dict(row.data)
-    for _, theirs in options.columns:
-        data.pop(theirs, None)
-    for ours, theirs in options.columns:
-        value: Any = row.data
-        for part in theirs.split("."):
-            if not isinstance(value, dict) or part not in value:
-                hint = f"set data.columns.{ours} to a field of this row"
-                raise invalid_row(row, f'"{theirs}" is missing (data.columns.{ours})', _shown_fields(row), hint)
-            value = value[part]
-        data[ours] = value
-    return Row(row.place, data)
-
-
-# ------------------------------------------------------------------------------------------------ rows to score
-
-
-def score_record(row: Row) -> Record:
-    """Return the record of a row with `response`, `responses` or `messages`.
-
-    Raises:
-        RmtoolError: E0303 when a field is missing or invalid.
-    """
-    for name in ("reward", "rewards", "best"):
-        if name in row.data:
-            hint = "rename or remove this field; the output has its own"
-            raise invalid_row(row, f'the row already has "{name}"', hint=hint)
-    if "responses" in row.data:
-        return parsers.record_of(row, parsers.full_prompt(row), parsers.items_of(row, "responses"))
-    if "response" in row.data:
-        return parsers.record_of(row, parsers.full_prompt(row), {"response": row.data["response"]})
-    if "messages" in row.data:
-        parsers.items_of(row, "messages")
-        return parsers.record_of(row, (), {"messages": row.data["messages"]})
-    raise invalid_row(row, '"response", "responses" or "messages" is missing', _shown_fields(row))

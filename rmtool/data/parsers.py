@@ -13,12 +13,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rmtool.data.record import Message, Messages, Pairs, Record, RowOptions, invalid_row, prompt_of, split_prompt
+from rmtool.data.messages import inner_json, invalid_row
+from rmtool.data.record import Message, Messages, Pairs, Record, RowOptions, prompt_of, split_prompt
 from rmtool.data.rows import Row, json_kind
 
 Parser = Callable[[Row, RowOptions], Record]
 
-COMMON_FIELDS = frozenset({"prompt", "system", "system_prompt", "tools", "margin", "weight", "subset"})
+COMMON_FIELDS = frozenset({"system", "system_prompt", "tools", "margin", "weight", "subset"})
 
 # ------------------------------------------------------------------------------------------------ a row's parts
 
@@ -40,18 +41,30 @@ def record_of(
 
 
 def full_prompt(row: Row, name: str = "prompt") -> Messages:
-    """Return the row's system prompt and its prompt.
+    """Return the row's system prompt and the prompt in the field `name`.
 
     Raises:
-        RmtoolError: E0303 when one of them is invalid, or there are two system prompts.
+        RmtoolError: as `with_system`, and when the prompt is invalid.
     """
-    prompt, system = prompt_of(row, name), row.data.get("system") or row.data.get("system_prompt")
-    if not system:
+    return with_system(row, prompt_of(row, name))
+
+
+def with_system(row: Row, prompt: Messages) -> Messages:
+    """Return the row's system prompt and `prompt`.
+
+    Raises:
+        RmtoolError: E0303 when the system prompt is invalid, or there are two.
+    """
+    systems = {name: row.data[name] for name in ("system", "system_prompt") if row.data.get(name)}
+    if not systems:
         return prompt
+    name, system = systems.popitem()
     if not isinstance(system, str):
-        raise invalid_row(row, '"system" must be a string', json_kind(system))
+        raise invalid_row(row, f'"{name}" must be a string', json_kind(system))
+    if any(other != system for other in systems.values()):
+        raise invalid_row(row, '"system" and "system_prompt" differ', hint="keep one of the two")
     if prompt and prompt[0].role == "system":
-        raise invalid_row(row, 'both "system" and the prompt contain a system message', hint="keep one of the two")
+        raise invalid_row(row, f'both "{name}" and the prompt contain a system message', hint="keep one of the two")
     return (Message("system", system), *prompt)
 
 
@@ -59,7 +72,7 @@ def _tools(row: Row) -> str:
     """Return JSON of the tools: a list, or JSON of one, as Hub datasets store it."""
     tools = row.data.get("tools")
     if isinstance(tools, str) and tools:
-        tools = _inner_json(tools)
+        tools = inner_json(tools)
         if tools is None:
             raise invalid_row(row, '"tools" must be a list, or JSON of one', "other text")
     if not tools:
@@ -67,16 +80,6 @@ def _tools(row: Row) -> str:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise invalid_row(row, '"tools" must be a list of objects', json_kind(tools))
     return json.dumps(tools, ensure_ascii=False)
-
-
-def _inner_json(text: str) -> Any:
-    """Parse JSON inside a field; None if it is not valid, or has an unpaired surrogate."""
-    try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError):
-        return None
-    return value
 
 
 def _number(row: Row, name: str, value: Any = None) -> float | None:
@@ -88,7 +91,12 @@ def _number(row: Row, name: str, value: Any = None) -> float | None:
     return float(value)
 
 
-def _required_number(row: Row, name: str, value: Any = None) -> float:
+def required_number(row: Row, name: str, value: Any = None) -> float:
+    """Return the field, or `value` at the path `name`, as a number.
+
+    Raises:
+        RmtoolError: E0303 when it is not a finite number.
+    """
     number = _number(row, name, value)
     if number is None:
         raise invalid_row(row, f'"{name}" must be a finite number', "null")
@@ -109,7 +117,12 @@ def _subset(row: Row) -> str | None:
     return value
 
 
-def _one_of(row: Row, name: str, allowed: Collection[Any]) -> Any:
+def one_of(row: Row, name: str, allowed: Collection[Any]) -> Any:
+    """Return the field, which must have one of these values.
+
+    Raises:
+        RmtoolError: E0303 when it has another one.
+    """
     value = row.data.get(name)
     if isinstance(value, bool) or value not in list(allowed):
         raise invalid_row(row, f'"{name}" must be one of {", ".join(map(str, allowed))}', repr(value))
@@ -145,11 +158,14 @@ def margins_by_rating(ratings: Sequence[float], pairs: Pairs) -> tuple[float, ..
 # ------------------------------------------------------------------------------------------------- the parsers
 
 
-def pair(row: Row, options: RowOptions) -> Record:
-    """Parse one `chosen` and one `rejected` response."""
-    more = _score_margin(row) if options.rating_margins else {}
-    values = {name: row.data[name] for name in ("chosen", "rejected")}
-    return record_of(row, full_prompt(row), values, [(0, 1)], **more)
+def pair(prompt: Callable[[Row], Messages] = full_prompt, names: Sequence[str] = ("chosen", "rejected")) -> Parser:
+    """Return a parser of one chosen and one rejected response."""
+
+    def parse(row: Row, options: RowOptions) -> Record:
+        more = _score_margin(row) if options.rating_margins else {}
+        return record_of(row, prompt(row), {name: row.data[name] for name in names}, [(0, 1)], **more)
+
+    return parse
 
 
 def _score_margin(row: Row) -> dict[str, Any]:
@@ -199,51 +215,12 @@ def two_responses(
     """
 
     def parse(row: Row, options: RowOptions) -> Record:
-        preference = preferences[_one_of(row, label, preferences)] if preferences else _required_number(row, label)
+        preference = preferences[one_of(row, label, preferences)] if preferences else required_number(row, label)
         pairs = [] if preference == 0 else [(0, 1) if preference < 0 else (1, 0)]
         more = {"margins": (abs(preference),) * len(pairs)} if options.rating_margins else {}
         return record_of(row, full_prompt(row, prompt), {name: row.data[name] for name in names}, pairs, **more)
 
     return parse
-
-
-ARENA_WINNERS = {"model_a": -1, "model_b": 1, "tie": 0, "tie (bothbad)": 0, "both_bad": 0}
-
-
-def arena_responses(row: Row, options: RowOptions) -> Record:
-    """Parse Chatbot Arena responses: strings, or JSON lists with one string per turn, as the prompt."""
-    turns = {name: _turns(row, name) for name in ("prompt", "response_a", "response_b")}
-    if len({len(texts) for texts in turns.values()}) != 1:
-        found = ", ".join(str(len(texts)) for texts in turns.values())
-        raise invalid_row(row, "prompt, response_a and response_b must have the same number of turns", found)
-    data = {**row.data, "prompt": None, "winner": _arena_winner(row)}
-    for name in ("response_a", "response_b"):
-        texts = itertools.chain.from_iterable(zip(turns["prompt"], turns[name], strict=True))
-        roles = itertools.cycle(("user", "assistant"))
-        data[name] = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-    parse = two_responses("prompt", ("response_a", "response_b"), "winner", ARENA_WINNERS)
-    return replace(parse(Row(row.place, data), options), row=row.data)
-
-
-def _arena_winner(row: Row) -> Any:
-    """Return `winner`, or what says the same: winner_model_a, winner_model_b or winner_tie is 1."""
-    if "winner" in row.data:
-        return row.data["winner"]
-    names = ("winner_model_a", "winner_model_b", "winner_tie")
-    winners = [name for name in names if _one_of(row, name, (0, 1)) == 1]
-    if len(winners) != 1:
-        raise invalid_row(row, f"exactly one of {', '.join(names)} must be 1", f"{len(winners)} of them")
-    return winners[0].removeprefix("winner_")
-
-
-def _turns(row: Row, name: str) -> list[str]:
-    value = row.data[name]
-    if isinstance(value, str):
-        turns = _inner_json(value) if value.startswith("[") else None
-        value = [value] if turns is None else turns
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise invalid_row(row, f'"{name}" must be a string, or a list of strings, one per turn', json_kind(value))
-    return value
 
 
 def rated_objects(name: str, text: str, rating: str, prompt: str) -> Parser:
@@ -256,9 +233,9 @@ def rated_objects(name: str, text: str, rating: str, prompt: str) -> Parser:
                 raise invalid_row(row, f'{path} must be an object with a "{text}"', json_kind(item))
             if item.get(rating) is None:
                 raise invalid_row(row, f"{path}.{rating} is missing")
-            ratings.append(_required_number(row, f"{path}.{rating}", item[rating]))
+            ratings.append(required_number(row, f"{path}.{rating}", item[rating]))
             values[f"{path}.{text}"] = item[text]
-        return _rated(row, full_prompt(row, prompt), values, rating, ratings, options)
+        return rated(row, full_prompt(row, prompt), values, rating, ratings, options)
 
     return parse
 
@@ -271,13 +248,13 @@ def rated_lists(rating: str) -> Parser:
         if len(responses) != len(values):
             found = f"{len(responses)}, {len(values)}"
             raise invalid_row(row, f'"responses" and "{rating}" must have the same length', found)
-        ratings = [_required_number(row, path, value) for path, value in values.items()]
-        return _rated(row, full_prompt(row), responses, rating, ratings, options)
+        ratings = [required_number(row, path, value) for path, value in values.items()]
+        return rated(row, full_prompt(row), responses, rating, ratings, options)
 
     return parse
 
 
-def _rated(
+def rated(
     row: Row, prompt: Messages, values: Mapping[str, Any], rating: str, ratings: Sequence[float], options: RowOptions
 ) -> Record:
     """Return the record of rated or ranked responses (rank 1 is the best), with all their pairs."""
@@ -288,5 +265,5 @@ def _rated(
 
 def one_response(row: Row, options: RowOptions) -> Record:
     """Parse a row with one rated response, to be grouped by prompt; the rating is in `margins` until then."""
-    rating = _required_number(row, "rating" if "rating" in row.data else "helpfulness")
+    rating = required_number(row, "rating" if "rating" in row.data else "helpfulness")
     return record_of(row, full_prompt(row), {"response": row.data["response"]}, margins=(rating,))

@@ -17,16 +17,18 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
-from rmtool.data.rows import FIX_ROW, Row, json_kind
-from rmtool.errors import Place, RmtoolError
+from rmtool.data.messages import REASONING, RESULT_ROLES, extra_json, invalid_row, message_of
+from rmtool.data.rows import Row, json_kind
+from rmtool.errors import Place
 
-ROLES = ("system", "user", "assistant", "tool")
-_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatbot": "assistant"}
-REASONING = ("reasoning_content", "thinking", "reasoning")  # one text; the first that a message has is rendered
-_EXTRA_FIELDS = ("tool_calls", "tool_call_id", "name", *REASONING)  # chat templates render these
-_UNSUPPORTED = ("images", "image", "audio", "video", "function_call", "parts")  # content that would be lost
-INSTRUCTION_ROLES, RESULT_ROLES = ("system", "developer"), ("tool", "function", "ipython", "observation", "environment")
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+_TURN = re.compile(r"\n\r?\n(Human|Assistant):")
+# Other notations of a whole conversation in one text, at its beginning.
+_NOTATION = re.compile(
+    r"\W*(?:human|user|h|question|q|prompter|instruction|system)\W{0,3}:.*?"
+    r"\s\W{0,4}(?:assistant|ai|bot|gpt|chatgpt|answer|a|response)\W{0,3}:"
+    r"|\s*(?:<s>\s*)?(?:\[INST\]|<start_of_turn>|<\|(?:im_start|start_header_id|begin_of_text|user|system|prompter)\b)",
+    re.DOTALL | re.IGNORECASE,
+)
 _EXTRA_ID = re.compile(r"\n?<extra_id_1>(Assistant|User)\n")
 _SPEAKERS = {"Human": "user", "User": "user", "Assistant": "assistant"}
 
@@ -46,6 +48,21 @@ class Message(NamedTuple):
         plain: dict[str, Any] = {"role": self.role, "content": self.content}
         return plain | json.loads(self.extra) if self.extra else plain
 
+    def is_empty(self) -> bool:
+        """Return whether the message has neither text nor a tool call."""
+        return not self.content.strip() and '"tool_calls"' not in self.extra
+
+    def shown(self) -> str:
+        """Return its text and tool calls, for tables: name({"argument": "value"})."""
+        calls = (call.get("function") or call for call in json.loads(self.extra or "{}").get("tool_calls", []))
+        return " ".join(filter(None, (self.content, *map(_shown_call, calls))))
+
+
+def _shown_call(call: dict[str, Any]) -> str:
+    arguments = call.get("arguments")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return f"{call.get('name')}({text})"
+
 
 Messages = tuple[Message, ...]
 Pairs = tuple[tuple[int, int], ...]
@@ -58,10 +75,16 @@ class RowOptions:
     columns:        our field names and, for each, the source's: {"chosen": "better", "rejected": "worse"}; dots lead
                     into objects
     rating_margins: whether the difference of two ratings is the pair's margin
+    option:         how the command maps a column, for hints
     """
 
     columns: tuple[tuple[str, str], ...] = ()
     rating_margins: bool = False
+    option: str = "--set data.columns."
+
+    def shown(self, ours: str) -> str:
+        """Return the option of a mapped field, for errors."""
+        return f"{self.option.removeprefix('--set ')}{ours}"
 
 
 PLAIN = RowOptions()
@@ -146,7 +169,7 @@ def _continued(begun: Message, rest: Message) -> Message:
         if key in begun.as_dict() and key in rest.as_dict():
             extra[key] = begun.as_dict()[key] + rest.as_dict()[key]
     role, content = extra.pop("role"), extra.pop("content")
-    return Message(role, content, _extra_json(extra))
+    return Message(role, content, extra_json(extra))
 
 
 def split_prompt(row: Row, prompt: Messages, values: Mapping[str, Any]) -> tuple[Messages, tuple[Messages, ...]]:
@@ -167,11 +190,6 @@ def split_prompt(row: Row, prompt: Messages, values: Mapping[str, Any]) -> tuple
     return conversations[0][:common], tuple(messages[common:] for messages in conversations)
 
 
-def invalid_row(row: Row, what: str, found: str | None = None, hint: str = FIX_ROW) -> RmtoolError:
-    """Return the error of a row that is valid JSON, but not a valid row."""
-    return RmtoolError("E0303", what, hint, row.place, found)
-
-
 def conversation(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
     """Return `prompt` followed by the response `value` of the field `name`: a string, a list of messages, a
     transcript, or a complete conversation that repeats the prompt.
@@ -179,15 +197,17 @@ def conversation(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
     Raises:
         RmtoolError: E0303 when it is anything else, or does not end with a response.
     """
-    turns = _transcript(value) if isinstance(value, str) and _TURN.match(value) else ()
+    turns = _transcript(value) if isinstance(value, str) else ()
     complete = bool(turns) and turns[0].role == "user"
+    if complete and prompt and value.startswith("Human:") and not _repeats(turns, prompt):
+        complete = False  # a response that is a dialogue
     messages = _with_prompt(row, prompt, turns, name) if complete else _join(row, prompt, value, name)
     if messages[-1].role != "assistant":
         hint = "add the response as an assistant message"
         raise invalid_row(row, f'"{name}" must end with an assistant message', f"a {messages[-1].role} message", hint)
-    if row.data.get("prompt", "") is None and has_no_prompt(messages):
-        hint = f'add a "prompt" to the row, or write "{name}" as a complete conversation'
-        raise invalid_row(row, f'"prompt" is null, but "{name}" contains only a response', hint=hint)
+    if isinstance(value, str) and has_no_prompt(messages) and (_NOTATION.match(value) or len(_TURN.findall(value)) > 1):
+        what = f'"{name}" looks like a complete conversation in an unsupported notation'
+        raise invalid_row(row, what, repr(value[:40]), "write it as a list of messages")
     return messages
 
 
@@ -207,8 +227,7 @@ def prompt_of(row: Row, name: str) -> Messages:
         return ()
     if not isinstance(value, str):
         return _messages(row, value, name)
-    if _TURN.match(value):
-        turns = _transcript(value)
+    if turns := _transcript(value):
         return turns[:-1] if turns[-1] == Message("assistant", "") else turns  # it ended in "\n\nAssistant:"
     # HelpSteer2 writes several turns as "...\n<extra_id_1>Assistant\n...\n<extra_id_1>User\n".
     return _turns(["User", *_EXTRA_ID.split(value)]) if "<extra_id_1>" in value else (Message("user", value),)
@@ -218,35 +237,21 @@ def _messages(row: Row, value: Any, name: str) -> Messages:
     if not isinstance(value, list) or not value:
         found = json_kind(value) if value != [] else "[]"
         raise invalid_row(row, f'"{name}" must be a string or a list of messages', found)
-    return tuple(_message(row, item, f"{name}[{index}]") for index, item in enumerate(value))
-
-
-def _message(row: Row, item: Any, name: str) -> Message:
-    if not isinstance(item, dict):
-        raise invalid_row(row, f'{name} must be an object with "role" and "content"', json_kind(item))
-    share_gpt = "from" in item and "role" not in item
-    role, content = item.get("from" if share_gpt else "role"), item.get("value" if share_gpt else "content")
-    role = _ALIASES.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
-        raise invalid_row(row, f"{name}.role must be one of {', '.join(ROLES)}", repr(role))
-    if unsupported := [key for key in _UNSUPPORTED if item.get(key)]:
-        hint = "remove them, or render them into content"
-        raise invalid_row(row, f"{name} has unsupported fields: {', '.join(unsupported)}", hint=hint)
-    extra = {key: item[key] for key in _EXTRA_FIELDS if item.get(key)}
-    if content is None and "tool_calls" in extra:
-        content = ""
-    if not isinstance(content, str):
-        raise invalid_row(row, f"{name}.content must be a string", json_kind(content))
-    return Message(role, content, _extra_json(extra))
-
-
-def _extra_json(extra: dict[str, Any]) -> str:
-    return json.dumps(extra, ensure_ascii=False, sort_keys=True) if extra else ""
+    return tuple(Message(*message_of(row, item, f"{name}[{index}]")) for index, item in enumerate(value))
 
 
 def _transcript(text: str) -> Messages:
-    """Split an hh-rlhf transcript: "\\n\\nHuman: ...\\n\\nAssistant: ..." (Bai et al., arXiv 2204.05862)."""
-    return _turns(_TURN.split(text)[1:])
+    """Split an hh-rlhf transcript: "\\n\\nHuman: ...\\n\\nAssistant: ..." (Bai et al., arXiv 2204.05862). Without the
+    blank lines at the beginning, a text needs both speakers to be one. Other text has no turns.
+    """
+    if not text.startswith(("\n", "\r", " ", "Human:")):
+        return ()
+    begin = text.lstrip()
+    marked = text.count("\n", 0, len(text) - len(begin)) > 1
+    if not begin.startswith(("Human:", "Assistant:") if marked else "Human:"):
+        return ()
+    parts = _TURN.split(f"\n\n{begin}")[1:]
+    return _turns(parts) if marked or "Assistant" in parts[::2] else ()
 
 
 def _turns(parts: list[str]) -> Messages:
@@ -258,7 +263,7 @@ def _turns(parts: list[str]) -> Messages:
 def _join(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
     if isinstance(value, str):
         return (*prompt, Message("assistant", value))
-    messages = (_message(row, value, name),) if isinstance(value, dict) else _messages(row, value, name)
+    messages = (Message(*message_of(row, value, name)),) if isinstance(value, dict) else _messages(row, value, name)
     return (*prompt, *messages) if messages[0].role == "assistant" else _with_prompt(row, prompt, messages, name)
 
 
@@ -270,10 +275,16 @@ def _with_prompt(row: Row, prompt: Messages, messages: Messages, name: str) -> M
     own_system, messages = _split_system(messages)
     if system and own_system and system != own_system:
         raise invalid_row(row, f'the system prompt in "{name}" differs from the row\'s', hint="keep one of the two")
-    before = len(messages) - 1 - len(prompt)  # where the prompt begins if it is just before the response
-    if before < 0 or _stripped(prompt) not in (_stripped(messages[: len(prompt)]), _stripped(messages[before:-1])):
+    if not _repeats(messages, prompt):
         raise invalid_row(row, f'"{name}" is a complete conversation, but does not contain the "prompt"')
     return (*(own_system or system), *messages)
+
+
+def _repeats(messages: Messages, prompt: Messages) -> bool:
+    """Return whether a conversation begins with the prompt, or has it just before the response."""
+    _, prompt = _split_system(prompt)
+    before = len(messages) - 1 - len(prompt)
+    return before >= 0 and _stripped(prompt) in (_stripped(messages[: len(prompt)]), _stripped(messages[before:-1]))
 
 
 def _split_system(messages: Messages) -> tuple[Messages, Messages]:

@@ -18,6 +18,7 @@ from typing import IO, Any
 from rmtool.errors import RmtoolError
 
 LISTED = 20
+_SEVERAL = "fix or remove them, or pass --on-bad-row skip"
 REJECTS_FILE = "rejects.jsonl"  # in a run folder
 _ROWS = "E03"  # ids of errors in the data
 _WRITTEN = re.compile(rb'\{"code": "E03\d\d", "file": ')  # how a file of skipped rows begins
@@ -85,7 +86,7 @@ class Rejects:
         raise RmtoolError(
             first.id,
             f"{self.count:,} invalid rows",
-            "fix or remove them, or pass --on-bad-row skip",
+            first.hint if len({error.hint for error in self._listed}) == 1 else _SEVERAL,
             first.place,
             rows=tuple(f"{error.place}: {error.what}{_found(error)}" for error in self._listed),
             more=self.count - len(self._listed),

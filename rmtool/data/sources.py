@@ -37,13 +37,16 @@ _CLOCK_TICK_S = 0.02  # file systems give changes within a tick of the kernel's 
 
 @dataclass
 class SourceCount:
-    """Counts of a source, for the data report; `format` is the one recognized by its first row."""
+    """Counts of a source, for the data report; `format` is the one recognized by its first row, `unread` names the
+    fields that are not read.
+    """
 
     path: str
     format: str = "unknown"
     records: int = 0
     taken: int = 0
     counted: str = "rows"  # or prompts, where rows are grouped by prompt
+    unread: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ def load_source(
         for _ in metadata:
             advance()
     count = SourceCount(path, store.facts["format"], len(metadata), counted=store.facts["counted"])
+    count.unread = json.loads(store.facts["unread"])
     return LoadedSource(count, store, metadata)
 
 
@@ -207,7 +211,7 @@ def _parse(
     writer, count = RecordWriter(file, folder), SourceCount(path)
     for record in read_records(path, options, _Recorder(rejects, writer), count, advance):
         writer.append(record)
-    writer.finish(format=count.format, counted=count.counted)
+    writer.finish(format=count.format, counted=count.counted, unread=json.dumps(count.unread))
     return RecordStore(file)
 
 
@@ -236,7 +240,7 @@ def draw_share(source: Source, count: int, seed: int, number: int) -> np.ndarray
 def read_records(
     path: str, options: RowOptions, rejects: Rejects, count: SourceCount, advance: Callable[[], None]
 ) -> Iterator[Record]:
-    """Parse the records of one source; sets the format in `count`.
+    """Parse the records of one source; sets the format and the unread fields in `count`.
 
     Raises:
         RmtoolError: as `read_rows`; invalid rows go to `rejects`.
@@ -246,6 +250,8 @@ def read_records(
         count.format = format.name
         count.counted = "prompts" if format.grouped else "rows"
 
-    for record in preference_records(read_rows(path, rejects), options, rejects, recognized):
+    unread = set[str]()
+    for record in preference_records(read_rows(path, rejects), options, rejects, recognized, unread):
         advance()
         yield record
+    count.unread = sorted(unread)

@@ -121,7 +121,8 @@ def read_sources(
     with ui.progress(f"Reading {names}", None, "rows") as bar:
         subset = select(sources, options, seed, rejects, bar.advance, ui.say, use_cache)
     for loaded in subset.loaded:
-        ui.say(f"{loaded.count.path}: {loaded.count.format}")
+        unread = f"; unread fields: {', '.join(loaded.count.unread)}" if loaded.count.unread else ""
+        ui.say(f"{loaded.count.path}: {loaded.count.format}{unread}")
     return subset
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from rmtool.checkpoint import cannot_write
-from rmtool.data.formats import score_record
-from rmtool.data.record import Record
+from rmtool.data.fields import require_known_columns
+from rmtool.data.record import PLAIN, Record, RowOptions
 from rmtool.data.rejects import Rejects
+from rmtool.data.responses import SCORE_FIELDS, has_list, score_record
 from rmtool.data.rows import Row, read_rows
 from rmtool.dataset.split import describe_counts
 from rmtool.errors import Place, RmtoolError
@@ -41,6 +42,7 @@ class ScoreSummary:
         nonfinite: responses whose reward is null.
         truncated: rows whose prompt was truncated to max length.
         skipped_rows: invalid rows.
+        unread_fields: names of fields that no reward depends on.
     """
 
     rows: int
@@ -48,34 +50,36 @@ class ScoreSummary:
     nonfinite: int
     truncated: int
     skipped_rows: int
+    unread_fields: tuple[str, ...] = ()
 
 
 def score_file(
-    source: Path, output: Path, loaded: LoadedModel, max_tokens: int, rejects: Rejects, ui: Ui
+    source: Path, output: Path, loaded: LoadedModel, tokens: int, rejects: Rejects, ui: Ui, options: RowOptions = PLAIN
 ) -> ScoreSummary:
     """Score every row of `source` into `output`.
 
     Args:
-        max_tokens: unique tokens per forward pass.
+        tokens: unique tokens per forward pass.
         rejects: skips invalid rows, or raises.
+        options: how rows are read.
 
     Raises:
-        RmtoolError: E03xx when a row is invalid and `rejects` does not skip it, or the file changes while it is scored;
-            E0502 when the output cannot be written; E0503 when out of memory. No output is written then.
+        RmtoolError: E0204, E03xx: a mapped field or a row is invalid, or the file changes while it is scored; E0502:
+            the output cannot be written; E0503: out of memory. No output is written then.
     """
-    temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
+    unread, temporary = set[str](), output.with_name(f".tmp-{output.name}-{os.getpid()}")
     try:
         with TokenStore(output.parent) as groups:
             signature = _signature(source)
-            counts, skipped = _tokenize(source, loaded.encoder, groups, rejects, ui)
+            counts, skipped = _tokenize(source, options, unread, loaded.encoder, groups, rejects, ui)
             for what, count in describe_counts(counts, f" of {len(groups):,}"):
                 ui.say(f"note: rows {what}: {count}")
             with ui.progress("Scoring", len(groups), "rows") as bar:
-                rewards = compute_rewards(loaded.model, groups, max_tokens, bar)
+                rewards = compute_rewards(loaded.model, groups, tokens, bar)
         with open(temporary, "w", encoding="utf-8") as file, ui.progress("Writing", len(rewards), "rows") as bar:
             _require_unchanged(source, signature)
             for row, values in zip(_scored_rows(source, skipped), rewards, strict=False):
-                file.write(json.dumps(_with_rewards(row, values), ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(json.dumps(_with_rewards(row, values, options), ensure_ascii=False, allow_nan=False) + "\n")
                 bar.advance()
             file.flush()
             os.fsync(file.fileno())
@@ -85,9 +89,9 @@ def score_file(
         raise cannot_write(output, error) from error
     finally:
         temporary.unlink(missing_ok=True)
-    flat = [value for values in rewards for value in values]
-    nonfinite = sum(not math.isfinite(value) for value in flat)
-    return ScoreSummary(len(rewards), len(flat), nonfinite, counts["truncated"], rejects.count)
+    nonfinite = sum(not math.isfinite(value) for values in rewards for value in values)
+    responses = sum(map(len, rewards))
+    return ScoreSummary(len(rewards), responses, nonfinite, counts["truncated"], rejects.count, tuple(sorted(unread)))
 
 
 def _signature(source: Path) -> tuple[int, int] | None:
@@ -105,9 +109,16 @@ def _require_unchanged(source: Path, signature: tuple[int, int] | None) -> None:
 
 
 def _tokenize(
-    source: Path, encoder: Encoder, groups: TokenStore, rejects: Rejects, ui: Ui
+    source: Path,
+    options: RowOptions,
+    unread: set[str],
+    encoder: Encoder,
+    groups: TokenStore,
+    rejects: Rejects,
+    ui: Ui,
 ) -> tuple[Counter[str], set[Place]]:
     """Check and tokenize every row; return counts of what became of rows, and the places of skipped JSON rows."""
+    require_known_columns(options, SCORE_FIELDS)
     counts, skipped = Counter[str](), set[Place]()
 
     def records() -> Iterator[Record]:
@@ -115,7 +126,7 @@ def _tokenize(
             bar.advance()
             try:
                 _require_json(row)
-                yield score_record(row)
+                yield score_record(row, options, unread)
             except RmtoolError as error:
                 skip(error, row.place, row.data)
 
@@ -151,10 +162,10 @@ def _require_json(row: Row) -> None:
         raise RmtoolError("E0303", f"cannot write a value as JSON: {error}", "remove the field", row.place) from error
 
 
-def _with_rewards(row: Row, rewards: Sequence[float]) -> dict[str, Any]:
+def _with_rewards(row: Row, rewards: Sequence[float], options: RowOptions) -> dict[str, Any]:
     finite = [value if math.isfinite(value) else None for value in rewards]
     error = {} if None not in finite else {"error": "nonfinite"}
-    if "responses" not in row.data:
+    if not has_list(row, options):
         return {**row.data, "reward": finite[0], **error}
     known = [value for value in finite if value is not None]
     return {**row.data, "rewards": finite, "best": finite.index(max(known)) if known else None, **error}

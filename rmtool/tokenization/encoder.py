@@ -247,9 +247,8 @@ class Encoder:
 
 
 def _empty(record: Record) -> list[int]:
-    """Return the indices of the responses without text and tool calls."""
-    last = [response[-1] for response in record.responses]
-    return [at for at, each in enumerate(last) if not each.content.strip() and "tool_calls" not in each.as_dict()]
+    """Return the indices of the responses with neither text nor a tool call."""
+    return [at for at, response in enumerate(record.responses) if response[-1].is_empty()]
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rmtool.data.record import INSTRUCTION_ROLES, REASONING, RESULT_ROLES, Message, Messages
+from rmtool.data.messages import INSTRUCTION_ROLES, REASONING, RESULT_ROLES
+from rmtool.data.record import Message, Messages
 from rmtool.tokenization.batch_tokenizer import Conversation, refusals
 
 _FIXES = {"tools": "write the tools into a message", "tool_calls": "write the calls into content"}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rmtool.data.record import RESULT_ROLES
+from rmtool.data.messages import RESULT_ROLES
 from rmtool.errors import Place, RmtoolError, first_line
 from rmtool.tokenization.batch_tokenizer import refusals
 

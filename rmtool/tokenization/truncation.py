@@ -13,7 +13,8 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable
 
-from rmtool.data.record import INSTRUCTION_ROLES, Messages
+from rmtool.data.messages import INSTRUCTION_ROLES
+from rmtool.data.record import Messages
 
 _WORD = re.compile(r"\S{1,32}")  # longer ones (Chinese text, base64) are cut anywhere
 

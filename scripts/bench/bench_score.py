@@ -333,7 +333,7 @@ def read_answers(source: Path) -> Iterator[tuple[Any, list[Any]]]:
 
 def write_rows(spec: Event) -> None:
     """Worker: rows.jsonl and its beginning, sample.jsonl, as `rmtool score` reads them."""
-    from rmtool.data.formats import score_record
+    from rmtool.data.responses import score_record
     from rmtool.data.rows import Row
     from rmtool.errors import Place
     from rmtool.tokenization.encoder import Encoder

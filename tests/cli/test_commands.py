@@ -90,7 +90,7 @@ def test_score_takes_the_newest_finished_run(rmtool: Any, model: Path, tmp_path:
     assert json.loads(shown.out) | {"model": ""} == {
         "model": "", "output": str(tmp_path / "r.scored.jsonl"),
         "rows": 4, "responses": 6, "nonfinite": 0, "truncated": 0, "skipped_rows": 0,
-            "prefix_sharing": True, "padded_reason": None,
+        "unread_fields": ["id"], "prefix_sharing": True, "padded_reason": None,
     }  # fmt: skip
     # Another template reads conversations otherwise: refused, unless a template is named.
     (run / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")

@@ -116,6 +116,57 @@ EXAMPLES: dict[str, tuple[str, dict[str, Any], set[tuple[str, str, str]]]] = {
             {"response": BAD, "overall_score": 4.0}]},
         {(Q, GOOD, BAD), (Q, GOOD, WORSE), (Q, BAD, WORSE)},
     ),
+    "LLaMA-Factory alpaca": (
+        "LLaMA-Factory, alpaca",
+        {"instruction": "Add.", "input": "2 + 2", "chosen": GOOD, "rejected": BAD, "history": [], "system": None},
+        {("Add.\n2 + 2", GOOD, BAD)},
+    ),
+    "LLaMA-Factory sharegpt": (
+        "LLaMA-Factory, sharegpt",
+        {"conversations": [{"from": "human", "value": Q}], "chosen": {"from": "gpt", "value": GOOD},
+         "rejected": {"from": "gpt", "value": BAD}, "system": ""},
+        ONE,
+    ),
+    "Axolotl chat_template": (
+        "messages before chosen and rejected",
+        {"messages": [U(Q)], "chosen": A(GOOD), "rejected": A(BAD)},
+        ONE,
+    ),
+    "orca_dpo_pairs": ("Orca pairs", {"system": "", "question": Q, "chosen": GOOD, "rejected": BAD}, ONE),
+    "distilabel-intel-orca-dpo-pairs": (
+        "Orca pairs",
+        {"system": "", "input": Q, "chosen": GOOD, "rejected": BAD, "generations": [GOOD, BAD], "rating": [9.0, 2.0],
+         "labelling_prompt": [U("Which is better?")], "labelling_model": "gpt-4", "raw_labelling_response": "9 and 2"},
+        ONE,
+    ),
+    "ultrafeedback-binarized-preferences": (
+        "UltraFeedback, Argilla",
+        {"source": "x", "instruction": Q, "chosen_response": GOOD, "rejected_response": BAD, "chosen_avg_rating": 5.0},
+        ONE,
+    ),
+    "ms-swift": ("ms-swift", {"messages": [U(Q), A(GOOD)], "rejected_response": BAD, "margin": 1.0}, ONE),
+    "SHP": (
+        "Stanford SHP",
+        {"post_id": "p", "history": Q, "human_ref_A": BAD, "human_ref_B": GOOD, "labels": 0, "score_A": 1},
+        ONE,
+    ),
+    "stack-exchange-paired": (
+        "Stack Exchange, paired",
+        {"qid": 1, "question": Q, "response_j": GOOD, "response_k": BAD, "metadata": ["https://x.y/q/1"]},
+        ONE,
+    ),
+    "stack-exchange-preferences": (
+        "Stack Exchange preferences",
+        {"qid": 1, "question": Q, "answers": [
+            {"text": BAD, "pm_score": 0, "author": "x"}, {"text": GOOD, "pm_score": 3, "selected": True}]},
+        ONE,
+    ),
+    "webgpt_comparisons": (
+        "WebGPT comparisons",
+        {"question": {"dataset": "eli5", "id": "7", "full_text": Q}, "quotes_0": {"title": ["a"], "extract": ["b c"]},
+         "answer_0": BAD, "answer_1": GOOD, "score_0": -0.5, "score_1": 0.5, "tokens_0": {"prefix": [1]}},
+        ONE,
+    ),
     "ranked": ("ranked responses", {"prompt": Q, "responses": [BAD, GOOD], "ranks": [2, 1]}, ONE),
     "rated": ("rated responses", {"prompt": Q, "responses": [BAD, GOOD], "ratings": [0.1, 0.9]}, ONE),
 }  # fmt: skip
@@ -426,3 +477,79 @@ def test_an_unpaired_surrogate_in_inner_json_is_text() -> None:
     said = '["hi \\ud800"]'
     arena = {"prompt": said, "response_a": "[" * 20_000, "response_b": "b", "winner": "model_a"}
     assert preference_record(row(arena)).prompt[0].content == said
+
+
+def test_mt_bench_rows_end_after_the_judged_turn() -> None:
+    """MT-bench writes both turns in all rows; `turn` says which was judged."""
+    both = {name: [U(Q), A(text), U("Sure?"), A("Yes.")] for name, text in (("a", GOOD), ("b", BAD))}
+    data = {"conversation_a": both["a"], "conversation_b": both["b"], "winner": "model_a", "judge": "expert 1"}
+    assert texts(preference_record(row(data | {"turn": 1}))) == ONE
+    second = preference_record(row(data | {"turn": 2}))
+    assert [len(response) for response in second.responses] == [3, 3]
+    assert second.row == data | {"turn": 2}
+
+
+CALL = {"name": "add", "arguments": {"a": 2}}
+CALLS = [{"type": "function", "function": CALL}]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None, "tool_calls": CALLS},
+        {"role": "assistant", "content": [], "tool_calls": json.dumps(CALLS)},
+        {"role": "assistant", "content": None, "function_call": CALL},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"role": "tool_call", "content": json.dumps([CALL])},
+    ],
+    ids=str,
+)
+def test_tool_calls_of_other_tools_are_one_kind(message: dict[str, Any]) -> None:
+    called = preference_record(row({"prompt": Q, "chosen": message, "rejected": BAD})).responses[0][-1]
+    assert called.as_dict() == {"role": "assistant", "content": "", "tool_calls": CALLS}
+    assert (called.is_empty(), called.shown()) == (False, 'add({"a": 2})')
+
+
+@pytest.mark.parametrize("role", ["function", "ipython", "observation", "environment", "tool"])
+def test_roles_of_tool_results_are_kept_for_the_template(role: str) -> None:
+    prompt = [U(Q), {"role": "assistant", "content": None, "tool_calls": CALLS}, {"role": role, "content": "4"}]
+    assert preference_record(row({"prompt": prompt, "chosen": GOOD, "rejected": BAD})).prompt[-1] == Message(role, "4")
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        ({"role": "assistant", "content": ["x"]}, "chosen.content[0] must be an object"),
+        ({"role": "assistant", "content": [{"type": "text", "text": None}]}, "chosen.content[0].text must be a string"),
+        (
+            {"role": "assistant", "content": [{"type": "text", "text": "x", "image": "y.png"}]},
+            "a part that is not text",
+        ),
+        ({"role": "assistant", "content": [{"type": "tool_use", "id": "x"}]}, "a part that is not text"),
+        ({"role": "tool_call", "content": "add 2"}, "chosen.content must be a list of objects, or JSON of one"),
+        ({"role": "assistant", "content": None, "tool_calls": ["add"]}, "chosen.tool_calls must be a list of objects"),
+        ({"role": "assistant", "content": "x", "function_call": {"add": 2}}, "must be a tool call with name"),
+        (
+            {"role": "assistant", "content": "x", "context": "The sky is blue."},
+            "chosen has unsupported fields: context",
+        ),
+        ({"role": "robot", "content": "x"}, "chosen.role must be one of"),
+    ],
+    ids=str,
+)
+def test_what_is_not_text_is_named(message: dict[str, Any], what: str) -> None:
+    with pytest.raises(RmtoolError) as caught:
+        preference_record(row({"prompt": Q, "chosen": message, "rejected": BAD}))
+    assert what in caught.value.what
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["USER: hi ASSISTANT: hello", "H: hi\n\nA: hello", "### Human: hi\n### Assistant: hello", "[INST] hi [/INST] hello",
+     "<|im_start|>user\nhi<|im_end|>", "<|start_header_id|>user<|end_header_id|>\n\nhi", "Question: hi\nAnswer: hello",
+     "You are helpful.\n\nHuman: hi\n\nAssistant: hello", "Human: hi\nAssistant: hello"],
+)  # fmt: skip
+def test_a_conversation_in_a_different_notation_is_refused_only_without_a_prompt(text: str) -> None:
+    with pytest.raises(RmtoolError, match="unsupported notation"):
+        preference_record(row({"chosen": text, "rejected": BAD}))
+    assert texts(preference_record(row({"prompt": Q, "chosen": text, "rejected": BAD}))) == {(Q, text, BAD)}

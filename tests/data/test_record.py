@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from rmtool.data.formats import preference_record, preference_records, score_record
+from rmtool.data.formats import preference_record, preference_records
 from rmtool.data.record import PLAIN, Message, Record
 from rmtool.data.rejects import Rejects
+from rmtool.data.responses import score_record
 from rmtool.data.rows import Row
 from rmtool.errors import Place
 

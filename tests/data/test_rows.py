@@ -17,9 +17,10 @@ from helpers import pair_rows, read_pairs, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmtool.data.formats import preference_record, preference_records, score_record
+from rmtool.data.formats import preference_record, preference_records
 from rmtool.data.record import Message, RowOptions
 from rmtool.data.rejects import Rejects
+from rmtool.data.responses import score_record
 from rmtool.data.rows import Row, read_rows
 from rmtool.errors import Place, RmtoolError
 from rmtool.tokenization.encoder import Encoder

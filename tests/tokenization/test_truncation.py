@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from chat_templates import published
 
-from rmtool.data.formats import preference_record, score_record
+from rmtool.data.formats import preference_record
 from rmtool.data.record import Message, Messages, Record
+from rmtool.data.responses import score_record
 from rmtool.data.rows import Row
 from rmtool.dataset.split import describe_counts
 from rmtool.errors import Place, RmtoolError

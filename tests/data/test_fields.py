@@ -1,0 +1,245 @@
+"""Unread fields: those that could be part of the conversation stop a row, metadata does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from helpers import ROOT
+
+from rmtool.data.field_names import Kind, kind_of
+from rmtool.data.formats import preference_record, preference_records
+from rmtool.data.record import Record, RowOptions
+from rmtool.data.rejects import Rejects
+from rmtool.data.responses import score_record
+from rmtool.data.rows import Row
+from rmtool.errors import Place, RmtoolError
+
+Q, GOOD, BAD = "What is 2 + 2?", "It is 4.", "It is 5."
+U, A = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
+PAIR = {"chosen": GOOD, "rejected": BAD}
+ASKED = {"prompt": Q, **PAIR}
+EVAL = RowOptions(option="--column ")
+
+
+def row(data: dict[str, Any]) -> Row:
+    return Row(Place("f.jsonl", 3), data)
+
+
+def refused(data: dict[str, Any], options: RowOptions = EVAL) -> RmtoolError:
+    with pytest.raises(RmtoolError) as caught:
+        preference_record(row(data), options)
+    assert caught.value.id == "E0303"
+    return caught.value
+
+
+def contents(record: Record) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in record.prompt + record.responses[0]]
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["question", "query", "input", "Prompt", "PROMPT", "userPrompt", "user_prompt", "prompt_text", "system_and_query",
+     "conversation", "dialogue", "dialog_history", "context", "history", "post", "problem", "request", "user", "human",
+     "text", "source_text", "task", "title", "x", "问题", "question.text", "queries", "last_user_message"],
+)  # fmt: skip
+def test_text_under_any_name_stops_a_row_without_a_prompt(field: str) -> None:
+    error = refused({field: Q, **PAIR})
+    target = "system" if field.startswith("system") else "prompt"
+    assert f"pass --column {target}={field}, or --column ignore=" in error.hint
+    mapped = preference_record(row({field: Q, **PAIR}), RowOptions(((target, field),)))
+    assert mapped.prompt[0].content == Q
+    assert preference_record(row({field: Q, **PAIR}), RowOptions((("ignore", field),))).prompt == ()
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"question": "Why?"},
+        {"input": "the text"},
+        {"query": "x"},
+        {"instruction": "Be brief."},
+        {"context": "The sky is blue."},
+        {"history": [["a", "b"]]},
+        {"turns": ["hi", "bye"]},
+        {"documents": [{"title": "t", "text": "The sky is blue."}]},
+        {"conversation": "Human: hi"},
+        {"messages": [U("hi")]},
+        {"anything": [U("hi"), A("hello")]},
+        {"anything": [{"from": "human", "value": "hi"}]},
+        {"anything": U("hi")},
+        {"question": {"id": "7", "full_text": "Why?"}},
+        {"system_message": "Be brief."},
+        {"functions": [{"name": "add"}]},
+        {"images": ["dog.png"]},
+        {"image": {"bytes": b"x", "path": None}},
+        {"audio": "a.wav"},
+        {"video_path": "v.mp4"},
+        {"rejected_images": ["dog.png"]},
+    ],
+    ids=str,
+)
+def test_a_part_of_the_conversation_stops_a_row_with_a_prompt(field: dict[str, Any]) -> None:
+    (name,) = field
+    assert f"ignore={name}" in refused(ASKED | field).hint
+    assert preference_record(row(ASKED | field), RowOptions((("ignore", name),)))
+
+
+@pytest.mark.parametrize(
+    ("field", "hint"),
+    [
+        ({"system_message": "Be brief."}, "pass --column system=system_message, or"),
+        ({"functions": [{"name": "add"}]}, "pass --column tools=functions, or"),
+        ({"input": "the text"}, 'add it to "prompt", or pass --column ignore=input'),
+    ],
+)
+def test_the_hint_of_a_row_with_a_prompt_reads_the_rest(field: dict[str, Any], hint: str) -> None:
+    assert hint in refused(ASKED | field).hint
+
+
+METADATA: dict[str, Any] = {
+    "id": "a b", "prompt_id": "7f", "question_id": "What 7", "user_id": "u 1", "source": "the web", "dataset": "a set",
+    "chosen_model": "gpt 4", "rejected-model": "b c", "score_chosen": 1.0, "rating": "5 of 5", "ratings": [1, 2],
+    "length": 7, "prompt_length": "7 tokens", "input_tokens": 9, "num_turns": 3, "turns": 2, "input_ids": [1, 2],
+    "language": "English", "category": "open question", "labels": ["good one"], "label": "a b",
+    "timestamp": "2024-01-01 10:00", "created_at": "Mon Jan 1", "url": "https://x.y/a b", "license": "CC BY 4.0",
+    "is_question": True, "metadata": {"source": "the web", "note": "some words"}, "margin_source": "a b",
+    "labelling_prompt": [U("Which is better?")], "generation_prompt": ["Help."], "rationale": "It is better.",
+    "feedback": "Well done.", "original_response": "Some text.", "completions": ["A text."], "reference_answer": "4 .",
+    "chosen_rating": 4.0, "prompt_source": "a b", "message_count": "3 of 4", "conversation_hash": "x y",
+    "image_id": "a b", "num_images": 3, "has_audio": False, "image_count": "3 of 4", "annotator": "Jane Doe",
+    "task_type": "question answering", "context_length": "4k tokens", "version": "v 1", "split": "train set",
+    "response_0_source": "a b", "criteria": "be good", "subreddit": "r / a", "user_name": "Jane Doe",
+    "empty": None, "question": None, "context": "", "history": [], "images": [], "audio": {"bytes": None, "path": None},
+    "conversations": [{"role": None, "content": None}], "input": " ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_and_empty_fields_stop_nothing(name: str) -> None:
+    for data in (ASKED, PAIR):
+        assert preference_record(row(data | {name: METADATA[name]}))
+    assert score_record(row({"response": GOOD, name: METADATA[name]}))
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"messages": [U(Q), A(GOOD)]},
+        {"question": Q},
+        {"conversation": [{"input": Q, "output": BAD}]},
+        {"question_text": f" {Q}\n"},
+        {"full_conversation": [{"user": {"role": "user", "content": [{"type": "text", "text": Q}]}}]},
+        {"task": "question answering", "user": "Jane Doe", "text": f"User: {Q} Assistant: {GOOD}"},
+    ],
+    ids=str,
+)
+def test_a_field_that_repeats_what_is_read_stops_nothing(field: dict[str, Any]) -> None:
+    chats = {"chosen": [U(Q), A(GOOD)], "rejected": [U(Q), A(BAD)]}
+    assert contents(preference_record(row(chats | field))) == [("user", Q), ("assistant", GOOD)]
+
+
+def test_a_prompt_that_the_response_quotes_is_not_read() -> None:
+    question = "What is the sum of two and two?"
+    assert "prompt=question" in refused({"question": question, "chosen": f"{question} It is 4.", "rejected": BAD}).hint
+    assert "ignore=input" in refused({"prompt": "Add 15 to it.", "input": "5", **PAIR}).hint
+
+
+def test_several_unread_fields_are_named_together() -> None:
+    error = refused({"context": "It is a sum.", "question": Q, "id": 1, **PAIR}, RowOptions())
+    assert error.what == '"question", "context" are not read, but could be part of the conversation'
+    assert error.hint == (
+        "pass --set data.columns.prompt=question, or --set data.columns.ignore=question,context to leave them out"
+    )
+
+
+def test_the_names_of_unread_fields_are_collected_over_all_rows() -> None:
+    rows = [row(ASKED | {"id": 1, "note": None}), row(ASKED | {"source": "x"})]
+    unread, rejects = set[str](), Rejects()
+    assert len(list(preference_records(rows, RowOptions(), rejects, lambda _: None, unread))) == 2
+    assert (unread, rejects.count) == ({"id", "source"}, 0)
+
+
+def test_a_later_row_is_checked_too() -> None:
+    rejects = Rejects()
+    rows = [row(ASKED), row(ASKED | {"images": ["dog.png"]}), row(ASKED | {"input": "x"})]
+    assert len(list(preference_records(rows, EVAL, rejects, lambda _: None))) == 1
+    assert rejects.count == 2
+
+
+def test_a_column_may_have_dots_or_be_inside_an_object() -> None:
+    assert preference_record(row({"a.b": Q, **PAIR}), RowOptions((("prompt", "a.b"),))).prompt[0].content == Q
+    inside = {"data": {"question": Q, "context": "Some words."}, **PAIR}
+    assert "prompt=data.question" in refused(inside).hint
+    assert preference_record(row(inside), RowOptions((("prompt", "data.question"),))).prompt[0].content == Q
+
+
+SCORED = [
+    ({"prompt": Q, "response": GOOD}, Q),
+    ({"instruction": "Add.", "input": "2 + 2", "output": GOOD}, "Add.\n2 + 2"),
+    ({"instruction": Q, "input": "", "response": GOOD}, Q),
+    ({"system": "", "question": Q, "response": GOOD}, Q),
+    ({"system": "", "input": Q, "responses": [GOOD]}, Q),
+    ({"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": GOOD}]}, Q),
+    ({"conversations": [{"from": "human", "value": Q}], "response": GOOD}, Q),
+    ({"messages": [U(Q)], "response": GOOD}, Q),
+    ({"messages": [U(Q)], "responses": [GOOD], "response": None}, Q),
+    ({"response": f"Human: {Q}\n\nAssistant: {GOOD}"}, Q),
+]
+
+
+@pytest.mark.parametrize(("data", "prompt"), SCORED, ids=str)
+def test_layouts_of_rows_to_score(data: dict[str, Any], prompt: str) -> None:
+    assert contents(score_record(row(data))) == [("user", prompt), ("assistant", GOOD)]
+
+
+def test_rows_to_score_are_mapped_and_checked() -> None:
+    data = {"ask": Q, "answer": GOOD, "sys": "Be brief."}
+    columns = (("prompt", "ask"), ("response", "answer"), ("system", "sys"))
+    assert contents(score_record(row(data), RowOptions(columns))) == [
+        ("system", "Be brief."), ("user", Q), ("assistant", GOOD)
+    ]  # fmt: skip
+    hints = {"prompt=ask": columns[1:], "response=answer": columns[:1], "system=sys": columns[:2]}
+    for hint, wrong in hints.items():
+        with pytest.raises(RmtoolError) as caught:
+            score_record(row(data), RowOptions(wrong, option="--column "))
+        assert f"--column {hint}" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        ({"conversation": [U(Q), A(GOOD)]}, "pass --column messages=conversation"),
+        ({"prompt": Q, "completions": [GOOD]}, "pass --column responses=completions"),
+        ({"prompt": Q, "said": GOOD}, "pass --column response=COLUMN"),
+    ],
+)
+def test_the_hint_without_a_response_names_the_field_that_has_it(data: dict[str, Any], hint: str) -> None:
+    with pytest.raises(RmtoolError) as caught:
+        score_record(row(data), EVAL)
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize("prompt", [{"prompt": None}, {"prompt": ""}, {}])
+def test_an_empty_prompt_is_no_prompt(prompt: dict[str, Any]) -> None:
+    assert "prompt=question" in refused({**prompt, "question": Q, **PAIR}).hint
+
+
+def test_a_prompt_in_only_some_responses_is_refused() -> None:
+    assert "only some" in refused({"chosen": [U(Q), A(GOOD)], "rejected": BAD}).what
+
+
+def test_a_system_prompt_beside_messages_is_read() -> None:
+    data = {"system": "Be brief.", "messages": [U(Q), A(GOOD)]}
+    assert contents(score_record(row(data)))[0] == ("system", "Be brief.")
+
+
+def test_two_different_system_prompts_are_refused() -> None:
+    assert "differ" in refused(ASKED | {"system": "Be brief.", "system_prompt": "Be long."}).what
+    assert preference_record(row(ASKED | {"system": "a", "system_prompt": "a"})).prompt[0].content == "a"
+
+
+def test_the_rule_is_described_where_it_is() -> None:
+    text = (ROOT / "rmtool" / "data" / "field_names.py").read_text()
+    assert all(kind.name in text.partition('"""')[2].partition('"""')[0] for kind in Kind)
+    assert kind_of("prompt_id") is Kind.METADATA
