@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 
 from rmtool.config import Source
+from rmtool.data.arrow_rows import load_hub_dataset
 from rmtool.data.cache_files import cache_errors, commit_entry, find_entry, unfinished_entry
 from rmtool.data.formats import Format, preference_records
 from rmtool.data.record import PairMetadata, Record, RowOptions
 from rmtool.data.record_store import RecordStore, RecordWriter
 from rmtool.data.rejects import Rejects
-from rmtool.data.rows import is_hub_source, load_hub_dataset, read_rows
+from rmtool.data.rows import is_hub_source, read_rows
 from rmtool.errors import RmtoolError
 
 _RECORDS = "records"  # the kind of cache entries
