@@ -3,17 +3,17 @@
 In: rows with prompt and response(s), or messages. Out: the same rows with "reward" added; a row with N responses gets
 "rewards" and "best", the index of the highest. A reward that is NaN or inf is null, with "error": "nonfinite".
 The file is read twice: first to check and tokenize every row, so that an invalid last row is reported before the first
-forward pass; then to write the rows with their rewards. The output is renamed into place when it is complete.
+forward pass; then to write the rows with their rewards, in the form that the output's name says (`output.py`). The
+output is renamed into place when it is complete.
 Cost: one forward pass over the unique tokens of the file (`compute_rewards`); 4 bytes of disk per token next to the
 output while it runs; less than 1 KB of memory per response for the packs.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from rmtool.data.rows import Row, read_rows
 from rmtool.errors import Place, RmtoolError
 from rmtool.model.loading import LoadedModel
 from rmtool.model.rewards import compute_rewards
+from rmtool.scoring.output import ColumnTypes, write_rows
 from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.token_store import TokenStore
-from rmtool.ui import Ui
+from rmtool.ui import Bar, Ui
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ScoreSummary:
         nonfinite: responses whose reward is null.
         truncated: rows whose prompt was truncated to max length.
         skipped_rows: invalid rows.
+        converted: fields whose values JSON cannot hold: dates, bytes, decimals, NaN.
     """
 
     rows: int
@@ -46,6 +48,7 @@ class ScoreSummary:
     nonfinite: int
     truncated: int
     skipped_rows: int
+    converted: list[str]
 
 
 def score_file(
@@ -61,20 +64,18 @@ def score_file(
         RmtoolError: E03xx when a row is invalid and `rejects` does not skip it, or the file changes while it is scored;
             E0502 when the output cannot be written; E0503 when out of memory. No output is written then.
     """
-    temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
+    temporary, types = output.with_name(f".tmp-{output.name}-{os.getpid()}"), ColumnTypes()
     try:
         with TokenStore(output.parent) as groups:
             signature = _signature(source)
-            truncated, skipped = _tokenize(source, loaded.encoder, groups, rejects, ui)
+            note = types.add if output.name.lower().endswith(".parquet") else None
+            truncated, skipped = _tokenize(source, loaded.encoder, groups, rejects, ui, note)
             with ui.progress("Scoring", len(groups), "rows") as bar:
                 rewards = compute_rewards(loaded.model, groups, max_tokens, bar)
-        with open(temporary, "w", encoding="utf-8") as file, ui.progress("Writing", len(rewards), "rows") as bar:
+        with ui.progress("Writing", len(rewards), "rows") as bar:
             _require_unchanged(source, signature)
-            for row, values in zip(_scored_rows(source, skipped), rewards, strict=False):
-                file.write(json.dumps(_with_rewards(row, values), ensure_ascii=False, allow_nan=False) + "\n")
-                bar.advance()
-            file.flush()
-            os.fsync(file.fileno())
+            rows = _scored_rows(source, skipped, rewards, bar)
+            converted = write_rows(temporary, output.name, rows, types.schema())
             _require_unchanged(source, signature)
         os.replace(temporary, output)
     except OSError as error:
@@ -83,7 +84,7 @@ def score_file(
         temporary.unlink(missing_ok=True)
     flat = [value for values in rewards for value in values]
     nonfinite = sum(not math.isfinite(value) for value in flat)
-    return ScoreSummary(len(rewards), len(flat), nonfinite, truncated, rejects.count)
+    return ScoreSummary(len(rewards), len(flat), nonfinite, truncated, rejects.count, converted)
 
 
 def _signature(source: Path) -> tuple[int, int] | None:
@@ -100,16 +101,22 @@ def _require_unchanged(source: Path, signature: tuple[int, int] | None) -> None:
         raise RmtoolError("E0301", "the file changed while it was scored", "run rmtool score again", Place(str(source)))
 
 
-def _tokenize(source: Path, encoder: Encoder, groups: TokenStore, rejects: Rejects, ui: Ui) -> tuple[int, set[Place]]:
-    """Check and tokenize every row; return how many prompts were truncated, and the places of skipped JSON rows."""
+def _tokenize(
+    source: Path, encoder: Encoder, groups: TokenStore, rejects: Rejects, ui: Ui, note: Callable[[Any], None] | None
+) -> tuple[int, set[Place]]:
+    """Check and tokenize every row; return how many prompts were truncated, and the places of skipped JSON rows. `note`
+    gets each row as it is written later.
+    """
     truncated, skipped = 0, set[Place]()
 
     def records() -> Iterator[Record]:
         for row in read_rows(str(source), rejects):
             bar.advance()
             try:
-                _require_json(row)
-                yield score_record(row)
+                record = score_record(row)
+                if note:
+                    note(_with_rewards(row, [0.0] * len(record.responses)))
+                yield record
             except RmtoolError as error:
                 skip(error, row.place, row.data)
 
@@ -131,18 +138,15 @@ def _tokenize(source: Path, encoder: Encoder, groups: TokenStore, rejects: Rejec
     return truncated, skipped
 
 
-def _scored_rows(source: Path, skipped: set[Place]) -> Iterator[Row]:
-    """Read the file again, and yield the rows that have rewards."""
+def _scored_rows(
+    source: Path, skipped: set[Place], rewards: Sequence[Sequence[float]], bar: Bar
+) -> Iterator[dict[str, Any]]:
+    """Read the file again, and yield the rows that have rewards, with them."""
     with Rejects(Path(os.devnull)) as ignored:
-        yield from (row for row in read_rows(str(source), ignored) if row.place not in skipped)
-
-
-def _require_json(row: Row) -> None:
-    """Refuse values that the output cannot contain: dates and bytes of a parquet file, NaN and inf."""
-    try:
-        json.dumps(row.data, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise RmtoolError("E0303", f"cannot write a value as JSON: {error}", "remove the field", row.place) from error
+        rows = (row for row in read_rows(str(source), ignored) if row.place not in skipped)
+        for row, values in zip(rows, rewards, strict=False):
+            yield _with_rewards(row, values)
+            bar.advance()
 
 
 def _with_rewards(row: Row, rewards: Sequence[float]) -> dict[str, Any]:
