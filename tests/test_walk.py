@@ -27,6 +27,7 @@ BESIDE = {
     "config.py": "settings",
     "recipe.py": "settings",
     "ui.py": "progress",
+    "data/file_kinds.py": "which reader a file needs",
     "data/rejects.py": "invalid rows",
     "data/sources.py": "which rows of which source",
     "data/record_store.py": "a store: in and out",

@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rmtool.data.record import Message, Messages, Pairs, Record, RowOptions, conversation, invalid_row, prompt_of
+from rmtool.data.pairs import margins_by_rating, pairs_by_rating
+from rmtool.data.record import Message, Messages, Record, RowOptions, conversation, invalid_row, prompt_of
 from rmtool.data.rows import Row, json_kind
 
 Parser = Callable[[Row, RowOptions], Record]
@@ -37,6 +38,16 @@ def record_of(
     margins = (_number(row, "margin"),) * len(pairs)
     record = Record(row.place, prompt, responses, pairs, margins, _subset(row), _weight(row), _tools(row), row.data)
     return replace(record, **more) if more else record
+
+
+def rated_record(
+    row: Row, prompt: Messages, values: Mapping[str, Any], ratings: Sequence[float], options: RowOptions, **more: Any
+) -> Record:
+    """Return the record of responses that are each preferred to those with a lower rating, as `record_of` does."""
+    record = record_of(row, prompt, values)
+    pairs, dropped = pairs_by_rating(ratings, options.max_pairs, record.prompt)
+    margins = (_number(row, "margin"),) * len(pairs)
+    return replace(record, preferences=pairs, margins=margins, dropped_pairs=dropped, **more)
 
 
 def split_prompt(conversations: Sequence[Messages]) -> tuple[Messages, tuple[Messages, ...]]:
@@ -135,20 +146,6 @@ def items_of(row: Row, name: str) -> dict[str, Any]:
     return {f"{name}[{at}]": item for at, item in enumerate(value)}
 
 
-def pairs_by_rating(ratings: Sequence[float]) -> Pairs:
-    """Return (chosen, rejected) for any two responses with different ratings; the higher one is chosen."""
-    return tuple(
-        (a, b) if ratings[a] > ratings[b] else (b, a)
-        for a, b in itertools.combinations(range(len(ratings)), 2)
-        if ratings[a] != ratings[b]
-    )
-
-
-def margins_by_rating(ratings: Sequence[float], pairs: Pairs) -> tuple[float, ...]:
-    """Return the differences of the ratings of pairs."""
-    return tuple(abs(ratings[a] - ratings[b]) for a, b in pairs)
-
-
 # ------------------------------------------------------------------------------------------------- the parsers
 
 
@@ -176,8 +173,8 @@ def _score_margin(row: Row) -> dict[str, Any]:
 def lists(row: Row, options: RowOptions) -> Record:
     """Parse lists of `chosen` and `rejected` responses: each of one is preferred to each of the other."""
     chosen, rejected = items_of(row, "chosen"), items_of(row, "rejected")
-    pairs = itertools.product(range(len(chosen)), range(len(chosen), len(chosen) + len(rejected)))
-    return record_of(row, full_prompt(row), chosen | rejected, pairs)
+    ratings = [1] * len(chosen) + [0] * len(rejected)
+    return rated_record(row, full_prompt(row), chosen | rejected, ratings, options)
 
 
 def rmb(best: str, worse: str) -> Parser:
@@ -192,8 +189,8 @@ def rmb(best: str, worse: str) -> Parser:
             values[name] = item["answer"]
         category = row.data.get("category_path")
         more = {"subset": category} if isinstance(category, str) and "subset" not in row.data else {}
-        pairs = [(0, at) for at in range(1, len(values))]
-        return record_of(row, full_prompt(row, "conversation_input"), values, pairs, **more)
+        ratings = [1] + [0] * len(others)
+        return rated_record(row, full_prompt(row, "conversation_input"), values, ratings, options, **more)
 
     return parse
 
@@ -287,10 +284,11 @@ def rated_lists(rating: str) -> Parser:
 def _rated(
     row: Row, prompt: Messages, values: Mapping[str, Any], rating: str, ratings: Sequence[float], options: RowOptions
 ) -> Record:
-    """Return the record of rated or ranked responses (rank 1 is the best), with all their pairs."""
-    pairs = pairs_by_rating([-rank for rank in ratings] if rating in ("rank", "ranks") else ratings)
-    more = {"margins": margins_by_rating(ratings, pairs)} if options.rating_margins else {}
-    return record_of(row, prompt, values, pairs, **more)
+    """Return the record of rated or ranked responses (rank 1 is the best)."""
+    order = [-rank for rank in ratings] if rating in ("rank", "ranks") else ratings
+    record = rated_record(row, prompt, values, order, options)
+    margins = margins_by_rating(ratings, record.preferences) if options.rating_margins else record.margins
+    return replace(record, margins=margins)
 
 
 def one_response(row: Row, options: RowOptions) -> Record:

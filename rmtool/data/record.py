@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from rmtool.data.rows import FIX_ROW, Row, json_kind
 from rmtool.errors import Place, RmtoolError
 
+MAX_PAIRS = 1000
 ROLES = ("system", "user", "assistant", "tool")
 _ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatbot": "assistant"}
 _EXTRA_FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")  # chat templates render these
@@ -54,10 +55,12 @@ class RowOptions:
     columns:        our field names and, for each, the source's: {"chosen": "better", "rejected": "worse"}; dots lead
                     into objects
     rating_margins: whether the difference of two ratings is the pair's margin
+    max_pairs:      the most pairs of a prompt: more are drawn from
     """
 
     columns: tuple[tuple[str, str], ...] = ()
     rating_margins: bool = False
+    max_pairs: int = MAX_PAIRS
 
 
 PLAIN = RowOptions()
@@ -91,6 +94,7 @@ class Record:
     tools:       JSON of the tools for the chat template; empty without any
     row:         the row as it was written
     places:      place of each response, where each comes from its own row
+    dropped_pairs: how many were not drawn (see RowOptions.max_pairs)
     """
 
     place: Place
@@ -103,6 +107,7 @@ class Record:
     tools: str = ""
     row: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     places: tuple[Place, ...] = ()
+    dropped_pairs: int = field(default=0, compare=False)
 
     def place_of(self, response: int) -> Place:
         """Return the place of a response."""

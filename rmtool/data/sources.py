@@ -38,13 +38,16 @@ _CLOCK_TICK_S = 0.02  # file systems give changes within a tick of the kernel's 
 
 @dataclass
 class SourceCount:
-    """Counts of a source, for the data report; `format` is the one recognized by its first row."""
+    """Counts of a source, for the data report; `format` is the one recognized by its first row, `dropped_pairs` are
+    those of prompts with too many.
+    """
 
     path: str
     format: str = "unknown"
     records: int = 0
     taken: int = 0
     counted: str = "rows"  # or prompts, where rows are grouped by prompt
+    dropped_pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,8 @@ def load_source(
     if entry:
         for _ in metadata:
             advance()
-    count = SourceCount(path, store.facts["format"], len(metadata), counted=store.facts["counted"])
+    facts, dropped = store.facts, int(store.facts["dropped_pairs"])
+    count = SourceCount(path, facts["format"], len(metadata), counted=facts["counted"], dropped_pairs=dropped)
     return LoadedSource(count, store, metadata)
 
 
@@ -208,7 +212,8 @@ def _parse(
     writer, count = RecordWriter(file, folder), SourceCount(path)
     for record in read_records(path, options, _Recorder(rejects, writer), count, advance):
         writer.append(record)
-    writer.finish(format=count.format, counted=count.counted)
+        count.dropped_pairs += record.dropped_pairs
+    writer.finish(format=count.format, counted=count.counted, dropped_pairs=str(count.dropped_pairs))
     return RecordStore(file)
 
 

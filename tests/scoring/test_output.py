@@ -33,7 +33,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     if path.name.endswith(".parquet"):
         return [without_nulls(row) for row in pq.read_table(path).to_pylist()]
     text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
-    if path.name.removesuffix(".gz").endswith(".json"):
+    if path.name.lower().removesuffix(".gz").endswith(".json"):
         return list(json.loads(text))
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
