@@ -258,11 +258,11 @@ def score_record(row: Row) -> Record:
         if name in row.data:
             hint = "rename or remove this field; the output has its own"
             raise invalid_row(row, f'the row already has "{name}"', hint=hint)
-    if "responses" in row.data:
+    if row.data.get("responses") is not None:
         return parsers.record_of(row, parsers.full_prompt(row), parsers.items_of(row, "responses"))
-    if "response" in row.data:
+    if row.data.get("response") is not None:
         return parsers.record_of(row, parsers.full_prompt(row), {"response": row.data["response"]})
-    if "messages" in row.data:
+    if row.data.get("messages") is not None:
         parsers.items_of(row, "messages")
         return parsers.record_of(row, (), {"messages": row.data["messages"]})
     raise invalid_row(row, '"response", "responses" or "messages" is missing', _shown_fields(row))

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 from rmtool.data.pairs import margins_by_rating, pairs_by_rating
@@ -101,6 +102,7 @@ def _number(row: Row, name: str, value: Any = None) -> float | None:
     value = row.data.get(name) if value is None else value
     if value is None:
         return None
+    value = float(value) if isinstance(value, Decimal) else value  # of a parquet file
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise invalid_row(row, f'"{name}" must be a finite number', repr(value))
     return float(value)
@@ -188,7 +190,7 @@ def rmb(best: str, worse: str) -> Parser:
                 raise invalid_row(row, f'"{name}" must be an object with an "answer"', json_kind(item))
             values[name] = item["answer"]
         category = row.data.get("category_path")
-        more = {"subset": category} if isinstance(category, str) and "subset" not in row.data else {}
+        more = {"subset": category} if isinstance(category, str) and row.data.get("subset") is None else {}
         ratings = [1] + [0] * len(others)
         return rated_record(row, full_prompt(row, "conversation_input"), values, ratings, options, **more)
 

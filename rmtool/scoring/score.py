@@ -152,7 +152,7 @@ def _scored_rows(
 def _with_rewards(row: Row, rewards: Sequence[float]) -> dict[str, Any]:
     finite = [value if math.isfinite(value) else None for value in rewards]
     error = {} if None not in finite else {"error": "nonfinite"}
-    if "responses" not in row.data:
+    if row.data.get("responses") is None:
         return {**row.data, "reward": finite[0], **error}
     known = [value for value in finite if value is not None]
     return {**row.data, "rewards": finite, "best": finite.index(max(known)) if known else None, **error}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import gzip
 from collections.abc import Callable
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from helpers import write_jsonl
 
 from rmtool.data import rows
 from rmtool.data.arrow_rows import BATCH
+from rmtool.data.formats import preference_record, score_record
+from rmtool.data.record import RowOptions
 from rmtool.data.rejects import Rejects
-from rmtool.data.rows import read_rows
+from rmtool.data.rows import Row, read_rows
 from rmtool.errors import RmtoolError
 
 
@@ -160,3 +164,20 @@ def test_rows_are_read_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert next(found).data == {"x": 0}
     assert sizes == [BATCH]
     assert sum(1 for _ in found) == 3 * BATCH - 1
+
+
+def test_columns_of_other_rows_and_decimals_are_read_as_in_json_lines(tmp_path: Path) -> None:
+    """Rows to score of three kinds in one file, a rating of type decimal, and RMB's subset."""
+    mixed = [{"prompt": "a", "response": "b"}, {"prompt": "a", "responses": ["b"]}, {"messages": [USER, call(x="y")]}]
+    names = ("prompt", "response", "responses", "messages")
+    pq.write_table(pa.table({name: [row.get(name) for row in mixed] for name in names}), tmp_path / "mixed.parquet")
+    for found, row in zip(read_rows(str(tmp_path / "mixed.parquet")), mixed, strict=True):
+        assert score_record(found) == replace(score_record(Row(found.place, row)), row=found.data)
+    rated = {"prompt": "a", "responses": ["b", "c"], "ratings": [Decimal("1.5"), Decimal(2)]}
+    rmb = {"conversation_input": "a", "chosen": {"answer": "b"}, "reject": {"answer": "c"}, "category_path": "x"}
+    for row in (rated, rmb):
+        pq.write_table(pa.Table.from_pylist([row | {"subset": None, "tools": None}]), tmp_path / "a.parquet")
+        (only,) = read_rows(str(tmp_path / "a.parquet"))
+        options = RowOptions(rating_margins=True)
+        assert preference_record(only, options) == preference_record(Row(only.place, row), options)
+    assert preference_record(only).subset == "x"
