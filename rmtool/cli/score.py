@@ -112,7 +112,8 @@ def _print_summary(
         ui.say(f"note: dates are written as text, bytes as base64, NaN and inf as null (fields: {names})")
     if as_json:
         sharing = sharing_fields(loaded.padded_reason)
-        print_json({"model": model, "output": str(output), **vars(summary), **sharing}, ui)
+        counts = {name: value for name, value in vars(summary).items() if value != []}
+        print_json({"model": model, "output": str(output), **counts, **sharing}, ui)
     else:
         responses = f"{summary.responses:,} response{'s' * (summary.responses != 1)}"
         ui.result(f"scored {responses} in {summary.rows:,} row{'s' * (summary.rows != 1)}: {output}")
@@ -124,9 +125,9 @@ def _check_output(source: Path, output: Path, overwrite: bool) -> None:
     from rmtool.scoring.output import require_supported
 
     require_file(str(source))
-    require_supported(output)
     if output.is_dir():
         raise RmtoolError("E0601", f"{output} is a folder", "pass a file name with --output")
+    require_supported(output)
     if output.exists() and output.resolve() == source.resolve():
         raise RmtoolError("E0601", f"the output is the input: {output}", "pass a different --output")
     if output.exists() and not overwrite:

@@ -131,13 +131,15 @@ def _not_null(restore: Callable[[Any], Any]) -> _Restore:
 
 
 def _struct(restores: dict[str, _Restore]) -> _Restore:
-    nested = {name: restore for name, restore in restores.items() if restore}
+    nested = [(name, restore) for name, restore in restores.items() if restore]
 
     def restore(value: dict[str, Any]) -> dict[str, Any]:
-        found = {name: item for name, item in value.items() if item is not None}
-        for name in nested.keys() & found.keys():
-            found[name] = nested[name](found[name])
-        return found
+        if None in value.values():
+            value = {name: item for name, item in value.items() if item is not None}
+        for name, inner in nested:
+            if name in value:
+                value[name] = inner(value[name])
+        return value
 
     return _not_null(restore)
 

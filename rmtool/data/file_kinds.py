@@ -53,18 +53,11 @@ def open_file(path: Path) -> Iterator[tuple[IO[bytes], str]]:
         RmtoolError: E0201 when it is unsupported, E0301 when its gzip data is corrupted, E0501 when it is not readable.
     """
     try:
-        with contextlib.ExitStack() as opened:
-            raw = opened.enter_context(open(path, "rb"))
+        with open(path, "rb") as raw:
             gzipped = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             file = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if gzipped else raw
-            kind = _recognize(path, file)
-            if gzipped and kind == "arrow":  # it is read in random order
-                unpacked = opened.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(file, unpacked)
-                unpacked.seek(0)
-                file = unpacked
-            yield file, kind
+            yield file, _recognize(path, file)
     except PermissionError as error:
         raise RmtoolError(
             "E0501", f"cannot read {path}: {error.strerror}", "change its permissions", Place(str(path))
@@ -72,6 +65,18 @@ def open_file(path: Path) -> Iterator[tuple[IO[bytes], str]]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         hint = "check the file with gzip -t, and create it again"
         raise RmtoolError("E0301", f"corrupted gzip data: {error}", hint, Place(str(path))) from error
+
+
+@contextlib.contextmanager
+def unpacked(file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """A file that can be read in random order: itself, or a temporary one with what gzip has."""
+    if not isinstance(file, gzip.GzipFile):
+        yield file
+        return
+    with tempfile.TemporaryFile() as temporary:
+        shutil.copyfileobj(file, temporary)
+        temporary.seek(0)
+        yield temporary
 
 
 def _recognize(path: Path, file: IO[bytes]) -> str:

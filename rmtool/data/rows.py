@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from rmtool.checkpoint import is_hub_id
 from rmtool.data.arrow_rows import dataset_rows, file_rows, load_hub_dataset
-from rmtool.data.file_kinds import BOM, MAX_LINE_BYTES, SUFFIXES, open_file
+from rmtool.data.file_kinds import BOM, MAX_LINE_BYTES, SUFFIXES, open_file, unpacked
 from rmtool.data.json_errors import JsonError, parse_json
 from rmtool.data.json_values import as_text
 from rmtool.data.rejects import Rejects
@@ -220,7 +220,8 @@ def _arrow(path: Path, file: IO[bytes]) -> Iterator[Row | InvalidRow]:
     import pyarrow
 
     try:
-        yield from _numbered(str(path), file_rows(file, str(path)))
+        with unpacked(file) as seekable:
+            yield from _numbered(str(path), file_rows(seekable, str(path)))
     except (pyarrow.ArrowException, OSError) as error:
         raise _invalid(
             Place(str(path)), f"cannot read parquet or Arrow data: {error}", "create the file again"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from rmtool.data.json_values import as_json, as_text
-from rmtool.errors import RmtoolError
+from rmtool.errors import RmtoolError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,13 +61,21 @@ class ColumnTypes:
         import pyarrow as pa
 
         for name in dict.fromkeys(itertools.chain.from_iterable(self._rows)):
-            known, values = self._types.get(name, pa.null()), [row.get(name) for row in self._rows]
+            values = [row.get(name) for row in self._rows]
             try:
-                schemas = [pa.schema([(name, kind)]) for kind in (known, pa.array(values).type)]
+                schemas = [pa.schema([(name, kind)]) for kind in (self._types.get(name, pa.null()), _type_of(values))]
                 self._types[name] = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
             except (pa.ArrowException, OverflowError):  # values of different types, or large integers
                 self._types[name] = pa.json_()
         self._rows.clear()
+
+
+def _type_of(values: list[Any]) -> pa.DataType:
+    import pyarrow as pa
+
+    kind = pa.array(values).type
+    exact = pa.types.is_timestamp(kind) and any(getattr(value, "nanosecond", 0) for value in values)
+    return pa.timestamp("ns", kind.tz) if exact else kind  # Arrow takes microseconds
 
 
 def _can_write(kind: pa.DataType) -> bool:
@@ -88,6 +96,7 @@ def write_rows(path: Path, name: str, rows: Iterable[dict[str, Any]], schema: pa
 
     Raises:
         OSError: it cannot be written.
+        RmtoolError: E0502 when a parquet column cannot hold a value.
     """
     changed = dict[str, None]()
     with open(path, "wb") as file:
@@ -128,14 +137,18 @@ def _write_parquet(file: IO[bytes], rows: Iterable[dict[str, Any]], schema: pa.S
     source: Iterator[dict[str, Any]] = iter(rows)
     with pyarrow.parquet.ParquetWriter(file, schema) as writer:
         while batch := list(itertools.islice(source, BATCH)):
-            arrays = [_array([row.get(field.name) for row in batch], field.type) for field in schema]
+            arrays = [_array([row.get(field.name) for row in batch], field) for field in schema]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
 
 
-def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+def _array(values: list[Any], field: pa.Field) -> pa.Array:
     import pyarrow as pa
 
-    if not isinstance(kind, pa.JsonType):
-        return pa.array(values, kind)
-    text = [None if value is None else as_text(value) for value in values]
-    return pa.ExtensionArray.from_storage(kind, pa.array(text, pa.string()))
+    if isinstance(field.type, pa.JsonType):
+        text = [None if value is None else as_text(value) for value in values]
+        return pa.ExtensionArray.from_storage(field.type, pa.array(text, pa.string()))
+    try:
+        return pa.array(values, field.type)
+    except (pa.ArrowException, OverflowError) as error:  # integers beyond 2^53 in a column with floats
+        what = f"cannot write {field.name} as {field.type}: {first_line(error)}"
+        raise RmtoolError("E0502", what, "pass an --output that ends in .jsonl") from error

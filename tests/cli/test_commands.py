@@ -133,20 +133,6 @@ def test_eval_reports_metrics_subsets_and_samples(rmtool: Any, model: Path, tmp_
     assert all(word in table for word in ("accuracy", "reward margin", "even", "odd", "all", "Example pairs"))
 
 
-def test_values_that_json_cannot_hold_are_refused_before_the_first_forward(
-    rmtool: Any, model: Path, tmp_path: Path
-) -> None:
-    import datetime
-
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [{"prompt": "x", "response": "y", "when": datetime.date(2026, 1, 1)}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
-    shown = rmtool("score", tmp_path / "r.parquet", "--model", model)
-    assert (shown.error, "r.parquet[1]" in shown.err, "Scoring" in shown.err) == ("E0303", True, False)
-
-
 def test_empty_responses_can_be_allowed(rmtool: Any, model: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "x", "response": ""}])
     assert rmtool("score", source, "--model", model).error == "E0306"

@@ -11,12 +11,14 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import scored, write_jsonl
 
 from rmtool.data.rows import read_rows
+from rmtool.errors import RmtoolError
 from rmtool.scoring.output import BATCH, ColumnTypes, write_rows
 
 CALL = {"role": "assistant", "content": "Calling.", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
@@ -114,7 +116,8 @@ def test_what_json_cannot_hold_is_written_as_text_or_null_and_named(rmtool: Any,
     assert rmtool("score", "r.parquet", "--model", model, "--output", "o.parquet", "--json").code == 0
     (native,) = pq.read_table("o.parquet").to_pylist()
     assert (native["day"], native["second"], native["raw"]) == (DAY, SECOND, b"\xff\0")
-    assert native["price"] == decimal.Decimal("1.10")
+    assert (native["price"], pandas.Timestamp(native["nanosecond"]).value) == (decimal.Decimal("1.10"), 1)
+    assert [row.data["prompt"] for row in read_rows("o.parquet")] == ["Why?"]
 
 
 def test_skipped_rows_with_such_values_are_written_too(rmtool: Any, model: Path, tmp_path: Path) -> None:
@@ -138,3 +141,12 @@ def test_equal_rows_give_equal_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_rows(tmp_path / name, "o.jsonl.gz", ROWS, ColumnTypes().schema())
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_value_that_a_parquet_column_cannot_hold_is_an_error(tmp_path: Path) -> None:
+    types, rows = ColumnTypes(), [{"x": 0.5}] * BATCH + [{"x": 2**60}]
+    for row in rows:
+        types.add(row)
+    with pytest.raises(RmtoolError) as caught:
+        write_rows(tmp_path / "o", "o.parquet", rows, types.schema())
+    assert (caught.value.id, caught.value.hint) == ("E0502", "pass an --output that ends in .jsonl")
