@@ -92,6 +92,7 @@ class DataConfig:
     holdout: Size | Fraction = 0  # number or fraction of training pairs to hold out, split by prompt; excludes `eval`
     columns: dict[str, str] = field(default_factory=dict)  # field name: column name; dots for nested columns
     rating_margins: StrictBool = False  # use differences of ratings, or of score_chosen and score_rejected, as margins
+    max_pairs_per_prompt: Count = 1000  # of rated, ranked or listed responses; if there are more, they are drawn from
     on_bad_row: Literal["fail", "skip"] = "fail"  # invalid rows; skip: write them to rejects.jsonl
     max_length: Annotated[StrictInt, Field(ge=2)] = 2048  # max tokens of prompt and response together
     on_long: Literal["error", "drop", "truncate_prompt"] = "error"  # pairs longer than max_length

@@ -35,6 +35,7 @@ MAX_FILE, MAX_FUNCTION = 300, 40
 LONG_FILES = {}
 LONG_FUNCTIONS = {
     "cli/eval.py:eval_": "its options, one after the other",
+    "cli/score.py:score": "its options, one after the other",
     "cli/train.py:train": "its options, one after the other",
 }
 

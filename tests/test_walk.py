@@ -27,6 +27,7 @@ BESIDE = {
     "config.py": "settings",
     "recipe.py": "settings",
     "ui.py": "progress",
+    "data/file_kinds.py": "which reader a file needs",
     "data/rejects.py": "invalid rows",
     "data/fields.py": "names of columns, and unread ones",
     "data/field_names.py": "names of columns, and unread ones",

@@ -25,7 +25,16 @@ from rmtool.ui import Ui
 MANIFEST = "rmtool.json"
 HELD_OUT_FILE = "held_out.jsonl"  # in a run folder, next to model/
 DEFAULT_MODEL = "allenai/Llama-3.1-Tulu-3-8B-RM"
-FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".yaml", ".yml")  # names of files, never of Hub repos
+FILE_SUFFIXES = (
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".parquet",
+    ".arrow",
+    ".gz",
+    ".yaml",
+    ".yml",
+)  # names of files, never of Hub repos
 
 
 def is_hub_id(name: str) -> bool:

@@ -111,6 +111,7 @@ class _Evaluated:
     result: EvalResult
     samples: list[Sample]
     skipped_rows: int
+    dropped_pairs: int
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -119,6 +120,7 @@ class _Evaluated:
             **self.result.as_dict(),
             "samples": [vars(sample) for sample in self.samples],
             "dropped": dict(self.pairs.counts),
+            "dropped_pairs": self.dropped_pairs,
             "skipped_rows": self.skipped_rows,
             **sharing_fields(self.loaded.padded_reason),
         }
@@ -148,7 +150,8 @@ def _evaluate(folder: Path, sources: list[str], samples: int, options: Inference
         result = evaluate(loaded.model, pairs.metadata, pairs.groups, options.tokens_per_pack, bar, samples)
     shown = _samples(selection, pairs, result)
     print_skipped(rejects, ui)
-    return _Evaluated(folder, sources, loaded, pairs, result, shown, rejects.count)
+    dropped = sum(each.count.dropped_pairs for each in selection.loaded)
+    return _Evaluated(folder, sources, loaded, pairs, result, shown, rejects.count, dropped)
 
 
 def _samples(selection: RecordSubset, tokenized: TokenizedDataset, result: EvalResult) -> list[Sample]:

@@ -5,6 +5,7 @@ In: command-line options. Out: a loaded model, notes on stderr, fields of the JS
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,5 @@ def sharing_fields(reason: str | None) -> dict[str, Any]:
 
 def with_ending(path: Path, ending: str) -> Path:
     """Return `path` with a new ending instead of that of a data file."""
-    name = path.name
-    for suffix in (".gz", ".jsonl", ".json", ".parquet"):
-        name = name.removesuffix(suffix)
+    name = re.sub(r"(\.(jsonl|json|parquet|arrow))?(\.gz)?$", "", path.name, flags=re.IGNORECASE)
     return path.with_name(name + ending)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 def score(
     responses: Annotated[
-        Path, typer.Argument(help="JSONL, JSON or parquet file: rows with prompt and response(s), or messages.")
+        Path, typer.Argument(help="JSONL, JSON, parquet or Arrow file: rows with prompt and response(s), or messages.")
     ],
     model: Annotated[
         str | None,
@@ -52,7 +52,11 @@ def score(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Output file. [default: INPUT.scored.jsonl next to the input]")
+        Path | None,
+        typer.Option(
+            help="Output file, .jsonl, .json (each also as .gz) or .parquet. "
+            "[default: INPUT.scored.jsonl next to the input]"
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     column: ColumnOption = None,
@@ -117,6 +121,9 @@ def _print_summary(
         ui.say(f"unread fields: {', '.join(summary.unread_fields)}")
     if summary.nonfinite:
         ui.say(f"note: {summary.nonfinite:,} rewards are NaN or inf, written as null")
+    if summary.converted:
+        names = ", ".join(summary.converted)
+        ui.say(f"note: dates are written as text, bytes as base64, NaN and inf as null (fields: {names})")
     if as_json:
         sharing = sharing_fields(loaded.padded_reason)
         print_json({"model": model, "output": str(output), **vars(summary), **sharing}, ui)
@@ -127,12 +134,13 @@ def _print_summary(
 
 def _check_output(source: Path, output: Path, overwrite: bool) -> None:
     from rmtool.checkpoint import check_writable
+    from rmtool.data.rows import require_file
+    from rmtool.scoring.output import require_supported
 
-    if not source.is_file():
-        what = f"{source} is not a file" if source.exists() else f"file not found: {source}"
-        raise RmtoolError("E0201", what, "check the path")
+    require_file(str(source))
     if output.exists() and not output.is_file():  # a rename would replace a device, such as /dev/null
         raise RmtoolError("E0601", f"{output} is not a file", "pass a file name with --output")
+    require_supported(output)
     if output.exists() and output.resolve() == source.resolve():
         raise RmtoolError("E0601", f"the output is the input: {output}", "pass a different --output")
     if output.exists() and not overwrite:

@@ -14,6 +14,7 @@ from typing import Any
 from rmtool.data import layouts, parsers
 from rmtool.data.fields import check_unread, renamed, require_known_columns, shown_fields
 from rmtool.data.messages import invalid_row
+from rmtool.data.pairs import margins_by_rating, pairs_by_rating
 from rmtool.data.record import PLAIN, Messages, Record, RowOptions, has_no_prompt
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row
@@ -265,13 +266,14 @@ def _grouped(singles: Sequence[Record], options: RowOptions, rejects: Rejects) -
     for (prompt, tools), members in groups.items():
         records = list(_consistent(members, rejects))
         ratings = [record.margins[0] or 0.0 for record in records]
-        pairs = parsers.pairs_by_rating(ratings)
-        margins = parsers.margins_by_rating(ratings, pairs) if options.rating_margins else (None,) * len(pairs)
+        pairs, dropped = pairs_by_rating(ratings, options.max_pairs, prompt)
+        margins = margins_by_rating(ratings, pairs) if options.rating_margins else (None,) * len(pairs)
         responses = tuple(record.responses[0] for record in records)
         first = records[0]
         row = first.row if len(records) == 1 else {"rows": [record.row for record in records]}
         places = tuple(record.place for record in records)
-        yield Record(first.place, prompt, responses, pairs, margins, first.subset, first.weight, tools, row, places)
+        labels = (pairs, margins, first.subset, first.weight)
+        yield Record(first.place, prompt, responses, *labels, tools, row, places, dropped)
 
 
 def _consistent(records: Sequence[Record], rejects: Rejects) -> Iterator[Record]:

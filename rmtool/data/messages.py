@@ -83,6 +83,13 @@ def extra_json(extra: dict[str, Any]) -> str:
     return json.dumps(extra, ensure_ascii=False, sort_keys=True) if extra else ""
 
 
+def shown_call(call: dict[str, Any]) -> str:
+    """Return a tool call as name({"argument": "value"})."""
+    arguments = call.get("arguments")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return f"{call.get('name')}({text})"
+
+
 def role_of(item: Any) -> Any:
     """Return the role of a message under the name that chat templates use."""
     said = item.get("from") if item.get("role") is None else item["role"]

@@ -6,15 +6,16 @@ Cost: string work only.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 from rmtool.data.messages import inner_json, invalid_row
-from rmtool.data.record import Message, Messages, Pairs, Record, RowOptions, prompt_of, split_prompt
+from rmtool.data.pairs import margins_by_rating, pairs_by_rating
+from rmtool.data.record import Message, Messages, Record, RowOptions, prompt_of, split_prompt
 from rmtool.data.rows import Row, json_kind
 
 Parser = Callable[[Row, RowOptions], Record]
@@ -38,6 +39,16 @@ def record_of(
     margins = (_number(row, "margin"),) * len(pairs)
     record = Record(row.place, prompt, responses, pairs, margins, _subset(row), _weight(row), _tools(row), row.data)
     return replace(record, **more) if more else record
+
+
+def rated_record(
+    row: Row, prompt: Messages, values: Mapping[str, Any], ratings: Sequence[float], options: RowOptions, **more: Any
+) -> Record:
+    """Return the record of responses that are each preferred to those with a lower rating, as `record_of` does."""
+    record = record_of(row, prompt, values)
+    pairs, dropped = pairs_by_rating(ratings, options.max_pairs, record.prompt)
+    margins = (_number(row, "margin"),) * len(pairs)
+    return replace(record, preferences=pairs, margins=margins, dropped_pairs=dropped, **more)
 
 
 def full_prompt(row: Row, name: str = "prompt") -> Messages:
@@ -86,6 +97,7 @@ def _number(row: Row, name: str, value: Any = None) -> float | None:
     value = row.data.get(name) if value is None else value
     if value is None:
         return None
+    value = float(value) if isinstance(value, Decimal) else value  # of a parquet file
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise invalid_row(row, f'"{name}" must be a finite number', repr(value))
     return float(value)
@@ -141,20 +153,6 @@ def items_of(row: Row, name: str) -> dict[str, Any]:
     return {f"{name}[{at}]": item for at, item in enumerate(value)}
 
 
-def pairs_by_rating(ratings: Sequence[float]) -> Pairs:
-    """Return (chosen, rejected) for any two responses with different ratings; the higher one is chosen."""
-    return tuple(
-        (a, b) if ratings[a] > ratings[b] else (b, a)
-        for a, b in itertools.combinations(range(len(ratings)), 2)
-        if ratings[a] != ratings[b]
-    )
-
-
-def margins_by_rating(ratings: Sequence[float], pairs: Pairs) -> tuple[float, ...]:
-    """Return the differences of the ratings of pairs."""
-    return tuple(abs(ratings[a] - ratings[b]) for a, b in pairs)
-
-
 # ------------------------------------------------------------------------------------------------- the parsers
 
 
@@ -185,8 +183,8 @@ def _score_margin(row: Row) -> dict[str, Any]:
 def lists(row: Row, options: RowOptions) -> Record:
     """Parse lists of `chosen` and `rejected` responses: each of one is preferred to each of the other."""
     chosen, rejected = items_of(row, "chosen"), items_of(row, "rejected")
-    pairs = itertools.product(range(len(chosen)), range(len(chosen), len(chosen) + len(rejected)))
-    return record_of(row, full_prompt(row), chosen | rejected, pairs)
+    ratings = [1] * len(chosen) + [0] * len(rejected)
+    return rated_record(row, full_prompt(row), chosen | rejected, ratings, options)
 
 
 def rmb(best: str, worse: str) -> Parser:
@@ -200,9 +198,9 @@ def rmb(best: str, worse: str) -> Parser:
                 raise invalid_row(row, f'"{name}" must be an object with an "answer"', json_kind(item))
             values[name] = item["answer"]
         category = row.data.get("category_path")
-        more = {"subset": category} if isinstance(category, str) and "subset" not in row.data else {}
-        pairs = [(0, at) for at in range(1, len(values))]
-        return record_of(row, full_prompt(row, "conversation_input"), values, pairs, **more)
+        more = {"subset": category} if isinstance(category, str) and row.data.get("subset") is None else {}
+        ratings = [1] + [0] * len(others)
+        return rated_record(row, full_prompt(row, "conversation_input"), values, ratings, options, **more)
 
     return parse
 
@@ -257,10 +255,11 @@ def rated_lists(rating: str) -> Parser:
 def rated(
     row: Row, prompt: Messages, values: Mapping[str, Any], rating: str, ratings: Sequence[float], options: RowOptions
 ) -> Record:
-    """Return the record of rated or ranked responses (rank 1 is the best), with all their pairs."""
-    pairs = pairs_by_rating([-rank for rank in ratings] if rating in ("rank", "ranks") else ratings)
-    more = {"margins": margins_by_rating(ratings, pairs)} if options.rating_margins else {}
-    return record_of(row, prompt, values, pairs, **more)
+    """Return the record of rated or ranked responses (rank 1 is the best)."""
+    order = [-rank for rank in ratings] if rating in ("rank", "ranks") else ratings
+    record = rated_record(row, prompt, values, order, options)
+    margins = margins_by_rating(ratings, record.preferences) if options.rating_margins else record.margins
+    return replace(record, margins=margins)
 
 
 def one_response(row: Row, options: RowOptions) -> Record:

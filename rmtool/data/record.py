@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
-from rmtool.data.messages import REASONING, RESULT_ROLES, extra_json, invalid_row, message_of
+from rmtool.data.messages import REASONING, RESULT_ROLES, extra_json, invalid_row, message_of, shown_call
 from rmtool.data.rows import Row, json_kind
 from rmtool.errors import Place
 
+MAX_PAIRS = 1000
 _TURN = re.compile(r"\n\r?\n(Human|Assistant):")
 # Other notations of a whole conversation in one text, at its beginning.
 _NOTATION = re.compile(
@@ -53,15 +54,9 @@ class Message(NamedTuple):
         return not self.content.strip() and '"tool_calls"' not in self.extra
 
     def shown(self) -> str:
-        """Return its text and tool calls, for tables: name({"argument": "value"})."""
-        calls = (call.get("function") or call for call in json.loads(self.extra or "{}").get("tool_calls", []))
-        return " ".join(filter(None, (self.content, *map(_shown_call, calls))))
-
-
-def _shown_call(call: dict[str, Any]) -> str:
-    arguments = call.get("arguments")
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return f"{call.get('name')}({text})"
+        """Return its text and tool calls, for tables."""
+        calls = self.as_dict().get("tool_calls", [])
+        return " ".join(filter(None, (self.content, *(shown_call(call.get("function") or call) for call in calls))))
 
 
 Messages = tuple[Message, ...]
@@ -76,10 +71,12 @@ class RowOptions:
                     into objects
     rating_margins: whether the difference of two ratings is the pair's margin
     option:         how the command maps a column, for hints
+    max_pairs:      the most pairs of a prompt: more are drawn from
     """
 
     columns: tuple[tuple[str, str], ...] = ()
     rating_margins: bool = False
+    max_pairs: int = MAX_PAIRS
     option: str = "--set data.columns."
 
     def shown(self, ours: str) -> str:
@@ -118,6 +115,7 @@ class Record:
     tools:       JSON of the tools for the chat template; empty without any
     row:         the row as it was written
     places:      place of each response, where each comes from its own row
+    dropped_pairs: how many were not drawn (see RowOptions.max_pairs)
     """
 
     place: Place
@@ -130,6 +128,7 @@ class Record:
     tools: str = ""
     row: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     places: tuple[Place, ...] = ()
+    dropped_pairs: int = field(default=0, compare=False)
 
     def place_of(self, response: int) -> Place:
         """Return the place of a response."""

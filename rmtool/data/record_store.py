@@ -18,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from rmtool.data.cache_files import cache_errors
+from rmtool.data.json_values import as_json
 from rmtool.data.record import Message, PairMetadata, Record
 from rmtool.errors import Place, RmtoolError
 
@@ -131,7 +132,7 @@ class RecordStore:
                 yield RmtoolError.from_dict(error), row
 
 
-_ENCODER = json.JSONEncoder(default=str, check_circular=False)  # made once: json.dumps would make one for each call
+_ENCODER = json.JSONEncoder(default=as_json, check_circular=False)  # made once: json.dumps would make one for each call
 
 
 def _json(*values: Any) -> bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from rmtool.data.json_values import as_json
 from rmtool.errors import RmtoolError
 
 LISTED = 20
@@ -64,7 +65,7 @@ class Rejects:
         try:
             if self._file is None:
                 self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-            self._file.write(json.dumps(line, ensure_ascii=True, default=str) + "\n")
+            self._file.write(json.dumps(as_json(line)) + "\n")
             self._file.flush()
         except OSError as failed:
             hint = "free disk space, or check the permissions of its folder"

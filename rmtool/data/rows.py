@@ -1,35 +1,30 @@
 """Rows of a file or a Hub dataset, each with its place.
 
-In: a source: a JSONL, JSON or parquet file, plain or gzipped, or a Hub id, with `:split` if not the default.
+In: a source: a JSONL, JSON, parquet or Arrow file, plain or gzipped, or a Hub id, with `:split` if not the default.
 Out: `Row`s, as they were written: nothing is cast, nothing is filled in.
-Cost: JSONL and parquet are streamed; a JSON array is loaded into memory. JSONL has its own reader, because those of
+Cost: all but a JSON array, which is loaded into memory, are streamed. JSONL has its own reader, because those of
 libraries report no line numbers, turn dates into objects and fill missing fields with None.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import gzip
 import json
-import shutil
-import tempfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from rmtool.checkpoint import is_hub_id
+from rmtool.data.arrow_rows import dataset_rows, file_rows, load_hub_dataset
+from rmtool.data.file_kinds import BOM, MAX_LINE_BYTES, SUFFIXES, open_file, unpacked
 from rmtool.data.json_errors import JsonError, parse_json
+from rmtool.data.json_values import as_text
 from rmtool.data.rejects import Rejects
-from rmtool.errors import Place, RmtoolError, first_line
+from rmtool.errors import Place, RmtoolError
 
-KNOWN_SPLITS = {"allenai/reward-bench": "filtered"}
-MAX_LINE_BYTES = 16 * 2**20
 FIX_ROW = "fix or remove this row, or pass --on-bad-row skip"
 _TOO_LONG = f"longer than {MAX_LINE_BYTES >> 20} MiB"
-_BOM = b"\xef\xbb\xbf"
+_FIX_FILE = "fix the file: it must be one array of objects, or have one object per line"
 
 
 @dataclass(frozen=True)
@@ -70,21 +65,34 @@ def read_rows(source: str, rejects: Rejects | None = None) -> Iterator[Row]:
 
 
 def _reader(source: str) -> Iterator[Row | InvalidRow]:
-    path, suffixes = Path(source), ", ".join(SUFFIXES)
+    if not _is_invalid_name(Path(source)) and is_hub_source(source):
+        return _numbered(source, dataset_rows(load_hub_dataset(source)))
+    require_file(source)
+    return _file(Path(source))
+
+
+def require_file(source: str) -> None:
+    """Check that a file exists and is of a supported type, by its name and its first lines.
+
+    Raises:
+        RmtoolError: E0201 when it is not, E0301 when its gzip data is corrupted, E0501 when it is not readable.
+    """
+    path = Path(source)
     if _is_invalid_name(path):
         raise RmtoolError("E0201", f"invalid file name: {source[:80]}...", "check the path")
     if path.is_dir():
-        raise RmtoolError("E0201", f"{source} is a folder", f"pass a file in it ({suffixes})")
+        raise RmtoolError("E0201", f"{source} is a folder", f"pass a file in it ({', '.join(SUFFIXES)})")
     if not path.exists():
-        if not is_hub_source(source):
-            raise RmtoolError("E0201", f"file not found: {source}", "check the path")
-        return _hub(source)
+        raise RmtoolError("E0201", f"file not found: {source}", "check the path")
     if not path.is_file():  # rows are read more than once
         raise RmtoolError("E0201", f"cannot read {source}: pipes and devices are not supported", "pass a file")
-    for suffix, reader in _READERS.items():
-        if path.name.lower().endswith((suffix, f"{suffix}.gz")):
-            return reader(path)
-    raise RmtoolError("E0201", f"unsupported file type: {source}", f"pass a file that ends in {suffixes}")
+    with open_file(path):
+        pass
+
+
+def _file(path: Path) -> Iterator[Row | InvalidRow]:
+    with open_file(path) as (file, kind):
+        yield from _READERS[kind](path, file)
 
 
 def _is_invalid_name(path: Path) -> bool:
@@ -103,23 +111,6 @@ def is_hub_source(source: str) -> bool:
     return not Path(source).exists() and is_hub_id(source.partition(":")[0])
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file, gzipped or not."""
-    try:
-        with open(path, "rb") as file:
-            gzipped = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
-            yield gzip.GzipFile(fileobj=file) if gzipped else file  # type: ignore[misc]
-    except PermissionError as error:
-        raise RmtoolError(
-            "E0501", f"cannot read {path}: {error.strerror}", "change its permissions", Place(str(path))
-        ) from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        hint = "check the file with gzip -t, and create it again"
-        raise _invalid(Place(str(path)), f"corrupted gzip data: {error}", hint) from error
-
-
 def _invalid(place: Place, what: str, hint: str = FIX_ROW, found: str | None = None) -> RmtoolError:
     return RmtoolError("E0301", what, hint, place, found)
 
@@ -127,20 +118,19 @@ def _invalid(place: Place, what: str, hint: str = FIX_ROW, found: str | None = N
 # ------------------------------------------------------------------------------------------------- JSONL, JSON
 
 
-def _jsonl(path: Path) -> Iterator[Row | InvalidRow]:
-    with _open(path) as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            place = Place(str(path), number)
-            if len(line) > MAX_LINE_BYTES:
-                _skip_line(file, line)
-                yield InvalidRow(_invalid(place, f"line {_TOO_LONG}"))
-                continue
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            if line.strip():
-                yield _row(line.rstrip(b"\r\n"), place)
+def _jsonl(path: Path, file: IO[bytes]) -> Iterator[Row | InvalidRow]:
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        place = Place(str(path), number)
+        if len(line) > MAX_LINE_BYTES:
+            _skip_line(file, line)
+            yield InvalidRow(_invalid(place, f"line {_TOO_LONG}"))
+            continue
+        if number == 1:
+            line = line.removeprefix(BOM)
+        if line.strip():
+            yield _row(line.rstrip(b"\r\n"), place)
 
 
 def _skip_line(file: IO[bytes], line: bytes) -> None:
@@ -155,12 +145,12 @@ def _row(line: bytes, place: Place) -> Row | InvalidRow:
         return InvalidRow(error, line.decode("utf-8", errors="backslashreplace"))
 
 
-def _json(path: Path) -> Iterator[Row | InvalidRow]:
-    with _open(path) as file:
-        content = file.read().removeprefix(_BOM)
-    items = _parse(content, Place(str(path), 1))
+def _json(path: Path, file: IO[bytes]) -> Iterator[Row | InvalidRow]:
+    items = _parse(file.read().removeprefix(BOM), Place(str(path), 1), _FIX_FILE)
     if not isinstance(items, list):
         hint = "rename it to .jsonl if each line is an object"
+        if isinstance(items, dict) and (inner := [name for name, value in items.items() if isinstance(value, list)]):
+            hint = f"write a file of the list in it, e.g. with jq '.[\"{inner[0]}\"]'"
         raise _invalid(Place(str(path), 1), "a .json file must contain one array of objects", hint, json_kind(items))
     for number, item in enumerate(items, 1):
         place = Place(f"{path}[{number}]")
@@ -170,18 +160,18 @@ def _json(path: Path) -> Iterator[Row | InvalidRow]:
             yield InvalidRow(error, json.dumps(item))
 
 
-def _parse(content: bytes, place: Place) -> Any:
+def _parse(content: bytes, place: Place, hint: str = FIX_ROW) -> Any:
     """Parse the JSON of a line, or of a file that begins in that line."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         before = content[: error.start].decode("utf-8")
         found = " ".join(f"{byte:02x}" for byte in content[error.start : error.end])
-        raise _invalid(_at(place, before, len(before)), "invalid UTF-8", found=f"bytes {found}") from error
+        raise _invalid(_at(place, before, len(before)), "invalid UTF-8", hint, f"bytes {found}") from error
     try:
         return parse_json(text)
     except JsonError as error:
-        raise _invalid(_at(place, text, error.column - 1), error.what, found=error.found) from None
+        raise _invalid(_at(place, text, error.column - 1), error.what, hint, error.found) from None
 
 
 def _at(place: Place, text: str, offset: int) -> Place:
@@ -212,83 +202,39 @@ def _checked(row: dict[str, Any], place: Place) -> Row | InvalidRow:
         item = waiting.pop()
         if isinstance(item, str):
             if "\0" in item:
-                return InvalidRow(_invalid(place, "NUL character"), json.dumps(row, default=str))
+                return InvalidRow(_invalid(place, "NUL character"), as_text(row))
             total += len(item)
         elif isinstance(item, dict):
             waiting += item.values()
         elif isinstance(item, list):
             waiting += item
     if total > MAX_LINE_BYTES:
-        return InvalidRow(_invalid(place, f"row {_TOO_LONG}"), json.dumps(row, default=str))
+        return InvalidRow(_invalid(place, f"row {_TOO_LONG}"), as_text(row))
     return Row(place, row)
 
 
-# ------------------------------------------------------------------------------------------------- parquet, Hub
+# --------------------------------------------------------------------------------------- parquet, Arrow, Hub
 
 
-def _parquet(path: Path) -> Iterator[Row | InvalidRow]:
+def _arrow(path: Path, file: IO[bytes]) -> Iterator[Row | InvalidRow]:
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        with _open(path) as file, tempfile.TemporaryFile() as unpacked:
-            if isinstance(file, gzip.GzipFile):
-                shutil.copyfileobj(file, unpacked)  # parquet is read in random order
-            table = pyarrow.parquet.ParquetFile(unpacked if isinstance(file, gzip.GzipFile) else file)
-            names = table.schema_arrow.names
-            if duplicates := sorted({name for name in names if names.count(name) > 1}):
-                hint = "rename or remove one of the two"
-                raise _invalid(Place(str(path)), f"duplicate column {', '.join(duplicates)}", hint)
-            rows = (row for batch in table.iter_batches() for row in _batch_rows(batch))
-            for number, row in enumerate(rows, 1):
-                place = Place(f"{path}[{number}]")
-                if isinstance(row, Exception):
-                    yield InvalidRow(_invalid(place, f"cannot read a value: {row}"))
-                else:
-                    yield _checked(row, place)
+        with unpacked(file) as seekable:
+            yield from _numbered(str(path), file_rows(seekable, str(path)))
     except (pyarrow.ArrowException, OSError) as error:
-        raise _invalid(Place(str(path)), f"cannot read parquet: {error}", "create the file again") from error
+        raise _invalid(
+            Place(str(path)), f"cannot read parquet or Arrow data: {error}", "create the file again"
+        ) from error
 
 
-def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
-    """Return the rows of a record batch; for one that is not text or not a date, the error."""
-    try:
-        yield from batch.to_pylist()
-    except (UnicodeDecodeError, OverflowError, ValueError):
-        for at in range(len(batch)):
-            try:
-                yield batch.slice(at, 1).to_pylist()[0]
-            except (UnicodeDecodeError, OverflowError, ValueError) as error:
-                yield error
+def _numbered(source: str, rows: Iterable[dict[str, Any] | Exception]) -> Iterator[Row | InvalidRow]:
+    for number, row in enumerate(rows, 1):
+        place = Place(f"{source}[{number}]")
+        if isinstance(row, Exception):
+            yield InvalidRow(_invalid(place, f"cannot read a value: {row}"))
+        else:
+            yield _checked(row, place)
 
 
-@functools.lru_cache(8)  # a dataset that was identified is the one that is read
-def load_hub_dataset(source: str) -> Any:
-    """Load a Hub dataset.
-
-    Raises:
-        RmtoolError: E0203 when the split is unknown; E0701 when the Hub is not reachable, or has no such dataset.
-    """
-    import datasets
-    import httpx2
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    name, _, split = source.partition(":")
-    split = split or KNOWN_SPLITS.get(name, "train")
-    try:
-        return datasets.load_dataset(name, split=split)
-    except ValueError as error:  # an unknown split or configuration
-        raise RmtoolError("E0203", f"{source}: {first_line(error)}", "set the split as owner/name:split") from error
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError) as error:
-        hint = "check the name and the network, or pass a local file"
-        what = f"cannot find the dataset {name} locally or on the Hub"
-        raise RmtoolError("E0701", what, hint, found=first_line(error)) from error
-
-
-def _hub(source: str) -> Iterator[Row]:
-    for number, item in enumerate(load_hub_dataset(source), 1):
-        yield Row(Place(f"{source}[{number}]"), dict(item))
-
-
-_READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
-SUFFIXES = (*_READERS, *(f"{suffix}.gz" for suffix in _READERS))
+_READERS = {"lines": _jsonl, "array": _json, "arrow": _arrow}

@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 
 from rmtool.config import Source
+from rmtool.data.arrow_rows import load_hub_dataset
 from rmtool.data.cache_files import cache_errors, commit_entry, find_entry, unfinished_entry
 from rmtool.data.formats import Format, preference_records
 from rmtool.data.record import PairMetadata, Record, RowOptions
 from rmtool.data.record_store import RecordStore, RecordWriter
 from rmtool.data.rejects import Rejects
-from rmtool.data.rows import is_hub_source, load_hub_dataset, read_rows
+from rmtool.data.rows import is_hub_source, read_rows
 from rmtool.errors import RmtoolError
 
 _RECORDS = "records"  # the kind of cache entries
@@ -38,7 +39,7 @@ _CLOCK_TICK_S = 0.02  # file systems give changes within a tick of the kernel's 
 @dataclass
 class SourceCount:
     """Counts of a source, for the data report; `format` is the one recognized by its first row, `unread` names the
-    fields that are not read.
+    fields that are not read, `dropped_pairs` are those of prompts with too many.
     """
 
     path: str
@@ -47,6 +48,7 @@ class SourceCount:
     taken: int = 0
     counted: str = "rows"  # or prompts, where rows are grouped by prompt
     unread: list[str] = field(default_factory=list)
+    dropped_pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,9 @@ def load_source(
     if entry:
         for _ in metadata:
             advance()
-    count = SourceCount(path, store.facts["format"], len(metadata), counted=store.facts["counted"])
-    count.unread = json.loads(store.facts["unread"])
+    facts, dropped = store.facts, int(store.facts["dropped_pairs"])
+    count = SourceCount(path, facts["format"], len(metadata), counted=facts["counted"], dropped_pairs=dropped)
+    count.unread = json.loads(facts["unread"])
     return LoadedSource(count, store, metadata)
 
 
@@ -211,7 +214,9 @@ def _parse(
     writer, count = RecordWriter(file, folder), SourceCount(path)
     for record in read_records(path, options, _Recorder(rejects, writer), count, advance):
         writer.append(record)
-    writer.finish(format=count.format, counted=count.counted, unread=json.dumps(count.unread))
+        count.dropped_pairs += record.dropped_pairs
+    facts = {"unread": json.dumps(count.unread), "dropped_pairs": str(count.dropped_pairs)}
+    writer.finish(format=count.format, counted=count.counted, **facts)
     return RecordStore(file)
 
 

@@ -104,7 +104,8 @@ class DataReport:
 
 
 def _describe_source(source: SourceCount) -> str:
-    return f"{source.format}; {source.records:,} {source.counted}, {source.taken:,} used"
+    dropped = f"; {source.dropped_pairs:,} pairs dropped: over the limit per prompt" if source.dropped_pairs else ""
+    return f"{source.format}; {source.records:,} {source.counted}, {source.taken:,} used{dropped}"
 
 
 def build_report(split: Split, batch_size: int, seed: int) -> DataReport:

@@ -67,7 +67,7 @@ class Split:
 
 def row_options(data: DataConfig) -> RowOptions:
     """How the rows of a recipe's sources are parsed."""
-    return RowOptions(tuple(data.columns.items()), data.rating_margins)
+    return RowOptions(tuple(data.columns.items()), data.rating_margins, data.max_pairs_per_prompt)
 
 
 def resolve_sources(items: Sequence[str | Source]) -> list[Source]:
@@ -123,6 +123,9 @@ def read_sources(
     for loaded in subset.loaded:
         unread = f"; unread fields: {', '.join(loaded.count.unread)}" if loaded.count.unread else ""
         ui.say(f"{loaded.count.path}: {loaded.count.format}{unread}")
+        if dropped := loaded.count.dropped_pairs:
+            what = f"dropped {dropped:,} pairs: prompts have at most {options.max_pairs:,}, drawn at random"
+            ui.say(f"note: {loaded.count.path}: {what}")
     return subset
 
 

@@ -3,19 +3,19 @@
 In: rows with prompt and response(s), or messages. Out: the same rows with "reward" added; a row with N responses gets
 "rewards" and "best", the index of the highest. A reward that is NaN or inf is null, with "error": "nonfinite".
 The file is read twice: first to check and tokenize every row, so that an invalid last row is reported before the first
-forward pass; then to write the rows with their rewards. The output is renamed into place when it is complete.
+forward pass; then to write the rows with their rewards, in the form that the output's name says (`output.py`). The
+output is renamed into place when it is complete.
 Cost: one forward pass over the unique tokens of the file (`compute_rewards`); 4 bytes of disk per token next to the
 output while it runs; less than 1 KB of memory per response for the packs.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ from rmtool.dataset.split import describe_counts
 from rmtool.errors import Place, RmtoolError
 from rmtool.model.loading import LoadedModel
 from rmtool.model.rewards import compute_rewards
+from rmtool.scoring.output import ColumnTypes, write_rows
 from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.token_store import TokenStore
-from rmtool.ui import Ui
+from rmtool.ui import Bar, Ui
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class ScoreSummary:
         truncated: rows whose prompt was truncated to max length.
         skipped_rows: invalid rows.
         unread_fields: names of fields that no reward depends on.
+        converted: fields whose values JSON cannot hold: dates, bytes, decimals, NaN.
     """
 
     rows: int
@@ -51,6 +53,7 @@ class ScoreSummary:
     truncated: int
     skipped_rows: int
     unread_fields: tuple[str, ...] = ()
+    converted: tuple[str, ...] = ()
 
 
 def score_file(
@@ -67,22 +70,20 @@ def score_file(
         RmtoolError: E0204, E03xx: a mapped field or a row is invalid, or the file changes while it is scored; E0502:
             the output cannot be written; E0503: out of memory. No output is written then.
     """
-    unread, temporary = set[str](), output.with_name(f".tmp-{output.name}-{os.getpid()}")
+    known = _Input(options, rejects, ColumnTypes() if output.name.lower().endswith(".parquet") else None)
+    temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
     try:
         with TokenStore(output.parent) as groups:
             signature = _signature(source)
-            counts, skipped = _tokenize(source, options, unread, loaded.encoder, groups, rejects, ui)
+            counts = _tokenize(source, known, loaded.encoder, groups, ui)
             for what, count in describe_counts(counts, f" of {len(groups):,}"):
                 ui.say(f"note: rows {what}: {count}")
             with ui.progress("Scoring", len(groups), "rows") as bar:
                 rewards = compute_rewards(loaded.model, groups, tokens, bar)
-        with open(temporary, "w", encoding="utf-8") as file, ui.progress("Writing", len(rewards), "rows") as bar:
+        with ui.progress("Writing", len(rewards), "rows") as bar:
             _require_unchanged(source, signature)
-            for row, values in zip(_scored_rows(source, skipped), rewards, strict=False):
-                file.write(json.dumps(_with_rewards(row, values, options), ensure_ascii=False, allow_nan=False) + "\n")
-                bar.advance()
-            file.flush()
-            os.fsync(file.fileno())
+            rows = _scored_rows(source, known, rewards, bar)
+            converted = write_rows(temporary, output.name, rows, known.types.schema() if known.types else None)
             _require_unchanged(source, signature)
         os.replace(temporary, output)
     except OSError as error:
@@ -90,8 +91,8 @@ def score_file(
     finally:
         temporary.unlink(missing_ok=True)
     nonfinite = sum(not math.isfinite(value) for values in rewards for value in values)
-    responses = sum(map(len, rewards))
-    return ScoreSummary(len(rewards), responses, nonfinite, counts["truncated"], rejects.count, tuple(sorted(unread)))
+    responses, names = sum(map(len, rewards)), (tuple(sorted(known.unread)), tuple(converted))
+    return ScoreSummary(len(rewards), responses, nonfinite, counts["truncated"], rejects.count, *names)
 
 
 def _signature(source: Path) -> tuple[int, int] | None:
@@ -108,58 +109,63 @@ def _require_unchanged(source: Path, signature: tuple[int, int] | None) -> None:
         raise RmtoolError("E0301", "the file changed while it was scored", "run rmtool score again", Place(str(source)))
 
 
-def _tokenize(
-    source: Path,
-    options: RowOptions,
-    unread: set[str],
-    encoder: Encoder,
-    groups: TokenStore,
-    rejects: Rejects,
-    ui: Ui,
-) -> tuple[Counter[str], set[Place]]:
-    """Check and tokenize every row; return counts of what became of rows, and the places of skipped JSON rows."""
-    require_known_columns(options, SCORE_FIELDS)
-    counts, skipped = Counter[str](), set[Place]()
+@dataclass
+class _Input:
+    """What is learned about the input's rows when they are read first.
 
-    def records() -> Iterator[Record]:
-        for row in read_rows(str(source), rejects):
+    skipped: places of the JSON rows without rewards
+    types:   the columns of the output, if it is a parquet file
+    """
+
+    options: RowOptions
+    rejects: Rejects
+    types: ColumnTypes | None
+    unread: set[str] = field(default_factory=set)
+    skipped: set[Place] = field(default_factory=set)
+
+    def records(self, source: Path, bar: Bar) -> Iterator[Record]:
+        """Read the rows; invalid ones are skipped."""
+        for row in read_rows(str(source), self.rejects):
             bar.advance()
             try:
-                _require_json(row)
-                yield score_record(row, options, unread)
+                record = score_record(row, self.options, self.unread)
+                if self.types:
+                    self.types.add(_with_rewards(row, [0.0] * len(record.responses), self.options))
+                yield record
             except RmtoolError as error:
-                skip(error, row.place, row.data)
+                self.skip(error, row.place, row.data)
 
-    def skip(error: RmtoolError, place: Place, row: dict[str, Any]) -> None:
-        rejects.add(error, row)
-        skipped.add(place)
+    def skip(self, error: RmtoolError, place: Place, row: dict[str, Any]) -> None:
+        self.rejects.add(error, row)
+        self.skipped.add(place)
 
+
+def _tokenize(source: Path, known: _Input, encoder: Encoder, groups: TokenStore, ui: Ui) -> Counter[str]:
+    """Check and tokenize every row; return counts of what became of rows."""
+    require_known_columns(known.options, SCORE_FIELDS)
+    counts = Counter[str]()
     with ui.progress(f"Reading {source.name}", None, "rows") as bar:
-        for result in encoder.encode_many(records()):
+        for result in encoder.encode_many(known.records(source, bar)):
             if result.error:
-                skip(result.error, result.record.place, result.record.row)
+                known.skip(result.error, result.record.place, result.record.row)
                 continue
             assert result.group is not None, "score drops no rows"
             groups.append(result.group)
             counts.update(result.counts)
-    rejects.raise_if_any()
+    known.rejects.raise_if_any()
     if not len(groups):
-        raise RmtoolError("E0302", "no valid rows to score", f"check the errors in {rejects.path}", Place(str(source)))
-    return counts, skipped
+        hint = f"check the errors in {known.rejects.path}"
+        raise RmtoolError("E0302", "no valid rows to score", hint, Place(str(source)))
+    return counts
 
 
-def _scored_rows(source: Path, skipped: set[Place]) -> Iterator[Row]:
-    """Read the file again, and yield the rows that have rewards."""
+def _scored_rows(source: Path, known: _Input, rewards: Sequence[Sequence[float]], bar: Bar) -> Iterator[dict[str, Any]]:
+    """Read the file again, and yield the rows that have rewards, with them."""
     with Rejects(Path(os.devnull)) as ignored:
-        yield from (row for row in read_rows(str(source), ignored) if row.place not in skipped)
-
-
-def _require_json(row: Row) -> None:
-    """Refuse values that the output cannot contain: dates and bytes of a parquet file, NaN and inf."""
-    try:
-        json.dumps(row.data, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise RmtoolError("E0303", f"cannot write a value as JSON: {error}", "remove the field", row.place) from error
+        rows = (row for row in read_rows(str(source), ignored) if row.place not in known.skipped)
+        for row, values in zip(rows, rewards, strict=False):
+            yield _with_rewards(row, values, known.options)
+            bar.advance()
 
 
 def _with_rewards(row: Row, rewards: Sequence[float], options: RowOptions) -> dict[str, Any]:

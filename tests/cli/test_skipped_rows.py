@@ -95,7 +95,7 @@ def test_order_packing_line_ends_and_gzip_do_not_change_rewards(rmtool: Any, mod
     for name in ("whole.jsonl", *files):
         if name in files:
             (tmp_path / name).write_bytes(files[name])
-        out = tmp_path / f"{name}.out"
+        out = tmp_path / f"{name}.out.jsonl"
         assert rmtool("score", tmp_path / name, "--model", model, "--output", out).code == 0
         rewards[name] = [row["reward"] for row in scored(out)]
     expected = pytest.approx(rewards.pop("whole.jsonl"), abs=1e-6)

@@ -122,7 +122,9 @@ def write(path: Path, content: Any) -> None:
         import pyarrow as pa
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pa.Table.from_pylist(content), path)
+        names = dict.fromkeys(name for row in content for name in row)  # missing fields are null
+        table = pa.table({name: [row.get(name) for row in content] for name in names})
+        pyarrow.parquet.write_table(table, path)
         return
     elif name.endswith(".json"):
         data = json.dumps(content).encode()
@@ -150,7 +152,7 @@ def check(run: dict[str, Any], rmtool: Any) -> None:
     if "unlike" in run:
         assert outcome != pytest.approx(start(run["unlike"], rmtool)[1], abs=1e-5)
     if "row" in run:
-        row = scored(output_of(run["run"]))[0]
+        row = rows_of(output_of(run["run"]))[0]
         assert {name: row[name] for name in run["row"]} == run["row"]
     assert not [name for name in run.get("absent", []) if os.path.exists(name)]
 
@@ -164,7 +166,7 @@ def start(line: str, rmtool: Any) -> tuple[Shown, Any]:
         command.append("--overwrite")
     shown = rmtool(*command)
     if command[0] == "score" and output_of(line).is_file():
-        rows = scored(output_of(line))
+        rows = rows_of(output_of(line))
         return shown, [reward for row in rows for reward in row.get("rewards", [row.get("reward")])]
     if command[0] == "eval" and shown.code in (0, 1):
         return shown, {name: value for name, value in json.loads(shown.out).items() if name.startswith("eval/rm/")}
@@ -181,6 +183,17 @@ def output_of(line: str) -> Path:
     if "--output" in command:
         return Path(command[command.index("--output") + 1])
     name = Path(command[1])
-    for suffix in (".gz", ".jsonl", ".json", ".parquet"):
+    for suffix in (".gz", ".jsonl", ".json", ".parquet", ".arrow"):
         name = name.with_name(name.name.removesuffix(suffix))
     return name.with_name(f"{name.name}.scored.jsonl")
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, in the form that its name says."""
+    name, data = path.name.removesuffix(".gz"), path.read_bytes()
+    if name.endswith(".parquet"):
+        import pyarrow.parquet
+
+        return list(pyarrow.parquet.read_table(path).to_pylist())
+    text = (gzip.decompress(data) if path.name.endswith(".gz") else data).decode()
+    return list(json.loads(text)) if name.endswith(".json") else [json.loads(line) for line in text.split("\n")[:-1]]
