@@ -136,7 +136,7 @@ class _Evaluated:
 def _evaluate(folder: Path, sources: list[str], samples: int, options: InferenceOptions, ui: TerminalUi) -> _Evaluated:
     from rmtool.config import Source
     from rmtool.data import record
-    from rmtool.dataset.split import read_sources, tokenize_subset
+    from rmtool.dataset.split import read_sources, require_pairs, tokenize_subset
     from rmtool.evaluation.evaluate import evaluate
 
     ui.say(f"model: {folder}\ndata:  {', '.join(sources)}")
@@ -152,8 +152,7 @@ def _evaluate(folder: Path, sources: list[str], samples: int, options: Inference
             loaded.encoder, selection, on_identical="keep", use_cache=True, label="eval", rejects=rejects, ui=ui
         )
         rejects.raise_if_any()
-    if not pairs.metadata:
-        raise RmtoolError("E0302", "no pairs left to evaluate", "raise --max-length", Place(", ".join(sources)))
+    require_pairs("eval", pairs, rejects, Place(", ".join(sources)))
     with ui.progress("Evaluating", len(pairs.metadata), "rows") as bar:
         result = evaluate(loaded.model, pairs.metadata, pairs.groups, options.tokens_per_pack, bar, samples)
     shown = _samples(selection, pairs, result)

@@ -124,7 +124,7 @@ def recognize(row: Row) -> Format:
     if "chosen" in row.data or "rejected" in row.data:
         missing = "rejected" if "chosen" in row.data else "chosen"
         raise invalid_row(row, f'"{missing}" is missing', _shown_fields(row))
-    hint = "use a format of the README, or map fields: --set data.columns.chosen=... data.columns.rejected=..."
+    hint = "use a format of the README, or set data.columns.chosen=COLUMN and data.columns.rejected=COLUMN"
     raise invalid_row(row, "unknown preference format", _shown_fields(row), hint)
 
 
