@@ -235,7 +235,7 @@ def _renamed(row: Row, options: RowOptions) -> Row:
         value: Any = row.data
         for part in theirs.split("."):
             if not isinstance(value, dict) or part not in value:
-                hint = f"set data.columns.{ours} to a field of this row"
+                hint = f"set data.columns.{ours}=COLUMN to a field of this row"
                 raise invalid_row(row, f'"{theirs}" is missing (data.columns.{ours})', _shown_fields(row), hint)
             value = value[part]
         data[ours] = value
