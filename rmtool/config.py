@@ -13,8 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
 from pydantic.dataclasses import dataclass
-
-from rmtool.errors import RmtoolError
+from pydantic_core import PydanticCustomError
 
 RENAMED_KEYS = {
     "train.center": "train.center_rewards_coefficient",
@@ -48,10 +47,14 @@ BelowHalf = Annotated[float, Field(strict=True, ge=0, lt=0.5, allow_inf_nan=Fals
 Port = Annotated[StrictInt, Field(ge=1, le=65535)]
 
 
-def _refuse(broken: object, what: str, hint: str) -> None:
-    """Raise E0205 for values that are valid alone but not together."""
-    if broken:
-        raise RmtoolError("E0205", what, hint)
+CONFLICT = "conflict"  # type of pydantic's error for values that are valid alone but not together
+
+
+def _refuse(*conflicts: tuple[object, str, str]) -> None:
+    """Refuse values that are valid alone but not together: each conflict is (whether it exists, what, hint)."""
+    found = [(what, hint) for broken, what, hint in conflicts if broken]
+    if found:
+        raise PydanticCustomError(CONFLICT, "conflict", {"found": found})
 
 
 @dataclass(frozen=True, config=_NO_OTHER_KEYS)
@@ -76,7 +79,7 @@ class Source:
     @model_validator(mode="after")
     def _check(self) -> Source:
         both = self.fraction is not None and self.rows is not None
-        _refuse(both, f"fraction and rows of {self.path} cannot both be set", "remove one of them")
+        _refuse((both, f"fraction and rows of {self.path} cannot both be set", "remove one of them"))
         return self
 
 
@@ -103,7 +106,7 @@ class DataConfig:
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         hint = "set data.holdout=0, or data.eval=[]"
-        _refuse(self.eval and self.holdout, "data.eval and data.holdout cannot both be set", hint)
+        _refuse((self.eval and self.holdout, "data.eval and data.holdout cannot both be set", hint))
         return self
 
 
@@ -119,7 +122,8 @@ class TrainConfig:
     # max unique tokens per forward pass and device; limits memory, does not change results
     tokens_per_pack: Count = 8192
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # learning rate schedule after warmup
-    warmup_steps: Size = 0  # optimizer steps of linear warmup
+    warmup_steps: Size = 0  # optimizer steps of linear warmup, at most those of the run
+    warmup_ratio: Fraction = 0.0  # or their fraction of all steps, rounded up; setting one of the two resets the other
     weight_decay: NonNegative = 0.0  # AdamW
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # AdamW
     eps: Positive = 1e-5  # AdamW
@@ -143,15 +147,22 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        what = (
+        layers = (
             "train.compile and train.gradient_checkpointing cannot both be true: torch compiles no checkpointed layer"
         )
-        _refuse(self.compile and self.gradient_checkpointing, what, "set one of them to false")
-        what = f"train.label_smoothing must be 0 with train.loss={self.loss}"
-        hint = "set train.loss=bradley_terry, or train.label_smoothing=0"
-        _refuse(self.label_smoothing and self.loss != "bradley_terry", what, hint)
-        what = "train.eval_every must be set for train.early_stopping_patience"
-        _refuse(self.early_stopping_patience and not self.eval_every, what, "set train.eval_every to a number of steps")
+        smoothing = f"train.label_smoothing must be 0 with train.loss={self.loss}"
+        stopping = "train.eval_every must be set for train.early_stopping_patience"
+        warmup = "train.warmup_steps and train.warmup_ratio cannot both be set"
+        _refuse(
+            (self.compile and self.gradient_checkpointing, layers, "set one of them to false"),
+            (
+                self.label_smoothing and self.loss != "bradley_terry",
+                smoothing,
+                "set train.loss=bradley_terry, or train.label_smoothing=0",
+            ),
+            (self.early_stopping_patience and not self.eval_every, stopping, "set train.eval_every=STEPS"),
+            (self.warmup_steps and self.warmup_ratio, warmup, "set train.warmup_steps=0, or train.warmup_ratio=0"),
+        )
         return self
 
 
@@ -167,7 +178,7 @@ class LoraConfig:
     @model_validator(mode="after")
     def _check(self) -> LoraConfig:
         what = "lora.rank must be at least 1 with lora.quantize=4bit"
-        _refuse(self.quantize != "none" and not self.rank, what, "set lora.rank=16, or lora.quantize=none")
+        _refuse((self.quantize != "none" and not self.rank, what, "set lora.rank=16, or lora.quantize=none"))
         return self
 
 
@@ -186,11 +197,13 @@ class LaunchConfig:
 
     @model_validator(mode="after")
     def _check(self) -> LaunchConfig:
-        what = f"launch.engine must be auto, ddp, zero2 or zero3 for {world_size(self)} processes"
-        _refuse(self.engine == "single" and world_size(self) > 1, what, "set launch.engine=auto")
-        what = "launch.engine must be zero2 or zero3 with launch.offload_optimizer=true"
+        several = f"launch.engine must be auto, ddp, zero2 or zero3 for {world_size(self)} processes"
+        offload = "launch.engine must be zero2 or zero3 with launch.offload_optimizer=true"
         hint = "set launch.engine=zero3, or launch.offload_optimizer=false"
-        _refuse(self.offload_optimizer and self.engine not in ("zero2", "zero3"), what, hint)
+        _refuse(
+            (self.engine == "single" and world_size(self) > 1, several, "set launch.engine=auto"),
+            (self.offload_optimizer and self.engine not in ("zero2", "zero3"), offload, hint),
+        )
         return self
 
 
@@ -227,14 +240,17 @@ class Recipe:
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         train, lora = self.train, self.lora
-        what = f"lora.rank must be 0 with train.freeze={train.freeze}: adapters train the backbone"
-        _refuse(train.freeze != "none" and lora.rank, what, "set train.freeze=none, or lora.rank=0")
-        what = "launch.engine must be single or ddp with lora.quantize=4bit: ZeRO cannot shard 4-bit weights"
+        adapters = f"lora.rank must be 0 with train.freeze={train.freeze}: adapters train the backbone"
+        four_bit = "launch.engine must be single or ddp with lora.quantize=4bit: ZeRO cannot shard 4-bit weights"
         sharded = engine_of(self.launch) not in ("single", "ddp")
-        _refuse(lora.quantize != "none" and sharded, what, "set launch.engine=auto, or lora.quantize=none")
-        what = "eval data must be set for train.keep=best and train.early_stopping_patience"
+        best = "eval data must be set for train.keep=best and train.early_stopping_patience"
         compares = train.keep == "best" or train.early_stopping_patience
-        _refuse(compares and not (self.data.eval or self.data.holdout), what, "set data.holdout or data.eval")
+        no_eval = not (self.data.eval or self.data.holdout)
+        _refuse(
+            (train.freeze != "none" and lora.rank, adapters, "set train.freeze=none, or lora.rank=0"),
+            (lora.quantize != "none" and sharded, four_bit, "set launch.engine=auto, or lora.quantize=none"),
+            (compares and no_eval, best, "set data.holdout or data.eval"),
+        )
         return self
 
 

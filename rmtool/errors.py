@@ -49,6 +49,7 @@ ERRORS = {
     "E0206": "invalid value of a command-line option",
     "E0207": "the number of nodes or processes, the node rank or the main address is missing or inconsistent",
     "E0208": "ranks differ in recipe, model, data, tokenizer or package versions",
+    "E0209": "a setting cannot be reached in the optimizer steps of the run",
     "E0271": "invalid repo id",
     "E0272": "symlinks in the checkpoint point to files that are not uploaded",
     "E0273": "no usable Hugging Face token",
@@ -122,11 +123,13 @@ class RmtoolError(Exception):
     Args:
         id: a key of `ERRORS`; its first two digits are the exit code (E0303 exits with 3).
         what: what is wrong, with the value: one lowercase line without a period.
-        hint: what to do, as one imperative with a flag, key, path or valid value.
+        hint: what to do, as one imperative with a flag, key, path or valid value; one line per kind of several rows.
+            A setting is called by its recipe key: `in_words_of` (cli/options.py) replaces it with the option of a
+            command that reads no recipe.
         place: the file, line and column.
         found: the invalid value.
-        rows: several invalid rows, each with its place.
-        more: the number of invalid rows that are not listed.
+        rows: several invalid rows, or problems of a recipe, each with its place.
+        more: the number of rows that are not listed.
     """
 
     def __init__(
@@ -144,6 +147,10 @@ class RmtoolError(Exception):
         self.id, self.what, self.hint, self.place, self.found = id, what, hint, place, found
         self.rows, self.more = rows, more
         self.exit_code = ExitCode(int(id[1:3]))
+
+    def summary(self) -> str:
+        """Return what is wrong and the value, in one line."""
+        return f"{self.what} (found: {self.found})" if self.found else self.what
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RmtoolError, (self.id, self.what, self.hint, self.place, self.found, self.rows, self.more)
@@ -181,7 +188,7 @@ def format_error(error: RmtoolError) -> str:
         lines.append(f"  --> {error.place}")
     if error.found:
         lines.append(f"  found: {error.found}")
-    lines.append(f"  hint: {error.hint}")
+    lines += [f"  hint: {hint}" for hint in error.hint.splitlines()]
     return "\n".join(lines)
 
 

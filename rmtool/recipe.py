@@ -1,6 +1,6 @@
 """Recipes: a YAML file and overrides in, a frozen `Recipe` (config.py) out.
 
-Raises an error for an unknown key, which names the nearest known one, and for a value of the wrong type or range.
+All problems are raised together: unknown keys, each with the nearest known one, then values of the wrong type or range.
 Cost: pydantic's import, 0.1 s; not paid by `rmtool --help`.
 """
 
@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from rmtool.config import RENAMED_KEYS, Recipe, Source
+from rmtool.config import CONFLICT, RENAMED_KEYS, Recipe, Source
 from rmtool.config import as_source as as_source
 from rmtool.config import engine_of as engine_of
 from rmtool.config import world_size as world_size
@@ -28,6 +29,8 @@ from rmtool.errors import Place, RmtoolError, first_line
 CONFIG_FILE = "config.yaml"  # in a run folder: the resolved recipe, from the launcher to the training process
 BUNDLED = "bundled:"  # in a recipe: a file or folder that ships with rmtool
 _RECIPE = TypeAdapter(Recipe)
+_UNKNOWN_KEY, _SET_IT = "unknown key ", "set it in the recipe"
+_EXCLUSIVE = {"warmup_steps": "warmup_ratio", "warmup_ratio": "warmup_steps"}  # an override of one resets the other
 _UNKNOWN = ("unexpected_keyword_argument", "invalid_key")  # pydantic's types of errors for unknown keys
 # What pydantic's errors require, by their type; other types keep its own words.
 _REQUIREMENTS = {
@@ -69,15 +72,23 @@ def load_recipe(name: str, overrides: typing.Sequence[tuple[str, Any]] = ()) -> 
     path = _recipe_path(name)
     tree = _read_yaml(path)
     tree.setdefault("name", path.stem)
-    try:
-        for key, value in overrides:
+    place, problems = Place(str(path)), list[RmtoolError]()
+    for key, value in overrides:
+        section, _, name = key.partition(".")
+        if value and section == "train" and name in _EXCLUSIVE and isinstance(tree.get("train"), dict):
+            tree["train"].pop(_EXCLUSIVE[name], None)
+    for key, value in overrides:
+        try:
             _override(tree, key, value)
-        return _RECIPE.validate_python(tree)
+        except RmtoolError as error:
+            problems.append(error)
+    try:
+        recipe = _RECIPE.validate_python(tree)
     except ValidationError as error:
-        raise _recipe_error(error, tree, str(path)) from None
-    except RmtoolError as error:  # from _override, or for values that are not valid together
-        error.place = Place(str(path))
-        raise
+        problems += _problems(error, tree)
+    if problems:
+        raise _together(problems, place)
+    return recipe
 
 
 def _recipe_path(name: str) -> Path:
@@ -153,26 +164,55 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _recipe_error(error: ValidationError, tree: dict[str, Any], file: str) -> RmtoolError:
-    """Turn pydantic's errors into one: of the first unknown key, else of the innermost invalid value."""
-    found = [(_key(tree, item), item) for item in error.errors(include_url=False)]
-    unknown = [key for key, item in found if item["type"] in _UNKNOWN]
-    renamed = [_dotted(key) for key in unknown if _dotted(key) in RENAMED_KEYS]
-    if len(renamed) > 1:  # all at once: an older recipe has several
+def _together(problems: list[RmtoolError], place: Place) -> RmtoolError:
+    """Make one error of all problems, unknown keys first."""
+    problems = sorted(problems, key=lambda problem: problem.id)
+    renamed = [problem.what.removeprefix(_UNKNOWN_KEY) for problem in problems]
+    error = problems[0]
+    if len(problems) > 1 and RENAMED_KEYS.keys() >= set(renamed):  # an older recipe
         hint = ", ".join(f"{name} is now {RENAMED_KEYS[name]}" for name in renamed)
-        return RmtoolError("E0204", f"renamed keys: {', '.join(renamed)}", f"rename them: {hint}", Place(file))
-    if unknown:
-        return _unknown_key(unknown[0], file)
-    first = max((key for key, _ in found), key=len)
-    items = [item for key, item in found if key == first]  # one for each member of a union
-    name = _dotted(first)
-    hint = "set it in the recipe" if "[" in name else f"set it in the recipe or with --set {name}=VALUE"
+        error = RmtoolError("E0204", f"renamed keys: {', '.join(renamed)}", f"rename them: {hint}")
+    elif len(problems) > 1:
+        rows = tuple(f"{place}: {_one_line(problem)}" for problem in problems)
+        what = f"{len(problems)} problems in the recipe"
+        error = RmtoolError(error.id, what, "fix all of them, in the recipe or with --set SECTION.KEY=VALUE", rows=rows)
+    error.place = place
+    return error
+
+
+def _one_line(problem: RmtoolError) -> str:
+    return problem.summary() if problem.hint.startswith(_SET_IT) else f"{problem.summary()}; {problem.hint}"
+
+
+def _problems(error: ValidationError, tree: dict[str, Any]) -> Iterator[RmtoolError]:
+    """Yield one error per key. A container is not invalid because of what is in it, and a key is not missing if an
+    unknown one was meant.
+    """
+    by_key: dict[tuple[int | str, ...], list[ErrorDetails]] = {}
+    for item in error.errors(include_url=False):
+        by_key.setdefault(_key(tree, item), []).append(item)  # one for each member of a union
+    containers, meant = {key[:size] for key in by_key for size in range(len(key))}, set[str]()
+    for key in [key for key, items in by_key.items() if items[0]["type"] in _UNKNOWN]:
+        problem = _unknown_key(key)
+        meant.add(_dotted((*key[:-1], problem.hint.removeprefix("did you mean ").rstrip("?"))))
+        yield problem
+        del by_key[key]
+    for key, items in by_key.items():
+        conflicts = [item["ctx"]["found"] for item in items if item["type"] == CONFLICT]
+        if conflicts:
+            yield from (RmtoolError("E0205", what, hint) for what, hint in conflicts[0])
+        elif key not in containers and not (items[0]["type"] == "missing" and _dotted(key) in meant):
+            yield _invalid_value(_dotted(key), items)
+
+
+def _invalid_value(name: str, items: list[ErrorDetails]) -> RmtoolError:
+    hint = _SET_IT if "[" in name else f"{_SET_IT} or with --set {name}=VALUE"
     if items[0]["type"] == "dataclass_type":
         hint = "indent its keys below it, or remove it"
     if items[0]["type"] == "missing":
-        return RmtoolError("E0205", f"{name} is missing", hint, Place(file))
+        return RmtoolError("E0205", f"{name} is missing", hint)
     must = " or ".join(dict.fromkeys(_requirement(item) for item in items)).replace(" or be ", " or ")
-    return RmtoolError("E0205", f"{name} must {must}", hint, Place(file), repr(items[0]["input"]))
+    return RmtoolError("E0205", f"{name} must {must}", hint, found=repr(items[0]["input"]))
 
 
 def _key(tree: Any, item: ErrorDetails) -> tuple[int | str, ...]:
@@ -197,16 +237,21 @@ def _requirement(item: ErrorDetails) -> str:
     return item["msg"].removeprefix("Input should ").removeprefix("Tuple should ")
 
 
-def _unknown_key(key: tuple[int | str, ...], file: str) -> RmtoolError:
-    name = _dotted(key)
+def _unknown_key(key: tuple[int | str, ...]) -> RmtoolError:
+    name, last = _dotted(key), str(key[-1])
     if name in RENAMED_KEYS:
-        return RmtoolError("E0204", f"unknown key {name}", f"use {RENAMED_KEYS[name]}, its new name", Place(file))
+        return RmtoolError("E0204", _UNKNOWN_KEY + name, f"use {RENAMED_KEYS[name]}, its new name")
     sections = typing.get_type_hints(Recipe)
     kind = Recipe if len(key) == 1 else sections[str(key[0])] if len(key) == 2 else Source
     known = [item.name for item in dataclasses.fields(kind)]
-    near = difflib.get_close_matches(str(key[-1]), known, 1)
+    elsewhere = [
+        f"{section}.{last}"
+        for section, kind in sections.items()
+        if dataclasses.is_dataclass(kind) and any(item.name == last for item in dataclasses.fields(kind))
+    ]
+    near = (elsewhere if len(key) < 3 else []) or difflib.get_close_matches(last, known, 1)
     hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
-    return RmtoolError("E0204", f"unknown key {name}", hint, Place(file))
+    return RmtoolError("E0204", _UNKNOWN_KEY + name, hint)
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -108,7 +108,7 @@ def test_a_wrong_value_is_refused(tmp_path: Path, setting: str, id: str, words: 
     with pytest.raises(RmtoolError) as caught:
         load_recipe(path, [*extra, parse_set(setting)])
     assert (caught.value.id, caught.value.exit_code, caught.value.place) == (id, 2, Place(path))
-    assert words in caught.value.what + caught.value.hint + str(caught.value.found)
+    assert words in format_error(caught.value)
 
 
 @pytest.mark.parametrize(

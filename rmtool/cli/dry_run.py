@@ -88,11 +88,12 @@ def _estimate_run(plan: Plan, output: Path, ui: Ui) -> _DryRunEstimate:
 
 def _estimate_with_data(recipe: Recipe, source: Path, output: Path, ui: Ui) -> _DryRunEstimate:
     from rmtool.data.rejects import Rejects
-    from rmtool.dataset.batches import count_pairs, plan_steps
+    from rmtool.dataset.batches import count_pairs
     from rmtool.dataset.report import build_report, example, write_report
     from rmtool.dataset.split import load_split
     from rmtool.launch.run_folder import is_finished, prepare_folder
     from rmtool.model.loading import training_encoder
+    from rmtool.training.schedule import Schedule, require_reachable
 
     train = recipe.train
     encoder, notices = training_encoder(recipe, source)
@@ -105,7 +106,8 @@ def _estimate_with_data(recipe: Recipe, source: Path, output: Path, ui: Ui) -> _
     if not is_finished(output):
         prepare_folder(output, overwrite=False)
         write_report(report, split.train, output)
-    steps = plan_steps(train.epochs, train.max_steps, count_pairs(split.train.metadata), train.batch_size)
+    steps = Schedule(recipe, count_pairs(split.train.metadata)).steps
+    require_reachable(train, steps)
     return _DryRunEstimate(report, *_estimate_memory(recipe, source, split.train, steps))
 
 

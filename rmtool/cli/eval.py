@@ -30,7 +30,7 @@ from rmtool.cli.options import (
     TemplateOption,
     TokensOption,
 )
-from rmtool.errors import ExitCode, Place, RmtoolError
+from rmtool.errors import ExitCode, Place
 
 if TYPE_CHECKING:
     from rmtool.data.sources import RecordSubset
@@ -128,7 +128,7 @@ class _Evaluated:
 
 def _evaluate(folder: Path, sources: list[str], samples: int, options: InferenceOptions, ui: TerminalUi) -> _Evaluated:
     from rmtool.config import Source
-    from rmtool.dataset.split import read_sources, tokenize_subset
+    from rmtool.dataset.split import read_sources, require_pairs, tokenize_subset
     from rmtool.evaluation.evaluate import evaluate
 
     ui.say(f"model: {folder}\ndata:  {', '.join(sources)}")
@@ -144,8 +144,7 @@ def _evaluate(folder: Path, sources: list[str], samples: int, options: Inference
             loaded.encoder, selection, on_identical="keep", use_cache=True, label="eval", rejects=rejects, ui=ui
         )
         rejects.raise_if_any()
-    if not pairs.metadata:
-        raise RmtoolError("E0302", "no pairs left to evaluate", "raise --max-length", Place(", ".join(sources)))
+    require_pairs("eval", pairs, rejects, Place(", ".join(sources)))
     with ui.progress("Evaluating", len(pairs.metadata), "rows") as bar:
         result = evaluate(loaded.model, pairs.metadata, pairs.groups, options.tokens_per_pack, bar, samples)
     shown = _samples(selection, pairs, result)

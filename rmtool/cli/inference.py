@@ -37,7 +37,7 @@ class InferenceOptions:
         """Return how rows are read."""
         from rmtool.data.record import RowOptions
 
-        return RowOptions(self.columns, option="--column ")
+        return RowOptions(self.columns)
 
     def rejects(self, output: Path, inputs: Sequence[str]) -> Rejects:
         """Return where invalid rows go: `output` with the ending .rejects.jsonl, or an error that lists them.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ import typer
 
 from rmtool import __version__
 from rmtool.cli.eval import eval_
+from rmtool.cli.options import in_words_of
 from rmtool.cli.push import push
 from rmtool.cli.score import score
 from rmtool.cli.train import train
@@ -96,11 +98,13 @@ def _log_bug(bug: Exception) -> RmtoolError:
 
 
 def _show(error: RmtoolError, arguments: list[str]) -> None:
-    """Print an error, with its traceback if RMTOOL_DEBUG=1, and exit with its code."""
+    """Print an error in the words of the command, with its traceback if RMTOOL_DEBUG=1, and exit with its code."""
     from rmtool.ui import TerminalUi, print_json
 
     if os.environ.get("RMTOOL_DEBUG") == "1":
         traceback.print_exc()
+    reword = functools.partial(in_words_of, arguments[0] if arguments else "")
+    error.what, error.hint, error.rows = reword(error.what), reword(error.hint), tuple(map(reword, error.rows))
     ui = TerminalUi()
     if "--json" in arguments:
         with contextlib.suppress(OSError):  # stdout may be what failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -39,3 +40,22 @@ BadRowOption = Annotated[
     typer.Option(help="What to do with invalid rows: fail, or skip (writes them to *.rejects.jsonl; exit code 1)."),
 ]
 AllowEmptyOption = Annotated[bool, typer.Option("--allow-empty", help="Allow empty responses.")]
+
+# How eval and score set what a hint calls by its recipe key; the longer of two that fit comes first.
+OPTIONS = {
+    "data.on_empty=keep": "--allow-empty",
+    "data.columns.": "--column ",
+    "data.max_length": "--max-length",
+    "data.on_long": "--on-long",
+    "model.chat_template": "--chat-template",
+    "train.precision": "--precision",
+    "train.tokens_per_pack": "--tokens-per-pack",
+}
+_SET = re.compile(rf"(set )?({'|'.join(map(re.escape, OPTIONS))})(=?)")
+
+
+def in_words_of(command: str, text: str) -> str:
+    """Return a message with recipe keys as the options of `command`, if that reads no recipe."""
+    if command not in ("eval", "score"):
+        return text
+    return _SET.sub(lambda at: ("pass " if at[1] else "") + OPTIONS[at[2]] + (" " if at[3] else ""), text)

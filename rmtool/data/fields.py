@@ -43,7 +43,7 @@ def require_known_columns(options: RowOptions, known: Collection[str]) -> None:
         if ours not in known and ours != IGNORE:
             near = difflib.get_close_matches(ours, known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(known))}"
-            raise RmtoolError("E0204", f"unknown field {ours} in {options.shown(ours)}={theirs}", hint)
+            raise RmtoolError("E0204", f"unknown field {ours} in data.columns.{ours}={theirs}", hint)
 
 
 def renamed(row: Row, options: RowOptions) -> Row:
@@ -60,18 +60,18 @@ def renamed(row: Row, options: RowOptions) -> Row:
             data.pop(name.strip(), None)
     for ours, theirs in options.columns:
         if ours != IGNORE:
-            data[ours] = _column(row, ours, theirs, options)
+            data[ours] = _column(row, ours, theirs)
     return Row(row.place, data)
 
 
-def _column(row: Row, ours: str, theirs: str, options: RowOptions) -> Any:
+def _column(row: Row, ours: str, theirs: str) -> Any:
     if theirs in row.data:
         return row.data[theirs]
     value: Any = row.data
     for part in theirs.split("."):
         if not isinstance(value, dict) or part not in value:
-            hint = f"pass {options.option}{ours}= with a field of this row"
-            raise invalid_row(row, f'"{theirs}" is missing ({options.shown(ours)})', shown_fields(row), hint)
+            hint = f"set data.columns.{ours}=COLUMN to a field of this row"
+            raise invalid_row(row, f'"{theirs}" is missing (data.columns.{ours})', shown_fields(row), hint)
         value = value[part]
     return value
 
@@ -98,7 +98,7 @@ def check_unread(row: Row, record: Record, read: frozenset[str], options: RowOpt
         values = ((name, row.data[name]) for name in looked_at)
         lost = (_lost_part(name, value, record, no_prompt) for name, value in values if value and value not in same)
         if parts := [part for part in lost if part]:
-            raise _refusal(row, parts, record, options, no_prompt)
+            raise _refusal(row, parts, record, no_prompt)
     if any(bare) and (not all(bare) or row.data.get("prompt", "") is None):
         what = '"prompt" is null, and a response has none' if all(bare) else "only some responses have a prompt"
         raise invalid_row(
@@ -149,23 +149,21 @@ def _is_in(record: Record, value: Any) -> bool:
     return all(text in known or (len(text) >= _EQUAL_ONLY and text in context) for text in texts(value))
 
 
-def _refusal(
-    row: Row, parts: list[tuple[str, Any]], record: Record, options: RowOptions, no_prompt: bool
-) -> RmtoolError:
+def _refusal(row: Row, parts: list[tuple[str, Any]], record: Record, no_prompt: bool) -> RmtoolError:
     paths = sorted((path for path, _ in parts), key=by_likelihood)
     values, named, one = dict(parts), ", ".join(f'"{path}"' for path in paths), len(paths) == 1
     tops = ",".join(path if path in row.data else path.partition(".")[0] for path in paths)
-    ignore = f"{options.option}{IGNORE}={tops}"
+    ignore = f"data.columns.{IGNORE}={tops}"
     if all(kind_of(path) is Kind.MEDIA for path in paths):
         what = f"{named} cannot be read: only text is supported"
-        return invalid_row(row, what, shown_fields(row), f"pass {ignore} to use the text alone, or remove the row")
+        return invalid_row(row, what, shown_fields(row), f"set {ignore} to use the text alone, or remove the row")
     target, value = target_of(paths[0]), values[paths[0]]
     free = {"prompt": no_prompt, "tools": not record.tools, "system": not _has_system(record)}[target]
     readable = isinstance(value, str) or is_message(value) or is_messages(value) or target == "tools"
     usable = free and readable and target != paths[0]
-    mapping = f"pass {options.option}{target}={paths[0]}" if usable else f'add it to "{target}"'
+    mapping = f"set data.columns.{target}={paths[0]}" if usable else f'add it to "{target}"'
     what = f"{named} {'is' if one else 'are'} not read, but could be part of the conversation"
-    hint = f"{mapping}, or {'' if usable else 'pass '}{ignore} to leave {'it' if one else 'them'} out"
+    hint = f"{mapping}, or {'' if usable else 'set '}{ignore} to leave {'it' if one else 'them'} out"
     return invalid_row(row, what, shown_fields(row), hint)
 
 

@@ -183,7 +183,7 @@ FORMATS = (
 FIELDS = frozenset[str]().union(*(format.reads for format in FORMATS))
 
 
-def recognize(row: Row, options: RowOptions = PLAIN) -> Format:
+def recognize(row: Row) -> Format:
     """Return the format of a row with preferences.
 
     Raises:
@@ -194,9 +194,9 @@ def recognize(row: Row, options: RowOptions = PLAIN) -> Format:
             return format
     if "chosen" in row.data or "rejected" in row.data:
         missing = "rejected" if "chosen" in row.data else "chosen"
-        hint = f"fix this row, or map the field that has it: {options.option}{missing}=COLUMN"
+        hint = f"fix this row, or set data.columns.{missing}=COLUMN"
         raise invalid_row(row, f'"{missing}" is missing', shown_fields(row), hint)
-    hint = f"use a format of the README, or map fields: {options.option}chosen=... {options.option}rejected=..."
+    hint = "use a format of the README, or set data.columns.chosen=COLUMN and data.columns.rejected=COLUMN"
     raise invalid_row(row, "unknown preference format", shown_fields(row), hint)
 
 
@@ -207,7 +207,7 @@ def preference_record(row: Row, options: RowOptions = PLAIN) -> Record:
         RmtoolError: E0303 when a field is missing or invalid.
     """
     row = renamed(row, options)
-    return _parse(recognize(row, options), row, options, None)
+    return _parse(recognize(row), row, options, None)
 
 
 def _parse(format: Format, row: Row, options: RowOptions, unread: set[str] | None) -> Record:
@@ -237,7 +237,7 @@ def preference_records(
     for row in rows:
         try:
             row = renamed(row, options)
-            fitting = format if format and format.fits(row.data) else recognize(row, options)
+            fitting = format if format and format.fits(row.data) else recognize(row)
             if format is None:
                 format = fitting
                 seen(format)

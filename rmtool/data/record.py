@@ -70,18 +70,12 @@ class RowOptions:
     columns:        our field names and, for each, the source's: {"chosen": "better", "rejected": "worse"}; dots lead
                     into objects
     rating_margins: whether the difference of two ratings is the pair's margin
-    option:         how the command maps a column, for hints
     max_pairs:      the most pairs of a prompt: more are drawn from
     """
 
     columns: tuple[tuple[str, str], ...] = ()
     rating_margins: bool = False
     max_pairs: int = MAX_PAIRS
-    option: str = "--set data.columns."
-
-    def shown(self, ours: str) -> str:
-        """Return the option of a mapped field, for errors."""
-        return f"{self.option.removeprefix('--set ')}{ours}"
 
 
 PLAIN = RowOptions()

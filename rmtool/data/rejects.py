@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from rmtool.data.json_values import as_json
 from rmtool.errors import RmtoolError
 
 LISTED = 20
-_SEVERAL = "fix or remove them, or pass --on-bad-row skip"
+_SKIP_ROWS = "or pass --on-bad-row skip"
 REJECTS_FILE = "rejects.jsonl"  # in a run folder
 _ROWS = "E03"  # ids of errors in the data
 _WRITTEN = re.compile(rb'\{"code": "E03\d\d", "file": ')  # how a file of skipped rows begins
@@ -35,6 +36,7 @@ class Rejects:
     def __init__(self, path: Path | None = None):
         self.path, self.count = path, 0
         self._listed: list[RmtoolError] = []
+        self._hints = Counter[str]()
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Rejects:
@@ -55,6 +57,8 @@ class Rejects:
         self.count += 1
         if len(self._listed) < LISTED:
             self._listed.append(error)
+        if error.hint in self._hints or len(self._hints) < LISTED:
+            self._hints[error.hint] += 1
         if self.path:
             self._write(self.path, error, row)
 
@@ -87,11 +91,18 @@ class Rejects:
         raise RmtoolError(
             first.id,
             f"{self.count:,} invalid rows",
-            first.hint if len({error.hint for error in self._listed}) == 1 else _SEVERAL,
+            self._hint(),
             first.place,
-            rows=tuple(f"{error.place}: {error.what}{_found(error)}" for error in self._listed),
+            rows=tuple(f"{error.place}: {error.summary()}" for error in self._listed),
             more=self.count - len(self._listed),
         )
+
+    def _hint(self) -> str:
+        """Return the rows' hints; several are lines, each with its number of rows."""
+        hints = [(hint.removesuffix(f", {_SKIP_ROWS}"), count) for hint, count in self._hints.most_common()]
+        if len(hints) == 1:
+            return f"{hints[0][0].replace('this row', 'them')}, {_SKIP_ROWS}"
+        return "\n".join([*(f"{count:,} row{'s' * (count > 1)}: {hint}" for hint, count in hints), _SKIP_ROWS])
 
 
 def require_free(path: Path, inputs: Iterable[str]) -> None:
@@ -119,7 +130,3 @@ def _has_skipped_rows(path: Path) -> bool:
     except OSError as error:
         raise RmtoolError("E0501", f"cannot read {path}: {error.strerror}", "move or rename that file") from error
     return not start or _WRITTEN.match(start) is not None
-
-
-def _found(error: RmtoolError) -> str:
-    return f" (found: {error.found})" if error.found else ""

@@ -38,7 +38,7 @@ def score_record(row: Row, options: RowOptions = PLAIN, unread: set[str] | None 
     row = renamed(row, options)
     name = _response_field(row.data)
     if name is None:
-        raise _missing(row, options)
+        raise _missing(row)
     prompt, read = _prompt(row, name)
     values = parsers.items_of(row, name) if name == "responses" else {name: row.data[name]}
     if name in _CONVERSATIONS:
@@ -80,11 +80,11 @@ def _prompt(row: Row, response: str) -> tuple[Messages, tuple[str, ...]]:
     return parsers.full_prompt(row), ("prompt",)
 
 
-def _missing(row: Row, options: RowOptions) -> RmtoolError:
+def _missing(row: Row) -> RmtoolError:
     """Return the error of a row without responses, with the mapping of the field that probably has them."""
     chats = [name for name, value in row.data.items() if is_messages(value)]
     likely = [name for name in row.data if name in _LIKELY] + ["COLUMN"]
     target = "responses" if isinstance(row.data.get(likely[0]), list) else "response"
     mapping = f"messages={chats[0]}" if chats else f"{target}={likely[0]}"
-    what, hint = '"response", "responses" or "messages" is missing', f"pass {options.option}{mapping}"
+    what, hint = '"response", "responses" or "messages" is missing', f"set data.columns.{mapping}"
     return invalid_row(row, what, shown_fields(row), hint)

@@ -24,7 +24,7 @@ from rmtool.data.rejects import Rejects
 from rmtool.data.sources import RecordSubset, SourceCount, select
 from rmtool.dataset import cache
 from rmtool.dataset.batches import count_pairs
-from rmtool.errors import RmtoolError
+from rmtool.errors import Place, RmtoolError
 from rmtool.recipe import as_source, resolve
 from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.tokenized_dataset import GroupSink, TokenizedDataset, tokenize_records, without_identical
@@ -39,6 +39,16 @@ DROP_REASONS = {
     "identical_text": "with identical responses (row or pair dropped)",
     "identical_after_rendering": "with identical responses after templating and truncation (row or pair dropped)",
     "no_preference": "dropped: tie",
+}
+MORE_ROWS = "pass data with more pairs"
+# What keeps the rows of a reason.
+KEEP_ROWS = {
+    "too_long": "set data.on_long=truncate_prompt, or raise data.max_length",
+    "truncated": MORE_ROWS,
+    "empty_response": "set data.on_empty=keep",
+    "identical_text": "pass data with two different responses to a prompt",
+    "identical_after_rendering": "pass data with two different responses to a prompt, or raise data.max_length",
+    "no_preference": "pass data with a preference: in these rows, no response is better than the other",
 }
 
 
@@ -96,9 +106,28 @@ def load_split(recipe: Recipe, encoder: Encoder, rejects: Rejects, ui: Ui) -> Sp
     train_set = tokenize(train, label="training", rejects=rejects, ui=ui)
     eval_set = tokenize(held_out, label="eval", rejects=rejects, ui=ui)
     rejects.raise_if_any()
-    if not train_set.metadata:
-        raise RmtoolError("E0302", "no training pairs are left", "check data.holdout, data.on_long and data.max_length")
+    require_pairs("training", train_set, rejects)
+    if data.eval or data.holdout:
+        require_pairs("eval", eval_set, rejects)
     return Split(train_set, eval_set, counts, rejects.count, held_out.take(eval_set.indices))
+
+
+def require_pairs(label: str, tokenized: TokenizedDataset, rejects: Rejects, place: Place | None = None) -> None:
+    """Check that pairs are left.
+
+    Raises:
+        RmtoolError: E0302 with the number of rows that were dropped for each reason, and what keeps them.
+    """
+    if tokenized.metadata:
+        return
+    rows = {reason: count for reason, count in sorted(tokenized.counts.items()) if count}
+    dropped = [f"{count:,} row{'s' * (count > 1)} {DROP_REASONS[reason]}" for reason, count in rows.items()]
+    advice = dict.fromkeys(KEEP_ROWS[reason] for reason in rows)
+    if rejects.count:
+        dropped.append(f"{rejects.count:,} invalid row{'s' * (rejects.count > 1)} skipped")
+        advice[f"fix the rows in {rejects.path}"] = None
+    what = ": ".join([f"no {label} pairs are left", *([", ".join(dropped)] if dropped else [])])
+    raise RmtoolError("E0302", what, "; ".join(advice) or MORE_ROWS, place)
 
 
 def _report_missing_margins(subset: RecordSubset, ui: Ui) -> None:
@@ -210,7 +239,7 @@ def hold_out(metadata: Sequence[PairMetadata], pairs: int | float, seed: int) ->
     Raises:
         RmtoolError: E0308 no set of complete prompts has `pairs` pairs.
     """
-    is_fraction = isinstance(pairs, float)
+    fraction, is_fraction = pairs, isinstance(pairs, float)
     pairs = int(pairs * count_pairs(metadata)) if is_fraction else int(pairs)
     groups: dict[int, list[int]] = {}
     for index, each in enumerate(metadata):
@@ -229,4 +258,12 @@ def hold_out(metadata: Sequence[PairMetadata], pairs: int | float, seed: int) ->
             f"cannot hold out exactly {pairs} pairs without splitting a prompt; {pairs - wanted} is possible",
             f"set data.holdout={pairs - wanted}, or set data.eval to a file",
         )
+    if is_fraction and wanted == pairs:
+        raise none_held_out(fraction, count_pairs(metadata))
     return [index for index in range(len(metadata)) if index not in held], sorted(held)
+
+
+def none_held_out(holdout: int | float, pairs: int) -> RmtoolError:
+    """Return the error for a fraction that selects no complete prompt."""
+    what = f"data.holdout={holdout:g} holds out none of {pairs:,} pairs"
+    return RmtoolError("E0308", what, "set a larger data.holdout, or a number of pairs, or data.holdout=0")

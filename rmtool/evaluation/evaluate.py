@@ -84,7 +84,7 @@ def _require_finite(metadata: PairMetadata, rewards: Sequence[float]) -> None:
         raise RmtoolError(
             "E0409",
             f"reward is NaN or inf: {', '.join(f'{value:g}' for value in rewards)}",
-            "check the checkpoint, or pass --precision fp32 (in training: set train.precision=fp32)",
+            "check the checkpoint, or set train.precision=fp32",
             metadata.place,
         )
 

@@ -144,7 +144,7 @@ def _check_fingerprint(encoder: Encoder, manifest: Manifest, folder: Path) -> No
         raise RmtoolError(
             "E0403",
             "tokenizer or chat template mismatch: token ids differ from those in training",
-            "restore the checkpoint's tokenizer files, or pass --chat-template to use a different template on purpose",
+            "restore the checkpoint's tokenizer files, or set model.chat_template=FILE.jinja on purpose",
             Place(str(folder)),
         )
 

@@ -75,7 +75,7 @@ def require_positions(backbone: PreTrainedModel, max_length: int) -> None:
         raise RmtoolError(
             "E0411",
             f"max length {max_length} exceeds the {limit} position embeddings of this model",
-            f"set data.max_length or --max-length to {limit} or less",
+            f"set data.max_length={limit} or less",
         )
 
 
@@ -99,7 +99,7 @@ def require_fixed_positions(backbone: PreTrainedModel, max_length: int) -> None:
                 "E0410",
                 f"with {rope['rope_type']} RoPE scaling, a sequence over {limit} tokens changes the rewards of others "
                 "in its batch",
-                f"set data.max_length or --max-length to {limit} or less",
+                f"set data.max_length={limit} or less",
             )
 
 

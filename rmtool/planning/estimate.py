@@ -19,11 +19,11 @@ from rmtool.dataset.batches import BatchItem, epoch_steps
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing.prefix_sharing import describe_sharing
 from rmtool.planning.memory import Memory, fake_model, padded_reason, plan_memory
-from rmtool.planning.plan import UNKNOWN
 from rmtool.recipe import world_size
 from rmtool.tokenization.pack_plan import key_count, pack_tokens
 from rmtool.tokenization.response_group import ResponseGroup
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset
+from rmtool.training.schedule import UNKNOWN
 
 PARTS = {name: name for name in ("weights", "gradients")} | {
     "optimizer": "optimizer states",

@@ -17,10 +17,11 @@ from rmtool.config import Recipe, Source
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import is_hub_source
 from rmtool.data.sources import draw_share, load_source
-from rmtool.dataset.batches import count_pairs, plan_steps
-from rmtool.dataset.split import resolve_sources, row_options
+from rmtool.dataset.batches import count_pairs
+from rmtool.dataset.split import none_held_out, resolve_sources, row_options
 from rmtool.errors import RmtoolError
 from rmtool.recipe import as_source, engine_of, recipe_hash, world_size
+from rmtool.training.schedule import UNKNOWN, Schedule, require_reachable, schedule_rows
 from rmtool.ui import SilentUi, Ui
 
 # accelerate reads what a command leaves out from a file in the user's home, unless it is given another one.
@@ -36,7 +37,6 @@ use_cpu: false
 """
 ADDRESS = "$MASTER_ADDR"  # in place of the address of node 0, if it is not set
 PORT = 29500
-UNKNOWN = "unknown until the dataset is loaded"
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,14 @@ class Plan:
     output: Path
     world_size: int
     pairs: int | None
-    steps: int | None
+    schedule: Schedule | None
     commands: tuple[str, ...]  # one per node
     node: int = 0  # the rank of this node
     launcher: str = ""  # which launcher's variables set the number of nodes, if not the recipe
+
+    @property
+    def steps(self) -> int | None:
+        return self.schedule.steps if self.schedule else None
 
     @property
     def folder(self) -> Path:
@@ -93,20 +97,15 @@ class Plan:
 
     def _training_rows(self) -> list[tuple[str, str]]:
         train = self.recipe.train
-        limit = f", max_steps: {train.max_steps:,}" if train.max_steps else ""
+        steps = schedule_rows(self.recipe, self.schedule)
         smoothing = f", label smoothing {train.label_smoothing:g}" if train.label_smoothing else ""
         coefficient = train.center_rewards_coefficient
         centering = f", centering {coefficient:g} * (r_chosen + r_rejected)^2" if coefficient else ""
         betas = " and ".join(f"{beta:g}" for beta in train.betas)
-        steps = UNKNOWN if self.steps is None else f"{self.steps:,}"
         clipping = f"max norm {train.max_grad_norm:g}" if train.max_grad_norm else "off"
         return [
-            (
-                "optimizer steps",
-                f"{steps} (epochs: {train.epochs}{limit})",
-            ),
+            *steps,
             ("loss", f"{train.loss}{smoothing}{centering}"),
-            ("learning rate", f"{train.learning_rate:g}, {train.schedule} schedule, {train.warmup_steps} warmup steps"),
             ("optimizer", f"AdamW, betas {betas}, eps {train.eps:g}, weight decay {train.weight_decay:g}"),
             ("gradient clipping", clipping),
             ("gradient checkpointing", "on" if train.gradient_checkpointing else "off"),
@@ -131,6 +130,7 @@ class Plan:
             "world_size": self.world_size,
             "pairs": self.pairs,
             "steps": self.steps,
+            **(self.schedule.as_dict() if self.schedule else {}),
             "batch_size": self.recipe.train.batch_size,
             "commands": list(self.commands),
         }
@@ -140,23 +140,28 @@ def make_plan(recipe: Recipe, output: Path, node: int = 0, launcher: str = "", u
     """Load the local data, and plan the run.
 
     Raises:
-        RmtoolError: E0207 the node rank is out of range, E02xx and E03xx as loading does, E0302 nothing is left to
-            train on.
+        RmtoolError: E0207 the node rank is out of range, E0209 a setting that the steps cannot reach, E02xx and E03xx
+            as loading does, E0302 nothing is left to train on, E0308 nothing is held out.
     """
     launch, train, holdout = recipe.launch, recipe.train, recipe.data.holdout
     if node >= launch.nodes:
         hint = f"set --node-rank to 0 to {launch.nodes - 1}, or set --nodes"
         raise RmtoolError("E0207", f"node rank {node} is out of range for {launch.nodes} nodes", hint)
-    steps, pairs = None, _count_training_pairs(recipe, ui or SilentUi())
+    schedule, pairs = None, _count_training_pairs(recipe, ui or SilentUi())
     if pairs is not None:
         held_out = holdout if isinstance(holdout, int) else int(holdout * pairs)
         if held_out >= pairs:
             hint = f"set data.holdout below {pairs}"
             raise RmtoolError("E0302", f"cannot hold out {held_out:,} of {pairs:,} pairs", hint)
+        if holdout and not held_out:
+            raise none_held_out(holdout, pairs)
         pairs -= held_out
-        steps = plan_steps(train.epochs, train.max_steps, pairs, train.batch_size)
+        schedule = Schedule(recipe, pairs)
+    known = schedule.steps if schedule else train.max_steps  # of a Hub dataset, the most
+    if known:
+        require_reachable(train, known)
     commands = tuple(_shell_line(launch_command(recipe, output, number)) for number in range(launch.nodes))
-    return Plan(recipe, output, world_size(launch), pairs, steps, commands, node, launcher)
+    return Plan(recipe, output, world_size(launch), pairs, schedule, commands, node, launcher)
 
 
 def node_folder(output: Path, node: int) -> Path:

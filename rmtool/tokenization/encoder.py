@@ -183,7 +183,7 @@ class Encoder:
         if not sequences and self.on_empty == "drop":
             return EncodeResult(record, None, "empty_response", None)
         if not sequences:
-            hint = "remove the row, or allow it: data.on_empty=keep, --allow-empty"
+            hint = "remove the row, or set data.on_empty=keep"
             raise RmtoolError("E0306", "a response is empty", hint, record.place_of(_empty(record)[0]))
         group = self._require_group(record, sequences)
         changes = {"continued": 1} if any(map(record.continues, range(len(sequences)))) else {}
@@ -237,11 +237,11 @@ class Encoder:
     def _too_long(self, record: Record, group: ResponseGroup) -> RmtoolError:
         truncate = self.on_long == "truncate_prompt"
         what = f"{group.longest} tokens exceed the max length of {self.max_length}"
-        raises = "raise data.max_length (--max-length)"
+        raises = "raise data.max_length"
         return RmtoolError(
             "E0305",
             f"{what}, and the prompt cannot be truncated enough" if truncate else what,
-            raises if truncate else f"{raises}, or set data.on_long (--on-long)",
+            raises if truncate else f"{raises}, or set data.on_long=truncate_prompt",
             record.place_of(max(range(len(group.responses)), key=lambda at: len(group.responses[at]))),
         )
 

@@ -64,7 +64,7 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
         raise RmtoolError(
             "E0405",
             "the tokenizer has no chat template",
-            "pass one: --set model.chat_template=tulu (or a .jinja file) to train, --chat-template to eval or score",
+            "set model.chat_template=tulu, or model.chat_template=FILE.jinja",
             Place(str(folder)),
         )
     tokenizer.chat_template = _pin_template_date(tokenizer.chat_template, Place(chat_template or str(folder)))
@@ -112,8 +112,8 @@ def _pin_template_date(template: str, place: Place) -> str:
         raise RmtoolError(
             "E0405",
             "the chat template calls strftime_now() in an unsupported way, so rewards would depend on the date",
-            "write a date, or strftime_now('%d %b %Y'), into a copy of the template, and pass it with "
-            "--set model.chat_template=FILE.jinja to train, --chat-template to eval or score",
+            "write a date, or strftime_now('%d %b %Y'), into a copy of the template, and "
+            "set model.chat_template=FILE.jinja",
             place,
         )
     return pinned

@@ -1,11 +1,9 @@
-"""Optimizer and learning-rate schedule.
+"""Optimizer.
 
-In: a model and a `TrainConfig`. Out: AdamW, and a multiplier on the learning rate for each optimizer step.
+In: a model and a `TrainConfig`. Out: AdamW over its trainable parameters.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import nn
@@ -23,16 +21,3 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, fused=True)
-
-
-def lr_multiplier(train: TrainConfig, step: int, total: int) -> float:
-    """Return the multiplier on the learning rate for `step` (from 0) of `total`.
-
-    It rises from 1/warmup_steps to 1, and then falls linearly or as a cosine to 0 after the last step.
-    """
-    if step < train.warmup_steps:
-        return (step + 1) / train.warmup_steps
-    if train.schedule == "constant":
-        return 1.0
-    progress = (step - train.warmup_steps) / max(1, total - train.warmup_steps)
-    return 1.0 - progress if train.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -30,7 +30,7 @@ from rmtool.model.reward_model import RewardModel
 from rmtool.model.weights import merged_weights
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 from rmtool.training.engine import peak_memory
-from rmtool.training.optim import lr_multiplier
+from rmtool.training.schedule import lr_multiplier
 from rmtool.training.tracking import Tracker
 from rmtool.ui import Ui
 

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from rmtool.checkpoint import HELD_OUT_FILE, resolve_checkpoint
 from rmtool.config import Recipe
 from rmtool.data.rejects import REJECTS_FILE, Rejects
+from rmtool.dataset.batches import count_pairs
 from rmtool.dataset.report import build_report, example, write_report
 from rmtool.dataset.split import Split, load_split, write_held_out
 from rmtool.errors import ExitCode, RmtoolError, first_line, out_of_memory
@@ -38,6 +39,7 @@ from rmtool.tokenization.encoder import Encoder
 from rmtool.training.checkpoint_writer import CheckpointWriter, build_manifest
 from rmtool.training.engine import require_agreement, start_accelerator
 from rmtool.training.optim import build_optimizer
+from rmtool.training.schedule import Schedule, require_reachable, schedule_rows
 from rmtool.training.tracking import Tracker, draw_curves
 from rmtool.training.trainer import Engine, Trainer, train_loop
 from rmtool.training.worker_status import DATA_READ_FILE, mark_exited, mark_started
@@ -60,6 +62,9 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     fingerprint = encoder.fingerprint()
     with _local_main_first(recipe, folder, accelerator):
         split = _load_data(recipe, folder, encoder, main, ui)
+    schedule = Schedule(recipe, count_pairs(split.train.metadata))  # of the pairs that are left
+    require_reachable(recipe.train, schedule.steps)
+    ui.facts("Schedule", schedule_rows(recipe, schedule))
     require_agreement(_rank_fingerprint(recipe, source, fingerprint, split))
     if main:
         write_held_out(folder / HELD_OUT_FILE, split)

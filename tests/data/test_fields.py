@@ -9,7 +9,7 @@ from helpers import ROOT
 
 from rmtool.data.field_names import Kind, kind_of
 from rmtool.data.formats import preference_record, preference_records
-from rmtool.data.record import Record, RowOptions
+from rmtool.data.record import PLAIN, Record, RowOptions
 from rmtool.data.rejects import Rejects
 from rmtool.data.responses import score_record
 from rmtool.data.rows import Row
@@ -19,14 +19,13 @@ Q, GOOD, BAD = "What is 2 + 2?", "It is 4.", "It is 5."
 U, A = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
 PAIR = {"chosen": GOOD, "rejected": BAD}
 ASKED = {"prompt": Q, **PAIR}
-EVAL = RowOptions(option="--column ")
 
 
 def row(data: dict[str, Any]) -> Row:
     return Row(Place("f.jsonl", 3), data)
 
 
-def refused(data: dict[str, Any], options: RowOptions = EVAL) -> RmtoolError:
+def refused(data: dict[str, Any], options: RowOptions = PLAIN) -> RmtoolError:
     with pytest.raises(RmtoolError) as caught:
         preference_record(row(data), options)
     assert caught.value.id == "E0303"
@@ -46,7 +45,7 @@ def contents(record: Record) -> list[tuple[str, str]]:
 def test_text_under_any_name_stops_a_row_without_a_prompt(field: str) -> None:
     error = refused({field: Q, **PAIR})
     target = "system" if field.startswith("system") else "prompt"
-    assert f"pass --column {target}={field}, or --column ignore=" in error.hint
+    assert f"set data.columns.{target}={field}, or data.columns.ignore=" in error.hint
     mapped = preference_record(row({field: Q, **PAIR}), RowOptions(((target, field),)))
     assert mapped.prompt[0].content == Q
     assert preference_record(row({field: Q, **PAIR}), RowOptions((("ignore", field),))).prompt == ()
@@ -88,9 +87,9 @@ def test_a_part_of_the_conversation_stops_a_row_with_a_prompt(field: dict[str, A
 @pytest.mark.parametrize(
     ("field", "hint"),
     [
-        ({"system_message": "Be brief."}, "pass --column system=system_message, or"),
-        ({"functions": [{"name": "add"}]}, "pass --column tools=functions, or"),
-        ({"input": "the text"}, 'add it to "prompt", or pass --column ignore=input'),
+        ({"system_message": "Be brief."}, "set data.columns.system=system_message, or"),
+        ({"functions": [{"name": "add"}]}, "set data.columns.tools=functions, or"),
+        ({"input": "the text"}, 'add it to "prompt", or set data.columns.ignore=input'),
     ],
 )
 def test_the_hint_of_a_row_with_a_prompt_reads_the_rest(field: dict[str, Any], hint: str) -> None:
@@ -148,9 +147,7 @@ def test_a_prompt_that_the_response_quotes_is_not_read() -> None:
 def test_several_unread_fields_are_named_together() -> None:
     error = refused({"context": "It is a sum.", "question": Q, "id": 1, **PAIR}, RowOptions())
     assert error.what == '"question", "context" are not read, but could be part of the conversation'
-    assert error.hint == (
-        "pass --set data.columns.prompt=question, or --set data.columns.ignore=question,context to leave them out"
-    )
+    assert error.hint == ("set data.columns.prompt=question, or data.columns.ignore=question,context to leave them out")
 
 
 def test_the_names_of_unread_fields_are_collected_over_all_rows() -> None:
@@ -163,7 +160,7 @@ def test_the_names_of_unread_fields_are_collected_over_all_rows() -> None:
 def test_a_later_row_is_checked_too() -> None:
     rejects = Rejects()
     rows = [row(ASKED), row(ASKED | {"images": ["dog.png"]}), row(ASKED | {"input": "x"})]
-    assert len(list(preference_records(rows, EVAL, rejects, lambda _: None))) == 1
+    assert len(list(preference_records(rows, PLAIN, rejects, lambda _: None))) == 1
     assert rejects.count == 2
 
 
@@ -202,21 +199,21 @@ def test_rows_to_score_are_mapped_and_checked() -> None:
     hints = {"prompt=ask": columns[1:], "response=answer": columns[:1], "system=sys": columns[:2]}
     for hint, wrong in hints.items():
         with pytest.raises(RmtoolError) as caught:
-            score_record(row(data), RowOptions(wrong, option="--column "))
-        assert f"--column {hint}" in caught.value.hint
+            score_record(row(data), RowOptions(wrong))
+        assert f"data.columns.{hint}" in caught.value.hint
 
 
 @pytest.mark.parametrize(
     ("data", "hint"),
     [
-        ({"conversation": [U(Q), A(GOOD)]}, "pass --column messages=conversation"),
-        ({"prompt": Q, "completions": [GOOD]}, "pass --column responses=completions"),
-        ({"prompt": Q, "said": GOOD}, "pass --column response=COLUMN"),
+        ({"conversation": [U(Q), A(GOOD)]}, "set data.columns.messages=conversation"),
+        ({"prompt": Q, "completions": [GOOD]}, "set data.columns.responses=completions"),
+        ({"prompt": Q, "said": GOOD}, "set data.columns.response=COLUMN"),
     ],
 )
 def test_the_hint_without_a_response_names_the_field_that_has_it(data: dict[str, Any], hint: str) -> None:
     with pytest.raises(RmtoolError) as caught:
-        score_record(row(data), EVAL)
+        score_record(row(data))
     assert caught.value.hint == hint
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rmtool.config import TrainConfig
-from rmtool.training.optim import build_optimizer, lr_multiplier
+from rmtool.training.optim import build_optimizer
+from rmtool.training.schedule import lr_multiplier
 
 TRAIN = TrainConfig(batch_size=4, learning_rate=1e-3)
 
