@@ -23,6 +23,7 @@ if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1")
 
+from advice import impossible
 from helpers import DEBUG_MODEL, Shown, save_reward_model, tiny_config
 from hub_stub import TOKEN, StubHub
 
@@ -96,6 +97,7 @@ def rmtool(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytes
             cli.main([str(argument) for argument in arguments])
         out, err = capfd.readouterr()
         assert "Traceback" not in out + err
+        assert not impossible(str(arguments[0]), err)
         return Shown(int(ended.value.code or 0), out, err)
 
     return run

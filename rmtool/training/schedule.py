@@ -77,15 +77,16 @@ def schedule_rows(recipe: Recipe, schedule: Schedule | None) -> list[tuple[str, 
     """Return (label, value) for a table; without a schedule, the number of pairs is not known yet."""
     train = recipe.train
     limit = f", max_steps: {train.max_steps:,}" if train.max_steps else ""
-    steps, rate = UNKNOWN, f"{train.learning_rate:g} at most"
-    warmup = f"{train.warmup_ratio:.3g} of the steps" if train.warmup_ratio else f"{train.warmup_steps} steps"
+    steps, warmup, values = UNKNOWN, f"{train.warmup_steps} warmup steps", ""
+    if train.warmup_ratio:
+        warmup = f"warmup in {train.warmup_ratio:.3g} of the steps"
     if schedule:
-        steps, warmup = f"{schedule.steps:,}", f"{schedule.warmup:,} step{'s' * (schedule.warmup != 1)}"
-        rate = f"highest {schedule.highest_lr:.3g}, last {schedule.last_lr:.3g}"
+        steps, warmup = f"{schedule.steps:,}", f"{schedule.warmup:,} warmup step{'s' * (schedule.warmup != 1)}"
+        values = f" (highest {schedule.highest_lr:.3g}, last {schedule.last_lr:.3g})"
     unused = list(unused_settings(recipe, schedule))
     return [
         ("optimizer steps", f"{steps} (epochs: {train.epochs}{limit})"),
-        ("learning rate", f"{rate} ({train.schedule} schedule, warmup {warmup})"),
+        ("learning rate", f"{train.learning_rate:g}, {train.schedule} schedule, {warmup}{values}"),
         *([("settings without effect", "; ".join(unused))] if unused else []),
     ]
 
