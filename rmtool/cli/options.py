@@ -41,7 +41,7 @@ BadRowOption = Annotated[
 ]
 AllowEmptyOption = Annotated[bool, typer.Option("--allow-empty", help="Allow empty responses.")]
 
-# How eval and score set what a hint calls by its recipe key; the longer of two that fit comes first.
+# How commands without a recipe set what a hint calls by its recipe key.
 OPTIONS = {
     "data.on_empty=keep": "--allow-empty",
     "data.columns.": "--column ",
@@ -50,12 +50,13 @@ OPTIONS = {
     "model.chat_template": "--chat-template",
     "train.precision": "--precision",
     "train.tokens_per_pack": "--tokens-per-pack",
+    "hub.public=true": "--public",
 }
 _SET = re.compile(rf"(set )?({'|'.join(map(re.escape, OPTIONS))})(=?)")
 
 
 def in_words_of(command: str, text: str) -> str:
     """Return a message with recipe keys as the options of `command`, if that reads no recipe."""
-    if command not in ("eval", "score"):
+    if command == "train":
         return text
     return _SET.sub(lambda at: ("pass " if at[1] else "") + OPTIONS[at[2]] + (" " if at[3] else ""), text)

@@ -84,7 +84,7 @@ def cache_errors(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         temporary = folder == Path(tempfile.gettempdir())
         hint = f"free disk space, or set ${'TMPDIR' if temporary else 'RMTOOL_CACHE'} to a different folder"
-        hint += "" if temporary else "; train also has --set data.cache=false"
+        hint += "" if temporary else "; rmtool train also has --set data.cache=false"
         raise RmtoolError(
             "E0502", f"cannot write {folder}: {getattr(error, 'strerror', None) or error}", hint
         ) from error

@@ -222,9 +222,9 @@ def _open_repo(api: HfApi, repo_id: str, private: bool, ui: Ui) -> str:
     is_private = api.model_info(full_id).private
     if private and not is_private:
         what = f"{full_id} already exists and is public, but the push is private; nothing was uploaded"
-        raise RmtoolError("E0276", what, "pass --public, or a different repo id")
+        raise RmtoolError("E0276", what, "set hub.public=true, or use a different repo id")
     if is_private and not private:
-        ui.say(f"note: {full_id} already exists and is private; --public has no effect")
+        ui.say(f"note: {full_id} already exists and is private, and stays so")
     return full_id
 
 

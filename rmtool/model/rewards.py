@@ -57,7 +57,7 @@ def compute_rewards(
         try:
             rewards = forward_module(model.collate([responses.as_group(item) for item in items])).cpu()
         except torch.OutOfMemoryError as error:
-            raise out_of_memory("--tokens-per-pack") from error
+            raise out_of_memory("train.tokens_per_pack") from error
         if own < len(plan.packs):
             rewards_N[items] = rewards
         before, done = done, min(first + dist.world_size, len(plan.packs))

@@ -122,7 +122,7 @@ def _unused_by_steps(recipe: Recipe, schedule: Schedule | None) -> Iterator[tupl
     train, limit = recipe.train, recipe.train.max_steps
     steps, pairs = (schedule.steps, schedule.pairs) if schedule else (limit or math.inf, math.inf)
     evaluated, every = recipe.data.eval or recipe.data.holdout, train.eval_every
-    has = f"the run has {steps:,} steps"
+    has = f"the run has {steps:,} step{'s' * (steps != 1)}"
     yield train.batch_size > pairs, f"train.batch_size={train.batch_size}", f"there are {pairs:,} training pairs"
     yield schedule and limit and limit > steps, f"train.max_steps={limit}", has
     yield every and not evaluated, f"train.eval_every={every}", "there is no eval data"

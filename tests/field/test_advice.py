@@ -38,7 +38,7 @@ TEXTS = {
     "broken.yaml": "model: {path: base}\n bad: [\n",
     "r.yaml": RECIPE,
     "unknown.yaml": RECIPE.replace("learning_rate", "learning_rat"),
-    "refuses.jinja": "{% for m in messages %}{{ raise_exception('no') if m.role == 'system' else m.content }}{% endfor %}",
+    "refuses.jinja": "{% for m in messages %}{{ m.content if m.role != 'system' else raise_exception(m) }}{% endfor %}",
     "clock.jinja": "{{ strftime_now(format) }}{% for message in messages %}{{ message.content }}{% endfor %}",
     "date.jinja": "{{ strftime_now('%d %b %Y') }}{% for message in messages %}{{ message.content }}{% endfor %}",
 }
@@ -127,6 +127,7 @@ FOLLOWED: list[tuple[str, str, str, int]] = [
     ("E0405", f"{SCORE} --chat-template clock.jinja", f"{SCORE} --chat-template date.jinja", 0),
     ("E0407", f"{EVAL.replace('model', 'unsafe')} pairs.jsonl", f"{EVAL} pairs.jsonl", 0),
     ("E0408", f"{EVAL.replace('model', 'manifest')} pairs.jsonl", f"{EVAL} pairs.jsonl", 0),
+    ("E0415", f"{EVAL.replace('model', 'pad')} pairs.jsonl", f"{EVAL} pairs.jsonl", 0),
     ("E0471", "push unsafe a/b --dry-run", "push model a/b --dry-run", 0),
     ("E0472", "push short a/b --dry-run", "push model a/b --dry-run", 0),
     ("E0501", f"{SCORE} --output no/folder/out.jsonl", f"{SCORE} --output out.jsonl", 0),
@@ -146,6 +147,8 @@ NOT_FOLLOWED = {
     "E0410": "needs a model with this RoPE scaling: tests/packing/test_prefix_sharing.py",
     "E0411": "needs a model with few positions: tests/model/test_loading.py",
     "E0412": "a different model is the advice: tests/packing/test_prefix_sharing.py",
+    "E0413": "needs a base model and peft's merge: tests/field/adapter.yaml",
+    "E0414": "a different checkpoint is the advice: tests/field/checkpoint_formats.yaml",
     "E0502": "needs a full disk: tests/test_checkpoint.py",
     "E0503": "needs a full device: tests/model/test_rewards.py",
     "E0504": "needs a broken compiler: tests/launch/test_supervise.py",
@@ -173,12 +176,14 @@ def place(checkpoint: Path, causal_lm: Path, tmp_path: Path) -> Path:
     for name, text in TEXTS.items():
         (tmp_path / name).write_text(text)
     shutil.copytree(causal_lm, tmp_path / "base")
-    for name in ("model", "plain", "unsafe", "manifest", "short", "linked"):
+    for name in ("model", "plain", "unsafe", "manifest", "short", "linked", "pad"):
         shutil.copytree(checkpoint, tmp_path / name)
     config = json.loads((tmp_path / "plain" / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (tmp_path / "plain" / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "plain" / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((tmp_path / "pad" / "config.json").read_text()) | {"pad_token_id": 10**6}
+    (tmp_path / "pad" / "config.json").write_text(json.dumps(config))
     (tmp_path / "unsafe" / "model.safetensors").unlink()
     (tmp_path / "manifest" / "rmtool.json").write_text("{")
     (tmp_path / "short" / "model.safetensors").write_bytes(b"\x08\x00\x00")
