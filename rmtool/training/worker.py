@@ -62,9 +62,6 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     fingerprint = encoder.fingerprint()
     with _local_main_first(recipe, folder, accelerator):
         split = _load_data(recipe, folder, encoder, main, ui)
-    schedule = Schedule(recipe, count_pairs(split.train.metadata))  # of the pairs that are left
-    require_reachable(recipe.train, schedule.steps)
-    ui.facts("Schedule", schedule_rows(recipe, schedule))
     require_agreement(_rank_fingerprint(recipe, source, fingerprint, split))
     if main:
         write_held_out(folder / HELD_OUT_FILE, split)
@@ -102,6 +99,9 @@ def _load_data(recipe: Recipe, folder: Path, encoder: Encoder, main: bool, ui: U
     path = folder / REJECTS_FILE if recipe.data.on_bad_row == "skip" else None
     with Rejects(path if main or path is None else Path(os.devnull)) as rejects:
         split = load_split(recipe, encoder, rejects, ui)
+    schedule = Schedule(recipe, count_pairs(split.train.metadata))  # of the pairs that are left
+    require_reachable(recipe.train, schedule.steps)
+    ui.facts("Schedule", schedule_rows(recipe, schedule))
     if main:
         report = build_report(split, recipe.train.batch_size, recipe.train.seed)
         ui.facts("Data", report.rows())
