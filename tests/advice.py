@@ -13,7 +13,11 @@ OPTIONS = {
     name: {option for item in command.params for option in item.opts} | {"--help"}
     for name, command in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
 }
-OTHER_PROGRAMS = {"--ntasks-per-node": "srun", "--nproc-per-node": "torchrun", "--safe_serialization": "zero_to_fp32.py"}
+OTHER_PROGRAMS = {
+    "--ntasks-per-node": "srun",
+    "--nproc-per-node": "torchrun",
+    "--safe_serialization": "zero_to_fp32.py",
+}
 KEYS = {name: set(keys) for name, keys in as_dict(load_recipe("debug")).items() if isinstance(keys, dict)}
 _KEY = re.compile(rf"(?<![\w./-])({'|'.join(KEYS)})\.(\w+)(?!\.?\w)|(?<![\w./-])(data)\.(columns)\.")
 

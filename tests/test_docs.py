@@ -19,7 +19,7 @@ from rmtool.recipe import as_dict, load_recipe, recipes_folder
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 OPTIONS = {option for command in COMMANDS.values() for item in command.params for option in item.opts} | {"--help"}
 # Of other programs: pytest, torchrun.
-FOREIGN = {"--numprocesses", "--dist", "--no-loadscope-reorder", "--nproc-per-node", "--master-addr"}
+FOREIGN = {"--hf-overrides", "--numprocesses", "--dist", "--no-loadscope-reorder", "--nproc-per-node", "--master-addr"}
 SECTIONS = {name: set(keys) for name, keys in as_dict(load_recipe("debug")).items() if isinstance(keys, dict)}
 KEY = re.compile(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.(\w+)")
 MISTAKE = "train.learning_rat"  # README's example of an error

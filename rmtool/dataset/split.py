@@ -44,7 +44,6 @@ MORE_ROWS = "pass data with more pairs"
 # What keeps the rows of a reason.
 KEEP_ROWS = {
     "too_long": "set data.on_long=truncate_prompt, or raise data.max_length",
-    "truncated": MORE_ROWS,
     "empty_response": "set data.on_empty=keep",
     "identical_text": "pass data with two different responses to a prompt",
     "identical_after_rendering": "pass data with two different responses to a prompt, or raise data.max_length",
@@ -120,7 +119,7 @@ def require_pairs(label: str, tokenized: TokenizedDataset, rejects: Rejects, pla
     """
     if tokenized.metadata:
         return
-    rows = {reason: count for reason, count in sorted(tokenized.counts.items()) if count}
+    rows = {reason: count for reason, count in sorted(tokenized.counts.items()) if count and reason in KEEP_ROWS}
     dropped = [f"{count:,} row{'s' * (count > 1)} {DROP_REASONS[reason]}" for reason, count in rows.items()]
     advice = dict.fromkeys(KEEP_ROWS[reason] for reason in rows)
     if rejects.count:

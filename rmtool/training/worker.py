@@ -101,6 +101,9 @@ def _load_data(recipe: Recipe, folder: Path, encoder: Encoder, main: bool, ui: U
     path = folder / REJECTS_FILE if recipe.data.on_bad_row == "skip" else None
     with Rejects(path if main or path is None else Path(os.devnull)) as rejects:
         split = load_split(recipe, encoder, rejects, ui)
+    schedule = Schedule(recipe, count_pairs(split.train.metadata))  # of the pairs that are left
+    require_reachable(recipe.train, schedule.steps)
+    ui.facts("Schedule", schedule_rows(recipe, schedule))
     if main:
         report = build_report(split, recipe.train.batch_size, recipe.train.seed)
         ui.facts("Data", report.rows())

@@ -215,7 +215,7 @@ def test_a_cache_that_cannot_be_written_says_so(tokenizer: Any, tmp_path: Path, 
         tokenized(write_jsonl(tmp_path / "p.jsonl", pair_rows(5)), Encoder(tokenizer, 64))
     assert caught.value.id == "E0502"
     # eval has no --set
-    assert caught.value.hint.endswith("set $RMTOOL_CACHE to a different folder; train also has --set data.cache=false")
+    assert caught.value.hint.endswith("to a different folder; rmtool train also has --set data.cache=false")
 
 
 HOOK = """

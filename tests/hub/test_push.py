@@ -190,7 +190,7 @@ def test_a_public_repo_is_not_pushed_to_when_a_private_one_was_asked_for(stub, u
     stub.repos["me/rm"] = Repo(private=False)
     error = refusal(untouched)
     assert (error.exit_code, error.id) == (2, "E0276")
-    assert "--public" in error.hint
+    assert "hub.public=true" in error.hint  # the command line has --public: `in_words_of`
     assert stub.routes_seen() == ["create", "info"]
     push(untouched, private=False)
     assert len(stub.repos["me/rm"].commits) == 1
