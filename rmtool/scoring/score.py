@@ -11,11 +11,12 @@ output while it runs; less than 1 KB of memory per response for the packs.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from rmtool.dataset.split import describe_counts
 from rmtool.errors import Place, RmtoolError
 from rmtool.model.loading import LoadedModel
 from rmtool.model.rewards import compute_rewards
-from rmtool.scoring.output import ColumnTypes, write_rows
+from rmtool.scoring.output import write_rows
 from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.token_store import TokenStore
-from rmtool.ui import Bar, Ui
+from rmtool.ui import Ui
 
 
 @dataclass(frozen=True)
@@ -70,20 +71,19 @@ def score_file(
         RmtoolError: E0204, E03xx: a mapped field or a row is invalid, or the file changes while it is scored; E0502:
             the output cannot be written; E0503: out of memory. No output is written then.
     """
-    known = _Input(options, rejects, ColumnTypes() if output.name.lower().endswith(".parquet") else None)
-    temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
+    unread, temporary = set[str](), output.with_name(f".tmp-{output.name}-{os.getpid()}")
     try:
         with TokenStore(output.parent) as groups:
             signature = _signature(source)
-            counts = _tokenize(source, known, loaded.encoder, groups, ui)
+            counts, skipped = _tokenize(source, options, unread, loaded.encoder, groups, rejects, ui)
             for what, count in describe_counts(counts, f" of {len(groups):,}"):
                 ui.say(f"note: rows {what}: {count}")
             with ui.progress("Scoring", len(groups), "rows") as bar:
                 rewards = compute_rewards(loaded.model, groups, tokens, bar)
         with ui.progress("Writing", len(rewards), "rows") as bar:
             _require_unchanged(source, signature)
-            rows = _scored_rows(source, known, rewards, bar)
-            converted = write_rows(temporary, output.name, rows, known.types.schema() if known.types else None)
+            rows = functools.partial(_scored_rows, source, options, skipped, rewards)
+            converted = write_rows(temporary, output.name, rows, bar.advance)
             _require_unchanged(source, signature)
         os.replace(temporary, output)
     except OSError as error:
@@ -91,7 +91,7 @@ def score_file(
     finally:
         temporary.unlink(missing_ok=True)
     nonfinite = sum(not math.isfinite(value) for values in rewards for value in values)
-    responses, names = sum(map(len, rewards)), (tuple(sorted(known.unread)), tuple(converted))
+    responses, names = sum(map(len, rewards)), (tuple(sorted(unread)), tuple(converted))
     return ScoreSummary(len(rewards), responses, nonfinite, counts["truncated"], rejects.count, *names)
 
 
@@ -109,63 +109,58 @@ def _require_unchanged(source: Path, signature: tuple[int, int] | None) -> None:
         raise RmtoolError("E0301", "the file changed while it was scored", "run rmtool score again", Place(str(source)))
 
 
-@dataclass
-class _Input:
-    """What is learned about the input's rows when they are read first.
+def _tokenize(
+    source: Path,
+    options: RowOptions,
+    unread: set[str],
+    encoder: Encoder,
+    groups: TokenStore,
+    rejects: Rejects,
+    ui: Ui,
+) -> tuple[Counter[str], set[Place]]:
+    """Check and tokenize every row; return counts of what became of rows, and the places of skipped JSON rows."""
+    require_known_columns(options, SCORE_FIELDS)
+    counts, skipped = Counter[str](), set[Place]()
 
-    skipped: places of the JSON rows without rewards
-    types:   the columns of the output, if it is a parquet file
-    """
-
-    options: RowOptions
-    rejects: Rejects
-    types: ColumnTypes | None
-    unread: set[str] = field(default_factory=set)
-    skipped: set[Place] = field(default_factory=set)
-
-    def records(self, source: Path, bar: Bar) -> Iterator[Record]:
-        """Read the rows; invalid ones are skipped."""
-        for row in read_rows(str(source), self.rejects):
+    def records() -> Iterator[Record]:
+        for row in read_rows(str(source), rejects):
             bar.advance()
             try:
-                record = score_record(row, self.options, self.unread)
-                if self.types:
-                    self.types.add(_with_rewards(row, [0.0] * len(record.responses), self.options))
-                yield record
+                yield score_record(row, options, unread)
             except RmtoolError as error:
-                self.skip(error, row.place, row.data)
+                skip(error, row.place, row.data)
 
-    def skip(self, error: RmtoolError, place: Place, row: dict[str, Any]) -> None:
-        self.rejects.add(error, row)
-        self.skipped.add(place)
+    def skip(error: RmtoolError, place: Place, row: dict[str, Any]) -> None:
+        rejects.add(error, row)
+        skipped.add(place)
 
-
-def _tokenize(source: Path, known: _Input, encoder: Encoder, groups: TokenStore, ui: Ui) -> Counter[str]:
-    """Check and tokenize every row; return counts of what became of rows."""
-    require_known_columns(known.options, SCORE_FIELDS)
-    counts = Counter[str]()
     with ui.progress(f"Reading {source.name}", None, "rows") as bar:
-        for result in encoder.encode_many(known.records(source, bar)):
+        for result in encoder.encode_many(records()):
             if result.error:
-                known.skip(result.error, result.record.place, result.record.row)
+                skip(result.error, result.record.place, result.record.row)
                 continue
             assert result.group is not None, "score drops no rows"
             groups.append(result.group)
             counts.update(result.counts)
-    known.rejects.raise_if_any()
+    rejects.raise_if_any()
     if not len(groups):
-        hint = f"check the errors in {known.rejects.path}"
-        raise RmtoolError("E0302", "no valid rows to score", hint, Place(str(source)))
-    return counts
+        raise RmtoolError("E0302", "no valid rows to score", f"check the errors in {rejects.path}", Place(str(source)))
+    return counts, skipped
 
 
-def _scored_rows(source: Path, known: _Input, rewards: Sequence[Sequence[float]], bar: Bar) -> Iterator[dict[str, Any]]:
+def _scored_rows(
+    source: Path,
+    options: RowOptions,
+    skipped: set[Place],
+    rewards: Sequence[Sequence[float]],
+    advance: Callable[[], None],
+) -> Iterator[dict[str, Any]]:
     """Read the file again, and yield the rows that have rewards, with them."""
     with Rejects(Path(os.devnull)) as ignored:
-        rows = (row for row in read_rows(str(source), ignored) if row.place not in known.skipped)
+        rows = (row for row in read_rows(str(source), ignored) if row.place not in skipped)
         for row, values in zip(rows, rewards, strict=False):
-            yield _with_rewards(row, values, known.options)
-            bar.advance()
+            yield _with_rewards(row, values, options)
+            advance()
 
 
 def _with_rewards(row: Row, rewards: Sequence[float], options: RowOptions) -> dict[str, Any]:

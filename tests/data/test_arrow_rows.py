@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import write_jsonl
 
-from rmtool.data import rows
+from rmtool.data import arrow_rows, rows
 from rmtool.data.arrow_rows import BATCH
 from rmtool.data.formats import preference_record
 from rmtool.data.record import RowOptions
@@ -153,18 +153,22 @@ def test_a_value_that_cannot_be_read_is_one_invalid_row(tmp_path: Path) -> None:
         rejects.raise_if_any()
 
 
-def test_rows_are_read_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, batch_rows = list[int](), rows.file_rows.__globals__["_batch_rows"]
-    monkeypatch.setitem(
-        rows.file_rows.__globals__,
-        "_batch_rows",
-        lambda batch, more: sizes.append(len(batch)) or batch_rows(batch, more),
-    )
-    pq.write_table(pa.table({"x": range(3 * BATCH)}), tmp_path / "a.parquet")
-    found = read_rows(str(tmp_path / "a.parquet"))
+def test_a_map_with_a_key_twice_is_an_invalid_row(tmp_path: Path) -> None:
+    maps = pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int8()))
+    pq.write_table(pa.table({"map": maps}), tmp_path / "a.parquet")
+    with pytest.raises(RmtoolError, match="duplicate keys"):
+        list(read_rows(str(tmp_path / "a.parquet")))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_rows_are_read_a_batch_at_a_time(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, restore = list[int](), arrow_rows._batch_rows
+    monkeypatch.setattr(arrow_rows, "_batch_rows", lambda batch, how: sizes.append(len(batch)) or restore(batch, how))
+    WRITERS[name](tmp_path / name, pa.table({"x": range(3 * BATCH)}))
+    found = read_rows(str(tmp_path / name))
     assert next(found).data == {"x": 0}
-    assert sizes == [BATCH]
     assert sum(1 for _ in found) == 3 * BATCH - 1
+    assert sizes == [BATCH] * 3
 
 
 def test_columns_of_other_rows_and_decimals_are_read_as_in_json_lines(tmp_path: Path) -> None:

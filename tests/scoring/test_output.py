@@ -16,17 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import scored, write_jsonl
+from safetensors.torch import load_file, save_file
 
 from rmtool.data.rows import read_rows
 from rmtool.errors import RmtoolError
-from rmtool.scoring.output import BATCH, ColumnTypes, write_rows
+from rmtool.scoring.output import BATCH, write_rows
 
-ANSWER = {"role": "assistant", "content": "Yes."}
+CALL = {"role": "assistant", "content": "Calling.", "id": {"a": 1}}
 ROWS: list[dict[str, Any]] = [
     {"id": 1, "prompt": "Why?", "response": "Naïve\u2028.", "meta": {"a": [1, 2]}, "mixed": 1},
     {"id": 2, "prompt": [{"role": "user", "content": "Why?"}], "response": "No.", "meta": {"b": {}}, "mixed": "x"},
     {"id": 2**70, "prompt": "Why?", "responses": ["Yes.", "No."], "meta": {"a": [], "c": None}},
-    {"messages": [{"role": "user", "content": "x"}, ANSWER], "meta": {}, "mixed": [{"a": 1}]},
+    {"messages": [{"role": "user", "content": "x"}, CALL], "meta": {}, "mixed": [{"a": 1}]},
 ]
 
 
@@ -128,25 +129,25 @@ def test_skipped_rows_with_such_values_are_written_too(rmtool: Any, model: Path,
     assert (line["row"]["day"], line["row"]["x"]) == ("2026-01-02", None)
 
 
-def test_a_nonfinite_reward_has_its_column(tmp_path: Path) -> None:
-    types = ColumnTypes()
-    rows: list[dict[str, Any]] = [{"reward": 1.0}, {"reward": None, "error": "nonfinite"}]
-    for row in rows:
-        types.add(row)
-    assert write_rows(tmp_path / "o", "o.parquet", rows, types.schema()) == []
-    assert pq.read_table(tmp_path / "o").to_pylist() == [{"reward": 1.0, "error": None}, rows[1]]
+def test_a_nonfinite_reward_has_its_column(rmtool: Any, model: Path, tmp_path: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["score.weight"][0, 0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    source = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "Why?", "response": "Yes."}])
+    assert rmtool("score", source, "--model", model, "--output", "o.parquet").code == 1
+    (row,) = pq.read_table("o.parquet").to_pylist()
+    assert (row["reward"], row["error"]) == (None, "nonfinite")
 
 
-def test_equal_rows_give_equal_files(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_rows(tmp_path / name, "o.jsonl.gz", ROWS, None)
+def test_equal_rows_give_equal_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("a", 1), ("b", 2)):
+        monkeypatch.setattr("time.time", lambda seconds=seconds: seconds)
+        write_rows(tmp_path / name, "o.jsonl.gz", lambda advance: iter(ROWS))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_a_value_that_a_parquet_column_cannot_hold_is_an_error(tmp_path: Path) -> None:
-    types, rows = ColumnTypes(), [{"x": 0.5}] * BATCH + [{"x": 2**60}]
-    for row in rows:
-        types.add(row)
+    rows = [{"x": 0.5}] * BATCH + [{"x": 2**60}]
     with pytest.raises(RmtoolError) as caught:
-        write_rows(tmp_path / "o", "o.parquet", rows, types.schema())
+        write_rows(tmp_path / "o", "o.parquet", lambda advance: iter(rows))
     assert (caught.value.id, caught.value.hint) == ("E0502", "pass an --output that ends in .jsonl")
