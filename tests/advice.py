@@ -26,7 +26,7 @@ def impossible(command: str, shown: str) -> list[str]:
     """Return what the hints on the terminal advise that cannot be done: after `rmtool NAME`, with that command."""
     found = []
     for hint in re.findall(r"^  hint: (.*)$", shown, re.MULTILINE):
-        hint = re.sub(r"\S+ is now", "", hint)  # a renamed key
+        hint = re.sub(r"\S+ is now|run (?!rmtool).*?(?=, then|;|$)", "", hint)  # a renamed key, another program
         own, *others = re.split(r"rmtool (?=train|eval|score|push)", hint)
         parts = [(command, own), *((other.split()[0], other) for other in others)]
         for name, text in parts:
