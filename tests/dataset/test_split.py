@@ -39,3 +39,15 @@ def test_a_hold_out_that_whole_prompts_cannot_give_is_refused() -> None:
     with pytest.raises(RmtoolError) as caught:
         hold_out(items, 15, 0)
     assert (caught.value.id, "10 is possible" in caught.value.what) == ("E0308", True)
+
+
+@pytest.mark.parametrize("prompts", [1, 9])
+def test_a_fraction_that_holds_out_nothing_is_refused(prompts: int) -> None:
+    """One prompt with more pairs than are wanted, and a fraction below one pair."""
+    items = [
+        replace(record, prompt=(Message("user", str(n % prompts)),)).metadata()
+        for n, record in enumerate(numbered_records(9))
+    ]
+    with pytest.raises(RmtoolError) as caught:
+        hold_out(items, 1.8 / 9 if prompts == 1 else 0.1, 0)
+    assert caught.value.id == "E0308"
