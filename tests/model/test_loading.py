@@ -274,7 +274,7 @@ def test_a_template_with_an_unsupported_clock_is_refused(
     if written is None:
         with pytest.raises(RmtoolError) as caught:
             load_tokenizer(folder)
-        assert (caught.value.id, "--chat-template" in caught.value.hint) == ("E0405", True)
+        assert (caught.value.id, "model.chat_template=" in caught.value.hint) == ("E0405", True)
         return
     chat = [{"role": "user", "content": "x"}]
     plain = load_tokenizer(checkpoint).apply_chat_template(chat, tokenize=False)
