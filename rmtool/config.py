@@ -38,8 +38,8 @@ _ONE_OR_MORE = BeforeValidator(lambda value: (value,) if isinstance(value, str) 
 _OFF = BeforeValidator(lambda value: "off" if value is False else value)  # YAML 1.1 reads a bare off as false
 _NO_OTHER_KEYS = ConfigDict(extra="forbid")
 
-Count = Annotated[StrictInt, Field(ge=1)]
-Size = Annotated[StrictInt, Field(ge=0)]
+Count = Annotated[StrictInt, Field(ge=1, lt=2**64)]
+Size = Annotated[StrictInt, Field(ge=0, lt=2**64)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), _FLOAT]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), _FLOAT]
 Fraction = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False), _FLOAT]
@@ -97,7 +97,7 @@ class DataConfig:
     rating_margins: StrictBool = False  # use differences of ratings, or of score_chosen and score_rejected, as margins
     max_pairs_per_prompt: Count = 1000  # of rated, ranked or listed responses; if there are more, they are drawn from
     on_bad_row: Literal["fail", "skip"] = "fail"  # invalid rows; skip: write them to rejects.jsonl
-    max_length: Annotated[StrictInt, Field(ge=2)] = 2048  # max tokens of prompt and response together
+    max_length: Annotated[StrictInt, Field(ge=2, lt=2**64)] = 2048  # max tokens of prompt and response together
     on_long: Literal["error", "drop", "truncate_prompt"] = "error"  # pairs longer than max_length
     on_empty: Literal["error", "drop", "keep"] = "error"  # pairs with an empty response
     cache: StrictBool = True  # store parsed rows and token ids in $RMTOOL_CACHE or ~/.cache/rmtool

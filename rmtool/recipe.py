@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ _REQUIREMENTS = {
     "greater_than": "be above {gt:g}",
     "greater_than_equal": "be at least {ge:g}",
     "int_type": "be an integer",
-    "less_than": "be below {lt:g}",
+    "less_than": "be below {lt:.20g}",
     "less_than_equal": "be at most {le:g}",
     "literal_error": "be {expected}",
     "string_type": "be a string",
@@ -59,8 +60,9 @@ def recipes_folder() -> Path:
 
 
 def resolve(path: str) -> str:
-    """Return `path`, with `bundled:NAME` replaced by the path of NAME in the folder of bundled recipes."""
-    return str(recipes_folder() / path.removeprefix(BUNDLED)) if path.startswith(BUNDLED) else path
+    """Return `path` with its ~ expanded, or for `bundled:NAME` the path of NAME in the folder of bundled recipes."""
+    bundled = path.startswith(BUNDLED)
+    return str(recipes_folder() / path.removeprefix(BUNDLED)) if bundled else os.path.expanduser(path)
 
 
 def load_recipe(name: str, overrides: typing.Sequence[tuple[str, Any]] = ()) -> Recipe:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rmtool.errors import RmtoolError
 
 ADAPTER = "adapter_config.json"
+# Where GPTQ, AWQ and ModelOpt describe quantized weights, if not in config.json.
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 # Weights in formats that are not read: files, their name, and how to convert them.
 _FOREIGN = (
     (("*.gguf", "*.ggml"), "GGUF weights", "use the safetensors checkpoint that they were converted from"),
@@ -53,6 +56,35 @@ def require_complete(folder: Path) -> Path:
         f"merge it: peft.AutoPeftModelFor{auto}.from_pretrained({str(folder)!r}{labels}).merge_and_unload()"
         ".save_pretrained('merged'), then copy the tokenizer's files",
     )
+
+
+def config_values(folder: Path) -> dict[str, Any]:
+    """Return what config.json contains; nothing if it cannot be read, which is reported where the model is loaded."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def require_unquantized(folder: Path) -> None:
+    """Check that weights are as they were trained.
+
+    Raises:
+        RmtoolError: E0414 they are quantized.
+    """
+    values = config_values(folder)
+    inner = values.get("text_config")
+    quantized = values.get("quantization_config") or values.get("quantization") or values.get("compression_config")
+    quantized = quantized or (inner.get("quantization_config") if isinstance(inner, dict) else None)
+    files = [name for name in QUANTIZATION_FILES if (folder / name).is_file()]
+    if quantized or files:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise RmtoolError(
+            "E0414",
+            f"the weights of {folder} are quantized ({method or (files or ['config.json'])[0]})",
+            "use the checkpoint from before quantization",
+        )
 
 
 def foreign_weights(folder: Path) -> RmtoolError | None:

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import signal
 import sys
 import time
@@ -27,6 +28,8 @@ from rmtool.cli.push import push
 from rmtool.cli.score import score
 from rmtool.cli.train import train
 from rmtool.errors import ExitCode, RmtoolError, first_line
+
+_TILDE = re.compile(r"^(--[a-z-]+=)?(~.*)", re.DOTALL)  # a shell leaves it in quotes, and in --option=~/path
 
 app = typer.Typer(
     name="rmtool",
@@ -54,9 +57,13 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise RmtoolError("E0501", what, "set HOME to a writable folder") from error
 
 
+def _expand(path: re.Match[str]) -> str:
+    return (path[1] or "") + os.path.expanduser(path[2])
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. All errors are printed here, in one form."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = [_TILDE.sub(_expand, each) for each in (sys.argv[1:] if arguments is None else arguments)]
     # As an exception, so that children are stopped and temporary files removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

@@ -81,13 +81,22 @@ def require_file(source: str) -> None:
     if _is_invalid_name(path):
         raise RmtoolError("E0201", f"invalid file name: {source[:80]}...", "check the path")
     if path.is_dir():
-        raise RmtoolError("E0201", f"{source} is a folder", f"pass a file in it ({', '.join(SUFFIXES)})")
+        raise _folder(path)
     if not path.exists():
         raise RmtoolError("E0201", f"file not found: {source}", "check the path")
     if not path.is_file():  # rows are read more than once
         raise RmtoolError("E0201", f"cannot read {source}: pipes and devices are not supported", "pass a file")
     with open_file(path):
         pass
+
+
+def _folder(path: Path) -> RmtoolError:
+    hint = f"pass a file in it ({', '.join(SUFFIXES)})"
+    splits = (path / "dataset_dict.json").is_file()
+    if splits or (path / "state.json").is_file():  # as Dataset.save_to_disk writes it
+        split = "['train']" if splits else ""
+        hint = f"write a file in Python: datasets.load_from_disk({str(path)!r}){split}.to_parquet('rows.parquet')"
+    return RmtoolError("E0201", f"{path} is a folder", hint)
 
 
 def _file(path: Path) -> Iterator[Row | InvalidRow]:

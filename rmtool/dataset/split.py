@@ -35,6 +35,8 @@ DROP_REASONS = {
     "too_long": "dropped: longer than max length",
     "truncated": "with truncated prompt",
     "continued": "whose prompt ends in an assistant message, which the response continues",
+    "ends_in_token": "with a response that ends in the text of a special token, which is tokenized as plain text",
+    "same_ids": "with different responses that have the same token ids: the chat template leaves out the difference",
     "empty_response": "dropped: empty response",
     "identical_text": "with identical responses (row or pair dropped)",
     "identical_after_rendering": "with identical responses after templating and truncation (row or pair dropped)",

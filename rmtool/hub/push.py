@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmtool.checkpoint import MANIFEST, read_manifest
+from rmtool.checkpoint.foreign import require_unquantized
 from rmtool.errors import Place, RmtoolError
 from rmtool.hub.card import model_card
 from rmtool.hub.errors import LOGIN, explain, library_errors, one_line, unreadable
@@ -65,9 +66,9 @@ def push_checkpoint(folder: Path, repo_id: str, *, private: bool, ui: Ui, dry_ru
         RmtoolError: E0271 when the repo id is malformed, E0272 when a symlink leads out of the folder, E0273 without a
             usable token, E0274 when the Hub rejects the token, E0275 when it has no write access, E0276 when the repo
             is public, E0277 when the card's metadata is invalid, E0278 with HF_HUB_OFFLINE, E0408 when the manifest is
-            corrupted, E0471 when the checkpoint is incomplete, E0472 when it is corrupted, E0570 when a local file
-            cannot be read, E0771 without a connection, E0772 after a timeout, E0773 when the Hub answers with an
-            error, E0774 when its answer is unexpected, E0775 when an upload fails.
+            corrupted, E0414 when the weights are quantized, E0471 when the checkpoint is incomplete, E0472 when it is
+            corrupted, E0570 when a local file cannot be read, E0771 without a connection, E0772 after a timeout, E0773
+            when the Hub answers with an error, E0774 when its answer is unexpected, E0775 when an upload fails.
     """
     check_repo_id(repo_id) if dry_run else check_ready(repo_id)
     try:
@@ -121,10 +122,11 @@ def plan_upload(folder: Path) -> Upload:
     """Select the files to upload, and check that they are a complete checkpoint.
 
     Raises:
-        RmtoolError: E0272, E0408, E0471 or E0472, as `push_checkpoint`.
+        RmtoolError: E0272, E0408, E0414, E0471 or E0472, as `push_checkpoint`.
         OSError: when a file cannot be read.
     """
     files = _select(folder)
+    require_unquantized(folder)
     _check_complete(folder, files)
     uploaded = {name.split("/")[0] for name in files}
     left_out = tuple(sorted(path.name for path in folder.iterdir() if path.name not in uploaded))

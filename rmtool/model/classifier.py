@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
+from rmtool.checkpoint.foreign import config_values, require_unquantized
 from rmtool.errors import Place, RmtoolError, first_line
 from rmtool.model.stored_weights import (
     HEAD_WEIGHT,
@@ -32,8 +34,11 @@ from rmtool.model.stored_weights import (
     require_values,
 )
 
-# Where GPTQ, AWQ and ModelOpt describe quantized weights, if not in config.json.
-QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+# Keys of config.json that rmtool decides itself: attention, outputs, dtype, and what the one label means.
+_DECIDED = {"_attn_implementation", "attn_implementation", "output_attentions", "output_hidden_states", "return_dict"}
+_DECIDED |= {"dtype", "torch_dtype", "problem_type"}
+# What transformers raises for values of another type.
+_REFUSED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 HEAD = "score"  # transformers' name for the last-token head of every decoder-only *ForSequenceClassification
 
 
@@ -125,13 +130,15 @@ def read_config(folder: Path) -> Any:
         RmtoolError: E0404 it cannot be loaded; E0406 it needs code of its own; E0414 its weights are quantized;
             E0415 its pad token has no embedding.
     """
-    _require_plain(folder)
+    require_unquantized(folder)
+    values = config_values(folder)
+    _require_own_classes(folder, values)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise RmtoolError(
-            "E0404", f"cannot load the model config: {first_line(error)}", f"check {folder}/config.json"
-        ) from error
+        config = _parse_config(folder, values)
+    except _REFUSED as error:
+        # A validator's message: its name, then the reason.
+        reason = str(error).splitlines()[-1].strip() if isinstance(error, StrictDataclassError) else first_line(error)
+        raise RmtoolError("E0404", f"cannot load the model config: {reason}", f"check {folder}/config.json") from error
     text = config.get_text_config()
     pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if pad is not None and rows is not None and pad >= rows:
@@ -142,23 +149,26 @@ def read_config(folder: Path) -> Any:
     return config
 
 
-def _require_plain(folder: Path) -> None:
-    """Check that transformers alone computes what the config says, with weights as they are stored."""
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        quantized = values.get("quantization_config") or values.get("quantization") or values.get("compression_config")
-        quantized = quantized or (values.get("text_config") or {}).get("quantization_config")
-        classes = [name for name in (values.get("auto_map") or {}).values() if isinstance(name, str)]
-    except (ValueError, AttributeError, OSError):
-        return  # reported where the config is loaded
-    files = [name for name in QUANTIZATION_FILES if (folder / name).is_file()]
-    if quantized or files:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        raise RmtoolError(
-            "E0414",
-            f"the weights of {folder} are quantized ({method or (files or ['config.json'])[0]})",
-            "use the checkpoint from before quantization",
-        )
+def _parse_config(folder: Path, values: dict[str, Any]) -> Any:
+    """Parse config.json without the keys that rmtool decides itself: transformers refuses some of their values."""
+    inner = values.get("text_config") or {}
+    if not isinstance(inner, dict):
+        raise TypeError("text_config must be an object")
+    for section in (values, inner):
+        for name in _DECIDED & section.keys():
+            del section[name]
+    with tempfile.TemporaryDirectory() as copy:
+        (Path(copy) / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        # Without a type, it is refused, with the name of the folder.
+        config = AutoConfig.from_pretrained(copy if "model_type" in values else folder, trust_remote_code=False)
+    config.name_or_path = str(folder)
+    return config
+
+
+def _require_own_classes(folder: Path, values: dict[str, Any]) -> None:
+    """Check that transformers alone computes what the config says."""
+    own = values.get("auto_map")
+    classes = [name for name in own.values() if isinstance(name, str)] if isinstance(own, dict) else []
     known = {name.lower() for name in dir(transformers)}
     if own := [name for name in classes if name.rpartition(".")[2].lower() not in known]:
         raise RmtoolError(
@@ -172,6 +182,9 @@ def _initialize(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with without_zero3_init():  # every rank initializes the same weights, as one process does
             return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    except KeyError as error:  # of an activation, a RoPE type
+        what = f"cannot build the model: config.json has the unknown value {error}"
+        raise RmtoolError("E0404", what, "use a value that transformers has, or a later transformers") from error
     except (ValueError, ImportError) as error:
         raise RmtoolError("E0406", first_line(error), "use a decoder-only model (Llama, Qwen, ...)") from error
 

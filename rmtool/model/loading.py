@@ -75,8 +75,8 @@ def load_for_inference(
     """
     tune_malloc()
     manifest = read_manifest(folder)
-    config = read_config(folder).get_text_config()
-    tokenizer = load_tokenizer(folder, chat_template)
+    full_config = read_config(folder)
+    config, tokenizer = full_config.get_text_config(), load_tokenizer(folder, chat_template, full_config)
     positions = int(getattr(config, "max_position_embeddings", 0) or 2048)
     encoder = Encoder(
         tokenizer,
@@ -159,7 +159,7 @@ def training_encoder(recipe: Recipe, folder: Path) -> tuple[Encoder, list[str]]:
         RmtoolError: E0404, E0405 as from `load_tokenizer`.
     """
     config = read_config(folder)
-    tokenizer = load_tokenizer(folder, recipe.model.chat_template)
+    tokenizer = load_tokenizer(folder, recipe.model.chat_template, config)
     change = ensure_pad_token(tokenizer, last_id(tokenizer))
     data = recipe.data
     encoder = Encoder(tokenizer, data.max_length, data.on_long, data.on_empty, vocabulary=embedding_rows(config))

@@ -33,6 +33,7 @@ from rmtool.model.rewards import compute_rewards
 from rmtool.scoring.output import write_rows
 from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.token_store import TokenStore
+from rmtool.tokenization.tokenized_dataset import renders_alike
 from rmtool.ui import Ui
 
 
@@ -142,6 +143,8 @@ def _tokenize(
             assert result.group is not None, "score drops no rows"
             groups.append(result.group)
             counts.update(result.counts)
+            if renders_alike(result.record, result.group):
+                counts["same_ids"] += 1
     rejects.raise_if_any()
     if not len(groups):
         raise RmtoolError("E0302", "no valid rows to score", f"check the errors in {rejects.path}", Place(str(source)))

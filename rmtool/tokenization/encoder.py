@@ -46,7 +46,8 @@ _SLACK = 8  # tokens by which the lengths of two responses can change with the t
 class EncodeResult:
     """The result for one record: its group, what happened to it, or its error; see `Encoder.encode`.
 
-    changes: counts of what is different from the row: "continued", "truncated_messages", "truncated_tokens"
+    changes: counts of what is different from the row: "continued", "ends_in_token", "truncated_messages",
+        "truncated_tokens"
     """
 
     record: Record
@@ -99,6 +100,11 @@ class Encoder:
     @functools.cached_property
     def template_check(self) -> TemplateCheck:
         return TemplateCheck(self.tokenizer)
+
+    @functools.cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return tuple(token.content for token in added if token.special and token.content.strip())
 
     def _without_tail(self, ids: Ids) -> Ids:
         if self.strip_trailing_id is not None:
@@ -187,6 +193,8 @@ class Encoder:
             raise RmtoolError("E0306", "a response is empty", hint, record.place_of(_empty(record)[0]))
         group = self._require_group(record, sequences)
         changes = {"continued": 1} if any(map(record.continues, range(len(sequences)))) else {}
+        if any(response[-1].content.rstrip().endswith(self.special_tokens) for response in record.responses):
+            changes["ends_in_token"] = 1
         if group.longest <= self.max_length:
             return EncodeResult(record, group, None, None, changes)
         if self.on_long == "drop":

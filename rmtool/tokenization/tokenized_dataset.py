@@ -90,12 +90,19 @@ def _checked(result: EncodeResult, metadata: PairMetadata, on_identical: str) ->
     """Return the metadata of the pairs that stay, and what happened to the record; raise its error."""
     if result.error:
         raise result.error
-    if result.group is None or on_identical == "keep":
+    if result.group is None:
         return metadata, result.event
+    if on_identical == "keep":
+        return metadata, "same_ids" if renders_alike(result.record, result.group) else result.event
     metadata, event = without_identical(metadata, result.group, on_identical, result.event)
     if event == "identical_text" and not _same_text(result.record):
         event = "identical_after_rendering"
     return metadata, event
+
+
+def renders_alike(record: Record, group: ResponseGroup) -> bool:
+    """Return whether different responses have the same ids: the template leaves out what distinguishes them."""
+    return len({ids.tobytes() for ids in group.responses}) < len(set(record.responses))
 
 
 def _same_text(record: Record) -> bool:

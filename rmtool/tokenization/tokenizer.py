@@ -36,20 +36,21 @@ TULU_TEMPLATE = (
 )
 
 
-def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
+def load_tokenizer(folder: Path, chat_template: str | None = None, config: Any = None) -> Any:
     """Load the tokenizer of a folder, with right padding and its own chat template or a given one.
 
     Args:
         chat_template: "tulu" or the path of a Jinja file; None keeps the tokenizer's template.
+        config: the model's transformers config, from which the tokenizer's class may follow; None reads config.json.
 
     Raises:
-        RmtoolError: E0404 the tokenizer cannot be loaded; E0405 there is no chat template, or it depends on the date;
-            E0201 the template file cannot be read.
+        RmtoolError: E0404 the tokenizer cannot be loaded; E0405 there is no chat template, it depends on the date, or
+            it does not render a question and its answer; E0201 the template file cannot be read.
     """
     from transformers import AutoTokenizer  # imports torch
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         if "custom code" in str(error):
             what = f"the tokenizer of {folder} needs its own code, which is not run: trust_remote_code is off"
@@ -67,9 +68,33 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
             "set model.chat_template=tulu, or model.chat_template=FILE.jinja",
             Place(str(folder)),
         )
-    tokenizer.chat_template = _pin_template_date(tokenizer.chat_template, Place(chat_template or str(folder)))
+    _check_templates(tokenizer, Place(chat_template or str(folder)))
     name_control_tokens(tokenizer)
     return tokenizer
+
+
+def _check_templates(tokenizer: Any, place: Place) -> None:
+    """Pin the date in the tokenizer's templates, and check that a question and its answer can be rendered."""
+    use = "set model.chat_template=FILE.jinja"
+    if isinstance(tokenizer.chat_template, dict):  # by name; transformers takes "tool_use" for rows with tools
+        if "default" not in tokenizer.chat_template:
+            names = ", ".join(tokenizer.chat_template)
+            raise RmtoolError("E0405", f"none of the tokenizer's chat templates is the default: {names}", use, place)
+        named = tokenizer.chat_template.items()
+        tokenizer.chat_template = {name: _pin_template_date(template, place) for name, template in named}
+    else:
+        tokenizer.chat_template = _pin_template_date(tokenizer.chat_template, place)
+    try:
+        text = tokenizer.apply_chat_template(_chat("user", "assistant"), tokenize=False)
+    except refusals() as error:
+        what = f"the chat template cannot render a question and its answer: {first_line(error)}"
+        raise RmtoolError("E0405", what, use, place) from error
+    if not text:
+        raise RmtoolError("E0405", "the chat template renders a question and its answer as no text", use, place)
+
+
+def _chat(*roles: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": "x"} for role in roles]
 
 
 def name_control_tokens(tokenizer: Any) -> None:
@@ -81,10 +106,10 @@ def name_control_tokens(tokenizer: Any) -> None:
     written = "".join(_rendered(tokenizer))
     plain = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
     used = [token for token in plain if not token.isspace() and token in written]
-    if any(token not in str(tokenizer.chat_template) for token in used):
-        named = set(tokenizer.chat_control_tokens or ()) | {
-            token for token in plain if token in tokenizer.chat_template
-        }
+    templates = tokenizer.chat_template
+    literal = "\n".join(templates.values()) if isinstance(templates, dict) else templates
+    if any(token not in literal for token in used):
+        named = set(tokenizer.chat_control_tokens or ()) | {token for token in plain if token in literal}
         tokenizer.chat_control_tokens = sorted(named | set(used))
 
 
@@ -93,7 +118,7 @@ def _rendered(tokenizer: Any) -> Iterator[str]:
     chats += [("developer", "user", "assistant"), *(("user", "assistant", role, "assistant") for role in RESULT_ROLES)]
     for roles in chats:
         with contextlib.suppress(*refusals()):  # not every template supports every role
-            yield tokenizer.apply_chat_template([{"role": role, "content": "x"} for role in roles], tokenize=False)
+            yield tokenizer.apply_chat_template(_chat(*roles), tokenize=False)
 
 
 def _pin_template_date(template: str, place: Place) -> str:
@@ -123,7 +148,7 @@ def _template(name: str) -> str:
     if name == "tulu":
         return TULU_TEMPLATE
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         what = f"cannot read the chat template {name}: {reason}"

@@ -133,7 +133,7 @@ def _unused_by_steps(recipe: Recipe, schedule: Schedule | None) -> Iterator[tupl
 def _unused_by_others(recipe: Recipe) -> Iterator[tuple[object, str, str]]:
     """Yield (whether it is unused, setting, reason) for settings that depend on other settings."""
     model, train, lora, track = recipe.model, recipe.train, recipe.lora, recipe.track
-    local, metric = Path(resolve(model.path)).expanduser().is_dir(), train.metric_for_best
+    local, metric = Path(resolve(model.path)).is_dir(), train.metric_for_best
     compared, frozen = train.keep == "best" or train.early_stopping_patience, train.freeze == "backbone"
     no_margins, recomputed = recipe.data.rating_margins and not train.use_margins, train.gradient_checkpointing
     yield model.revision and local, f"model.revision={model.revision}", "the model is a local folder"
