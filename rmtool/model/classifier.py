@@ -7,23 +7,19 @@ Cost: reads the weights once.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
-from rmtool.checkpoint.foreign import config_values, require_unquantized
-from rmtool.errors import Place, RmtoolError, first_line
+from rmtool.errors import RmtoolError, first_line
+from rmtool.model.model_config import read_config
 from rmtool.model.stored_weights import (
     HEAD_WEIGHT,
     HeadOrigin,
@@ -34,11 +30,6 @@ from rmtool.model.stored_weights import (
     require_values,
 )
 
-# Keys of config.json that rmtool decides itself: attention, outputs, dtype, and what the one label means.
-_DECIDED = {"_attn_implementation", "attn_implementation", "output_attentions", "output_hidden_states", "return_dict"}
-_DECIDED |= {"dtype", "torch_dtype", "problem_type"}
-# What transformers raises for values of another type.
-_REFUSED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 HEAD = "score"  # transformers' name for the last-token head of every decoder-only *ForSequenceClassification
 
 
@@ -121,61 +112,6 @@ def _replace_head(classifier: PreTrainedModel) -> None:
     setattr(classifier, HEAD, head)
     classifier.config.num_labels = 1
     setattr(classifier, "num_labels", 1)  # noqa: B010 - not declared
-
-
-def read_config(folder: Path) -> Any:
-    """Load the folder's transformers config.
-
-    Raises:
-        RmtoolError: E0404 it cannot be loaded; E0406 it needs code of its own; E0414 its weights are quantized;
-            E0415 its pad token has no embedding.
-    """
-    require_unquantized(folder)
-    values = config_values(folder)
-    _require_own_classes(folder, values)
-    try:
-        config = _parse_config(folder, values)
-    except _REFUSED as error:
-        # A validator's message: its name, then the reason.
-        reason = str(error).splitlines()[-1].strip() if isinstance(error, StrictDataclassError) else first_line(error)
-        raise RmtoolError("E0404", f"cannot load the model config: {reason}", f"check {folder}/config.json") from error
-    text = config.get_text_config()
-    pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
-    if pad is not None and rows is not None and pad >= rows:
-        what = f"pad_token_id is {pad}, but the model has only {rows} embeddings"
-        raise RmtoolError("E0415", what, "set it to null", Place(f"{folder}/config.json"))
-    if pad is not None and pad < 0:  # as in configs of the first Llama: none
-        text.pad_token_id = config.pad_token_id = None
-    return config
-
-
-def _parse_config(folder: Path, values: dict[str, Any]) -> Any:
-    """Parse config.json without the keys that rmtool decides itself: transformers refuses some of their values."""
-    inner = values.get("text_config") or {}
-    if not isinstance(inner, dict):
-        raise TypeError("text_config must be an object")
-    for section in (values, inner):
-        for name in _DECIDED & section.keys():
-            del section[name]
-    with tempfile.TemporaryDirectory() as copy:
-        (Path(copy) / "config.json").write_text(json.dumps(values), encoding="utf-8")
-        # Without a type, it is refused, with the name of the folder.
-        config = AutoConfig.from_pretrained(copy if "model_type" in values else folder, trust_remote_code=False)
-    config.name_or_path = str(folder)
-    return config
-
-
-def _require_own_classes(folder: Path, values: dict[str, Any]) -> None:
-    """Check that transformers alone computes what the config says."""
-    own = values.get("auto_map")
-    classes = [name for name in own.values() if isinstance(name, str)] if isinstance(own, dict) else []
-    known = {name.lower() for name in dir(transformers)}
-    if own := [name for name in classes if name.rpartition(".")[2].lower() not in known]:
-        raise RmtoolError(
-            "E0406",
-            f"{folder} needs its own code ({own[0]}), which is not run: trust_remote_code is off",
-            "use a checkpoint of a model class that is part of transformers",
-        )
 
 
 def _initialize(config: Any, dtype: torch.dtype) -> PreTrainedModel:

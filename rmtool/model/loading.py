@@ -27,11 +27,11 @@ from rmtool.model.classifier import (
     build_classifier,
     disable_dropout,
     init_score_head,
-    read_config,
     set_pad_token,
 )
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.limits import embedding_rows, positions_notice, require_embedded
+from rmtool.model.model_config import read_config
 from rmtool.model.precision import PRECISIONS, compute_precision, default_device, precision_notices
 from rmtool.model.reward_model import RewardModel
 from rmtool.model.stored_weights import HEAD_WEIGHT, count_more
