@@ -41,7 +41,11 @@ def read_config(folder: Path) -> Any:
         # A validator's message: its name, then the reason.
         reason = str(error).splitlines()[-1].strip() if isinstance(error, StrictDataclassError) else first_line(error)
         raise RmtoolError("E0404", f"cannot load the model config: {reason}", f"check {folder}/config.json") from error
-    text = config.get_text_config()
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        what = f"{config.model_type} is not supported: it has several text models"
+        raise RmtoolError("E0406", what, "use a decoder-only model (Llama, Qwen, ...)") from error
     pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if pad is not None and rows is not None and pad >= rows:
         what = f"pad_token_id is {pad}, but the model has only {rows} embeddings"
