@@ -260,10 +260,10 @@ def preference_records(
 
 def _grouped(singles: Sequence[Record], options: RowOptions, rejects: Rejects) -> Iterator[Record]:
     """Make one record of the rows with the same prompt."""
-    groups: dict[tuple[Messages, str], list[Record]] = {}
+    groups: dict[tuple[Messages, str, str], list[Record]] = {}
     for record in singles:
-        groups.setdefault((record.prompt, record.tools), []).append(record)
-    for (prompt, tools), members in groups.items():
+        groups.setdefault((record.prompt, record.tools, record.template_kwargs), []).append(record)
+    for (prompt, tools, kwargs), members in groups.items():
         records = list(_consistent(members, rejects))
         ratings = [record.margins[0] or 0.0 for record in records]
         pairs, dropped = pairs_by_rating(ratings, options.max_pairs, prompt)
@@ -273,7 +273,7 @@ def _grouped(singles: Sequence[Record], options: RowOptions, rejects: Rejects) -
         row = first.row if len(records) == 1 else {"rows": [record.row for record in records]}
         places = tuple(record.place for record in records)
         labels = (pairs, margins, first.subset, first.weight)
-        yield Record(first.place, prompt, responses, *labels, tools, row, places, dropped)
+        yield Record(first.place, prompt, responses, *labels, tools, row, places, dropped, kwargs)
 
 
 def _consistent(records: Sequence[Record], rejects: Rejects) -> Iterator[Record]:

@@ -20,7 +20,18 @@ from rmtool.data.rows import Row, json_kind
 
 Parser = Callable[[Row, RowOptions], Record]
 
-COMMON_FIELDS = frozenset({"system", "system_prompt", "tools", "margin", "weight", "subset"})
+COMMON_FIELDS = frozenset({"system", "system_prompt", "tools", "chat_template_kwargs", "margin", "weight", "subset"})
+# Arguments of apply_chat_template that are not for the template, or that rmtool sets.
+_RESERVED: tuple[str, ...] = (
+    "conversation",
+    "tools",
+    "chat_template",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+)
+_RESERVED += ("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask")
+_RESERVED += ("sanitize_control_tokens", "tokenizer_kwargs")
 
 # ------------------------------------------------------------------------------------------------ a row's parts
 
@@ -37,7 +48,9 @@ def record_of(
     prompt, responses = split_prompt(row, prompt, values)
     pairs = tuple(pairs)
     margins = (_number(row, "margin"),) * len(pairs)
-    record = Record(row.place, prompt, responses, pairs, margins, _subset(row), _weight(row), _tools(row), row.data)
+    labels = (pairs, margins, _subset(row), _weight(row))
+    kwargs = _template_kwargs(row)
+    record = Record(row.place, prompt, responses, *labels, _tools(row), row.data, template_kwargs=kwargs)
     return replace(record, **more) if more else record
 
 
@@ -91,6 +104,18 @@ def _tools(row: Row) -> str:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise invalid_row(row, '"tools" must be a list of objects', json_kind(tools))
     return json.dumps(tools, ensure_ascii=False)
+
+
+def _template_kwargs(row: Row) -> str:
+    """Return JSON of further arguments of the chat template: an object, or JSON of one, as TRL reads them."""
+    name = "chat_template_kwargs"
+    given = row.data.get(name) or {}
+    kwargs = inner_json(given) if isinstance(given, str) else given
+    if not isinstance(kwargs, dict):
+        raise invalid_row(row, f'"{name}" must be an object, or JSON of one', json_kind(row.data[name]))
+    if reserved := [key for key in _RESERVED if key in kwargs]:
+        raise invalid_row(row, f'"{name}" contains "{reserved[0]}", which is not for the template', hint="remove it")
+    return json.dumps(kwargs, ensure_ascii=False, sort_keys=True) if kwargs else ""
 
 
 def _number(row: Row, name: str, value: Any = None) -> float | None:

@@ -107,6 +107,7 @@ class Record:
     margins:     one per preference, None where the row has none
     weight:      weight of each preference in the loss
     tools:       JSON of the tools for the chat template; empty without any
+    template_kwargs: JSON of the row's other arguments of the chat template; empty without any
     row:         the row as it was written
     places:      place of each response, where each comes from its own row
     dropped_pairs: how many were not drawn (see RowOptions.max_pairs)
@@ -123,6 +124,7 @@ class Record:
     row: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     places: tuple[Place, ...] = ()
     dropped_pairs: int = field(default=0, compare=False)
+    template_kwargs: str = ""
 
     def place_of(self, response: int) -> Place:
         """Return the place of a response."""

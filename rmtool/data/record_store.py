@@ -45,7 +45,8 @@ class RecordWriter:
         self._rows, self._digest = list[tuple[Any, ...]](), blake2b(digest_size=16)
 
     def append(self, record: Record) -> None:
-        metadata, content = record.metadata(), _json(record.prompt, record.responses, record.tools, record.preferences)
+        metadata, given = record.metadata(), (record.tools, record.template_kwargs)
+        content = _json(record.prompt, record.responses, given, record.preferences)
         self._digest.update(blake2b(content, digest_size=16).digest())
         place, labels = record.place, _labels_json(record.preferences, record.margins, record.subset, record.weight)
         rest = _json(record.row, [(each.file, each.line, each.column) for each in record.places])
@@ -112,7 +113,7 @@ class RecordStore:
             self._columns = [column.to_pylist() for column in self._reader.get_batch(number).columns]
             self._number = number
         content, rest, file, line, column, _, labels = (values[row] for values in self._columns)
-        prompt, responses, tools, _ = json.loads(content)
+        prompt, responses, (tools, template_kwargs), _ = json.loads(content)
         preferences, margins, subset, weight = _labels(labels)
         data, places = json.loads(rest)
         return Record(
@@ -121,6 +122,7 @@ class RecordStore:
             tuple(map(_messages, responses)),
             *(preferences, margins, subset, weight, tools, data),
             tuple(Place(*each) for each in places),
+            template_kwargs=template_kwargs,
         )
 
     def invalid_rows(self) -> Iterator[tuple[RmtoolError, Any]]:

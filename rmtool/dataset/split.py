@@ -224,6 +224,7 @@ def write_held_out(path: Path, split: Split) -> None:
                 }
                 extra = {"margin": margin, "subset": record.subset, "tools": record.tools or None}
                 extra["weight"] = None if record.weight == 1 else record.weight
+                extra["chat_template_kwargs"] = record.template_kwargs or None
                 row |= {name: value for name, value in extra.items() if value is not None}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

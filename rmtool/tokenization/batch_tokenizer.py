@@ -37,10 +37,16 @@ _PLAIN: tuple[Messages, ...] = tuple(
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, and the tools that the chat template gets: JSON of a list, or empty."""
+    """Messages, and what else the chat template gets: JSON of a list of tools and of an object, or empty."""
 
     messages: Messages
     tools: str = ""
+    template_kwargs: str = ""
+
+    def template_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `apply_chat_template` beside the messages."""
+        tools = json.loads(self.tools) if self.tools else None
+        return {"tools": tools, **(json.loads(self.template_kwargs) if self.template_kwargs else {})}
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,7 @@ class BatchTokenizer:
             self._backend is not None
             and not self._normalized_tokens
             and not conversation.tools
+            and not conversation.template_kwargs
             and not any(message.extra for message in messages)
             and not self._suspect.search("\n".join([message.content for message in messages]))
         )
@@ -160,7 +167,7 @@ class BatchTokenizer:
         try:
             ids = self.tokenizer.apply_chat_template(
                 [message.as_dict() for message in conversation.messages],
-                tools=json.loads(conversation.tools) if conversation.tools else None,
+                **conversation.template_arguments(),
                 tokenize=True,
                 return_dict=False,
                 sanitize_control_tokens=True,

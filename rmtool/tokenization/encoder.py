@@ -166,7 +166,8 @@ class Encoder:
                 yield from self._results(*work, skip_unlabeled)
 
     def _conversations(self, record: Record) -> list[Conversation]:
-        return [Conversation(record.conversation(at), record.tools) for at in range(len(record.responses))]
+        given = record.tools, record.template_kwargs
+        return [Conversation(record.conversation(at), *given) for at in range(len(record.responses))]
 
     def _wanted(self, record: Record, skip_unlabeled: bool) -> list[Conversation]:
         """Return the conversations of a record to tokenize: none if it is dropped, or invalid, anyway."""

@@ -37,11 +37,11 @@ class TemplateCheck:
 
     def loss(self, conversation: Conversation) -> Problem | None:
         """Return what the template leaves out of a conversation that it renders."""
-        shape = hash((*map(_shape, conversation.messages), bool(conversation.tools)))
+        shape = hash((*map(_shape, conversation.messages), bool(conversation.tools), conversation.template_kwargs))
         if shape in self._complete:
             return None
-        chat, tools, marks = _marked(conversation)
-        text = self._rendered(chat, tools)
+        chat, arguments, marks = _marked(conversation)
+        text = self._rendered(chat, arguments)
         lost = [lost for mark, lost in marks.items() if text is not None and mark not in text]
         if lost:
             name, role, place = lost[0]
@@ -71,12 +71,12 @@ class TemplateCheck:
             message = {"role": role, "content": _MARK, "tool_call_id": _CALL["id"], "name": "f"}
             after_call, after_text = ([_QUESTION, before, message, _ANSWER] for before in (_CALLING, _ANSWER))
             tries = [[message, _QUESTION, _ANSWER]] if role in INSTRUCTION_ROLES else [after_call, after_text]
-            self._roles[role] = any(_MARK in (self._rendered(chat, None) or "") for chat in tries)
+            self._roles[role] = any(_MARK in (self._rendered(chat, {}) or "") for chat in tries)
         return self._roles[role]
 
-    def _rendered(self, chat: list[dict[str, Any]], tools: Any) -> str | None:
+    def _rendered(self, chat: list[dict[str, Any]], arguments: dict[str, Any]) -> str | None:
         try:
-            return str(self._tokenizer.apply_chat_template(chat, tools=tools, tokenize=False))
+            return str(self._tokenizer.apply_chat_template(chat, tokenize=False, **arguments))
         except refusals():
             return None
 
@@ -87,9 +87,11 @@ def _shape(message: Message) -> tuple[Any, ...]:
     return message.role, bool(message.content.strip()), *sizes
 
 
-def _marked(conversation: Conversation) -> tuple[list[dict[str, Any]], Any, dict[str, tuple[str, str, str]]]:
-    """Return messages and tools with marks in place of text and names; and, for each mark, the field that it stands
-    for, the role of its message, and its place.
+def _marked(
+    conversation: Conversation,
+) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, tuple[str, str, str]]]:
+    """Return messages and the template's arguments with marks in place of text and names; and, for each mark, the field
+    that it stands for, the role of its message, and its place.
     """
     marks = dict[str, tuple[str, str, str]]()
 
@@ -99,8 +101,8 @@ def _marked(conversation: Conversation) -> tuple[list[dict[str, Any]], Any, dict
             marks[fields[key]] = name, role, place
 
     chat = [message.as_dict() for message in conversation.messages]
-    tools = json.loads(conversation.tools) if conversation.tools else None
-    for tool in tools or ():
+    arguments = conversation.template_arguments()
+    for tool in arguments["tools"] or ():
         put(tool.get("function", tool), "name", "tools")
     for at, fields in enumerate(chat, 1):
         where = fields["role"], f" of message {at} of {len(chat)} (role {fields['role']})"
@@ -110,4 +112,4 @@ def _marked(conversation: Conversation) -> tuple[list[dict[str, Any]], Any, dict
             put(call.get("function", call) if isinstance(call, dict) else None, "name", "tool_calls", *where)
         if at == len(chat) and (reasoning := next((key for key in REASONING if key in fields), None)):
             put(fields, reasoning, reasoning, *where)
-    return chat, tools, marks
+    return chat, arguments, marks

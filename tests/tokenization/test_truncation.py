@@ -50,6 +50,15 @@ def texts(prompt: Messages | None) -> list[str] | None:
         ((SYSTEM, *ROUNDS[2:6], *ROUNDS[3:5]), 4, 99, ["Be brief.", "u2", "", "t2"]),
         ((*ROUNDS, Message("assistant", "begun")), 2, 99, ["u3 and more words", "begun"]),
         ((*ROUNDS, Message("assistant", "begun")), 1, 99, None),
+        ((*ROUNDS[:2], SYSTEM, *ROUNDS[7:]), 3, 99, ["Be brief.", "u3 and more words"]),  # a rule in the middle
+        ((*ROUNDS[:2], SYSTEM, *ROUNDS[7:]), 2, 2, ["Be brief.", "more words"]),
+        (
+            (*ROUNDS[:1], Message("developer", "d"), *ROUNDS[1:2], SYSTEM, *ROUNDS[2:]),
+            4,
+            99,
+            ["d", "Be brief.", "u3 and more words"],
+        ),
+        ((ROUNDS[7], SYSTEM), 2, 2, ["more words", "Be brief."]),  # after the question
         ((SYSTEM,), 0, 99, None),
         ((), 0, 99, None),
     ],
