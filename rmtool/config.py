@@ -212,8 +212,8 @@ class TrackConfig:
     """Experiment tracking, next to metrics.jsonl in the run folder."""
 
     wandb: StrictBool = False  # log to Weights & Biases
-    project: str = "rmtool"  # project on Weights & Biases
-    name: str | None = None  # run name on Weights & Biases; default: the recipe's name
+    project: str | None = None  # project on Weights & Biases; default: WANDB_PROJECT, or rmtool
+    name: str | None = None  # run name on Weights & Biases; default: WANDB_NAME, or the recipe's name
 
 
 @dataclass(frozen=True, config=_NO_OTHER_KEYS)

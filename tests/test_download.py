@@ -22,6 +22,7 @@ SHARDS = {f"model-0000{n}-of-00002.safetensors": bytes(3 * 2**20 // n) for n in 
 SMALL = {
     **dict.fromkeys(("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"), b"{}"),
     **dict.fromkeys(("chat_template.jinja", "additional_chat_templates/rag.jinja", "merges.txt"), b"x"),
+    **dict.fromkeys(("rmtool.json", "vocab.json", "tekken.json", "qwen.tiktoken", "spiece.model", "vocab.txt"), b"x"),
     "tokenizer.model": b"x",
 }
 SHARDED = {
@@ -35,6 +36,7 @@ REST = dict.fromkeys(
         *("checkpoint-500/model.safetensors", "checkpoint-500/config.json", "checkpoint-500/tokenizer.json"),
         *("adapter/adapter_model.safetensors", "adapter_model.safetensors", "onnx/model.onnx", "onnx/config.json"),
         *("pytorch_model.bin", "model.fp16.safetensors", "model-00001-of-00005.safetensors", "flax_model.msgpack"),
+        *("trainer_state.json", "all_results.json", "params.json", "log.txt", "requirements.txt", "training_args.json"),
         *("README.md", ".gitattributes", "img/templates/a.jinja", "additional_chat_templates/old/rag.jinja"),
     ),
     b"not a part of the checkpoint",

@@ -10,19 +10,27 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from rmtool.checkpoint.foreign import ADAPTER
+from rmtool.checkpoint.foreign import ADAPTER, QUANTIZATION_FILES
 from rmtool.errors import Place, RmtoolError, first_line
 from rmtool.ui import Ui
 
-NON_WEIGHT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
+WEIGHTS = "model.safetensors"
+# What transformers and rmtool read, by the names in the tokenizers' `vocab_files_names`; quantize_config.json and the
+# like are read to refuse such weights. Not a trainer's states and logs.
+NON_WEIGHT_FILES = (
+    *("config.json", "generation_config.json", "rmtool.json", ADAPTER, *QUANTIZATION_FILES),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "chat_template*.json"),
+    *("vocab*", "*merges*.txt", "*.model", "*.tiktoken", "tekken.json", "prophetnet.tokenizer", "bpe.codes"),
+    *("byte_maps.json", "emoji.json", "entity_vocab.json", "dict.txt", f"{WEIGHTS}.index.json"),
+)
 TEMPLATES = "additional_chat_templates/"
 HEADS = ("*head*.safetensors", "*head*.bin")  # LLaMA-Factory's value_head; a pickled one is refused when it is loaded
-WEIGHTS = "model.safetensors"
 _OF_THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
@@ -110,7 +118,8 @@ def checkpoint_files(repo_id: str, names: Collection[str], path: Callable[[str],
         inner = next((name.partition("/")[0] for name in sorted(names) if name.endswith("/config.json")), None)
         hint = "check the name"
         if inner:
-            hint = f"run hf download {repo_id} --include '{inner}/*' --local-dir NAME, then pass NAME/{inner}"
+            pattern = shlex.quote(f"{inner}/*")
+            hint = f"run hf download {repo_id} --include {pattern} --local-dir NAME, then pass NAME/{inner}"
         raise RmtoolError("E0404", f"{repo_id} contains no checkpoint: config.json not found", hint)
     if not weights:
         return files

@@ -6,6 +6,7 @@ In: a folder. Out: the error that says what it contains and how to convert it.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -92,5 +93,5 @@ def foreign_weights(folder: Path) -> RmtoolError | None:
     for patterns, what, hint in _FOREIGN:
         if found := sorted(path.name for pattern in patterns for path in folder.glob(pattern)):
             what = f"no safetensors weights found in {folder}, but {what}: {found[0]}"
-            return RmtoolError("E0407", what, hint.format(folder=folder))
+            return RmtoolError("E0407", what, hint.format(folder=shlex.quote(str(folder))))
     return None

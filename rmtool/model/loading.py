@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def _load_model(folder: Path, precision: str, pad_id: int) -> tuple[RewardModel,
         raise RmtoolError(
             "E0401",
             f"{folder} has no score head: it is a language model, not a reward model",
-            f"train one from it: rmtool train --recipe smollm2-135m --model {folder}",
+            f"train one from it: rmtool train --recipe smollm2-135m --model {shlex.quote(str(folder))}",
         )
     disable_dropout(classifier)
     getattr(classifier, HEAD).float()

@@ -13,7 +13,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from rmtool.checkpoint.foreign import config_values, require_unquantized
 from rmtool.errors import Place, RmtoolError, first_line
@@ -35,6 +35,11 @@ def read_config(folder: Path) -> Any:
     require_unquantized(folder)
     values = config_values(folder)
     _require_own_classes(folder, values)
+    kind = values.get("model_type")
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+        what = f"transformers {transformers.__version__} has no model type {kind!r} (config.json of {folder})"
+        hint = "upgrade transformers, or use a model that it has (Llama, Qwen, Mistral, Gemma, OLMo, ...)"
+        raise RmtoolError("E0404", what, hint)
     try:
         config = _parse_config(folder, values)
     except _REFUSED as error:

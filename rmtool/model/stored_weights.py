@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,15 @@ INDEX = "model.safetensors.index.json"
 HEAD_WEIGHT = "score.weight"
 # One linear layer, as other tools call it (OpenRLHF, TRL and LLaMA-Factory, PKU, Eurus, Open-Assistant, NeMo).
 _HEAD = re.compile(
-    r"((?:base_)?model\.|module\.|transformer\.)*(score|(value|reward|rm|regression|score|scalar|rank|critic)_head|v_head"
-    r"|v_head\.summary|(value|reward|regression)(_layer|_proj|_model)?|classifier|classification_head|out_proj|lm_head)"
-    r"\.weight"
+    r"((?:base_|pretrained_|reward_)?model\.|module\.|_orig_mod\.|(?:rw)?transformer\.)*((\w+_)?head|fc|linear|dense"
+    r"|(value|reward|regression|score|output)(_layer|_proj|_model)?|scorer|regressor|classifier|out_proj)"
+    r"(\.(summary|out_proj|linear|dense|fc))?\.weight"
 )
 # Buffers of rotary embeddings and causal masks that older versions saved, and layers that predict further tokens.
 _BUFFERS = re.compile(r"(inv_freq|(cos|sin)_cached|position_ids|masked_bias|(attn|attention)\.bias)$|(^|\.)mtp\b")
-_NEW_HEAD = "train a new one: rmtool train --model {} --set model.head=new"
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+# What wrappers write into names: torch.compile, FSDP, activation checkpointing.
+_WRAPPER = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,29 @@ class StoredWeights:
     folder: Path
     files: Mapping[str, Path]
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor."""
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name)
+
+    def new_head(self) -> str:
+        """Return the hint to train a new score head."""
+        return f"train a new one: rmtool train --model {shlex.quote(str(self.folder))} --set model.head=new"
+
+    def change(self, name: str, change: str) -> str:
+        """Return the command that changes the tensors `w` of the file with this one."""
+        code = f"p = {str(self.files[name])!r}; w = load_file(p); {change}; save_file(w, p, {{'format': 'pt'}})"
+        return f"python -c {shlex.quote(f'from safetensors.torch import load_file, save_file; {code}')}"
+
+    def rename(self, name: str) -> str:
+        """Return the command that makes this tensor the score head."""
+        return self.change(name, f"w[{HEAD_WEIGHT!r}] = w.pop({name!r}).reshape(1, -1)")
+
+    def pickled_heads(self) -> list[Path]:
+        """List files of score heads that are not read."""
+        return sorted(self.folder.glob("*head*.bin"))
 
 
 def read_headers(folder: Path) -> StoredWeights:
@@ -55,25 +76,23 @@ def read_headers(folder: Path) -> StoredWeights:
     """
     loaded = _files(folder)
     paths = [*loaded, *(path for path in sorted(folder.glob("*.safetensors")) if path not in loaded)]
-    files, shapes = dict[str, Path](), dict[str, tuple[int, ...]]()
+    files, shapes, dtypes = dict[str, Path](), dict[str, tuple[int, ...]](), dict[str, str]()
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 # LLaMA-Factory writes value_head.safetensors; consolidated.safetensors repeats the model's weights.
                 names = [name for name in file.keys() if path in loaded or _HEAD.fullmatch(name) or "_head." in name]  # noqa: SIM118
-                found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+                found = {name: file.get_slice(name) for name in names if name not in shapes}
+                shapes |= {name: tuple(each.get_shape()) for name, each in found.items()}
+                dtypes |= {name: each.get_dtype() for name, each in found.items()}
         except (SafetensorError, OSError) as error:
             raise _corrupted(path, error) from error
-        shapes |= {name: shape for name, shape in found.items() if name not in shapes}
-        files |= {name: path for name in found if name not in files}
-    return StoredWeights(folder, files, shapes)
+        files |= dict.fromkeys(found, path)
+    return StoredWeights(folder, files, shapes, dtypes)
 
 
 def _files(folder: Path) -> list[Path]:
     """The files that transformers loads."""
-    if pickled := sorted(folder.glob("*head*.bin")):
-        what = f"the score head is in {pickled[0].name}, a pickled file, which can run code and is not supported"
-        raise RmtoolError("E0407", what, f"save its tensors as {pickled[0].with_suffix('.safetensors').name}")
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if not (folder / INDEX).is_file():
@@ -93,9 +112,8 @@ def _files(folder: Path) -> list[Path]:
 def _corrupted(path: Path, error: Exception) -> RmtoolError:
     hint = f"download or copy {path.name} again"
     if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
-        return RmtoolError(
-            "E0404", f"{path} is a Git LFS pointer, not the weights", f"run git lfs pull in {path.parent}"
-        )
+        what = f"{path} is a Git LFS pointer, not the weights"
+        return RmtoolError("E0404", what, f"run cd {shlex.quote(str(path.parent))} && git lfs pull")
     return RmtoolError("E0404", f"cannot load the model: {path} is corrupted: {first_line(error)}", hint)
 
 
@@ -148,28 +166,57 @@ def find_score_head(stored: StoredWeights, info: LoadingInfo, config: Any, new: 
         new: the score head is reinitialized: accept any, and weights that the model does not read.
 
     Raises:
-        RmtoolError: E0402 more than one label; E0404 weights are missing, or their shape is wrong; E0406 weights that
-            the model does not read.
+        RmtoolError: E0402 more than one label; E0404 weights are missing, or their shape or value is wrong; E0406
+            weights that the model does not read; E0407 the score head is pickled; E0414 weights are quantized.
     """
+    pickled = tuple(path.name for path in stored.pickled_heads())
+    _require_floats(stored, stored.shapes.keys() - {*info.unread, *([HEAD_WEIGHT] if new else [])})
     _check_shapes(stored, [each for each in info.mismatched if each[0] != HEAD_WEIGHT or not new])
     _check_missing(stored, [name for name in info.missing if name != HEAD_WEIGHT], info.unread)
     unread = [name for name in info.unread if not _is_harmless(name, stored.shapes.get(name, ()), config.vocab_size)]
     if new:
-        return HeadOrigin(None, tuple(unread))
-    shapes = ((1, config.hidden_size), (config.hidden_size,))
+        return HeadOrigin(None, (*unread, *pickled))
+    shapes = _head_shapes(config.hidden_size)
     heads = [name for name in unread if _HEAD.fullmatch(name) and stored.shapes.get(name) in shapes]
     head = HEAD_WEIGHT if HEAD_WEIGHT not in info.missing else heads[0] if len(heads) == 1 else None
     bias = f"{head}".removesuffix("weight") + "bias"
     if others := [name for name in unread if name not in (head, bias)]:
-        raise _unread(stored, others)
+        raise _unread(stored, others, config.hidden_size, renames=head is None)
+    if head is None and pickled:
+        what = f"the score head is in {pickled[0]}, a pickled file, which can run code and is not supported"
+        raise RmtoolError("E0407", what, f"save its tensors as {Path(pickled[0]).stem}.safetensors")
+    if head:
+        _require_values_of_head(stored, head)
     value = float(stored.tensor(bias).sum()) if bias in unread else 0.0
     if value:
         raise RmtoolError(
             "E0406",
             f"unexpected score head weights: {bias} is {value:g}, but a score head has no bias",
-            f"remove it, which adds {-value:g} to every reward, or {_NEW_HEAD.format(stored.folder)}",
+            f"remove it, which adds {-value:g} to every reward: {stored.change(bias, f'del w[{bias!r}]')}\n"
+            f"or {stored.new_head()}",
         )
-    return HeadOrigin(head)
+    return HeadOrigin(head, pickled)
+
+
+def _head_shapes(hidden_size: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes in which a linear layer with one output is stored."""
+    return (1, hidden_size), (hidden_size,), (hidden_size, 1)
+
+
+def _require_floats(stored: StoredWeights, names: Iterable[str]) -> None:
+    for name in sorted(names):
+        if (dtype := stored.dtypes[name]) not in _FLOATS and not _BUFFERS.search(name):
+            what = f"{name} is stored as {dtype}, which is not what a model is trained in: {stored.folder} is quantized"
+            raise RmtoolError("E0414", what, "use the checkpoint from before quantization")
+
+
+def _require_values_of_head(stored: StoredWeights, head: str) -> None:
+    # transformers finds model.score.weight, too.
+    head = next(name for name in stored.shapes if name == head or name.endswith(f".{head}"))
+    _require_floats(stored, [head])
+    if not stored.tensor(head).isfinite().all():
+        hint = f"use an earlier checkpoint of that training, or {stored.new_head()}"
+        raise RmtoolError("E0404", f"{head} of {stored.folder} contains NaN or inf", hint)
 
 
 def _is_harmless(name: str, shape: tuple[int, ...], vocab_size: int) -> bool:
@@ -184,41 +231,47 @@ def _check_shapes(stored: StoredWeights, mismatched: Sequence[tuple[str, tuple[i
             raise RmtoolError(
                 "E0402",
                 f"a reward model must have one label: {stored.folder} has {found[0]}",
-                f"use a checkpoint with one label, or {_NEW_HEAD.format(stored.folder)}",
+                f"use a checkpoint with one label, or {stored.new_head()}",
             )
         more = f" ({len(mismatched) - 1} more do not fit)" if mismatched[1:] else ""
         what = f"{name} has shape {list(found)}, but the model needs {list(wanted)}{more}"
-        raise RmtoolError("E0404", what, f"use config.json and weights of the same model in {stored.folder}")
+        hint = f"use config.json and weights of the same model in {stored.folder}"
+        if name == HEAD_WEIGHT and found in _head_shapes(wanted[1]):
+            hint = f"transpose it: {stored.rename(name)}"
+        raise RmtoolError("E0404", what, hint)
 
 
 def _check_missing(stored: StoredWeights, missing: Sequence[str], unread: Sequence[str]) -> None:
     if not missing:
         return
     prefix = next((name.removesuffix(missing[0]) for name in unread if name.endswith(f".{missing[0]}")), "")
-    hint = _origin_hint(unread) or (f"remove the prefix {prefix} from the names of the weights" if prefix else None)
+    wrapper = next((found[0] for name in unread if (found := _WRAPPER.search(name))), "")
+    added = f"remove {wrapper} from" if wrapper else f"remove the prefix {prefix} from" if prefix else ""
+    hint = _origin_hint(unread, f"{added} the names of the weights" if added else None)
     what = f"{len(missing)} weights are missing from {stored.folder} (first: {missing[0]})"
     raise RmtoolError("E0404", what, hint or "download or save the checkpoint again")
 
 
-def _unread(stored: StoredWeights, names: Sequence[str]) -> RmtoolError:
+def _unread(stored: StoredWeights, names: Sequence[str], hidden_size: int, renames: bool) -> RmtoolError:
     shown = ", ".join(f"{name} {list(stored.shapes.get(name, ()))}" for name in names[:3])
-    return RmtoolError(
-        "E0406",
-        f"{stored.folder} has weights that the model does not read: {shown}{count_more(names[3:])}",
-        _origin_hint(names)
-        or f"use a checkpoint whose score head is one linear layer without bias, or {_NEW_HEAD.format(stored.folder)}",
-    )
+    hint = f"use a checkpoint whose score head is one linear layer without bias, or {stored.new_head()}"
+    if renames and len(names) == 1 and stored.shapes[names[0]] in _head_shapes(hidden_size):
+        hint = f"if it is the score head, rename it: {stored.rename(names[0])}\nor {stored.new_head()}"
+    what = f"{stored.folder} has weights that the model does not read: {shown}{count_more(names[3:])}"
+    return RmtoolError("E0406", what, _origin_hint(names) or hint)
 
 
-def _origin_hint(names: Sequence[str]) -> str | None:
-    """Return what to do about weights of adapters, of quantization, or of layers that the config does not have."""
+def _origin_hint(names: Sequence[str], prefix: str | None = None) -> str | None:
+    """Return what to do about weights of adapters, of quantization, or of layers that the config does not have; before
+    the last, the hint about a prefix.
+    """
     hints = (
         (
             r"\.lora_|\.base_layer\.|\.modules_to_save\.",
             "merge the adapter with merge_and_unload(), and save the model",
         ),
         (r"scales?(_inv)?$|\.qweight$|\.qzeros$|\.absmax$", "use the checkpoint from before quantization"),
-        (r"\.\d+\..*\.weight$", "use config.json and weights of the same model"),
+        (r"" if prefix else r"\.\d+\..*\.weight$", prefix or "use config.json and weights of the same model"),
     )
     # A head of several layers has numbers, too, but at its beginning.
     names = [name for name in names if not re.match(r"(\w*\.)?\w*(head|score|classifier)\w*\.\d", name)]

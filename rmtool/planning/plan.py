@@ -22,6 +22,7 @@ from rmtool.dataset.split import none_held_out, resolve_sources, row_options
 from rmtool.errors import RmtoolError
 from rmtool.recipe import as_source, engine_of, recipe_hash, world_size
 from rmtool.training.schedule import UNKNOWN, Schedule, require_reachable, schedule_rows
+from rmtool.training.tracking import wandb_project
 from rmtool.ui import SilentUi, Ui
 
 # accelerate reads what a command leaves out from a file in the user's home, unless it is given another one.
@@ -120,7 +121,7 @@ class Plan:
             rows.append(("early stopping", f"after {train.early_stopping_patience} evaluations without improvement"))
         if recipe.hub.repo_id:
             rows.append(("push to", recipe.hub.repo_id))
-        tracking = f"wandb project {recipe.track.project}" if recipe.track.wandb else "metrics.jsonl only"
+        tracking = f"wandb project {wandb_project(recipe.track)}" if recipe.track.wandb else "metrics.jsonl only"
         return [*rows, ("tracking", tracking)]
 
     def as_dict(self) -> dict[str, Any]:

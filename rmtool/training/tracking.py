@@ -30,6 +30,11 @@ WANDB_START_S = 60  # for the import, too
 WANDB_FINISH_S = 20
 
 
+def wandb_project(track: TrackConfig) -> str:
+    """Return the project on Weights & Biases; wandb itself reads WANDB_ENTITY and others."""
+    return track.project or os.environ.get("WANDB_PROJECT") or "rmtool"
+
+
 class Tracker:
     """Writer of metrics to metrics.jsonl, which wandb follows.
 
@@ -41,7 +46,8 @@ class Tracker:
         self.file = open(folder / METRICS_FILE, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self.wandb = None
         if track.wandb:
-            init = {"project": track.project, "name": track.name or config["name"], "config": dict(config)}
+            name = track.name or os.environ.get("WANDB_NAME") or config["name"]
+            init = {"project": wandb_project(track), "name": name, "config": dict(config)}
             try:
                 self.wandb = _Wandb({**init, "dir": str(folder)}, folder / METRICS_FILE, ui)
             except OSError as error:

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 FAILED = "metrics.jsonl only"  # in every notice of a failure
 
 
@@ -37,9 +39,16 @@ def main() -> None:
         doing = "finish the wandb run"
         run.finish(exit_code=0 if run_ends.outcome == "completed" else 1)
     except BaseException as error:  # noqa: BLE001 - wandb raises errors of any kind: pydantic's, SystemExit, its own
-        message = " ".join(str(error).split())[:300] or type(error).__name__
-        print(f"cannot {doing}, {FAILED}: {message}", file=notices, flush=True)
+        print(f"cannot {doing}, {FAILED}: {_reason(error)}", file=notices, flush=True)
     os._exit(0)  # without wandb's exit hooks, which can wait for minutes
+
+
+def _reason(error: BaseException) -> str:
+    """Return the message of an error in one line; of a setting, what it is in the environment."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"WANDB_{'_'.join(map(str, first['loc'][:1])).upper()}={first['input']} is not valid"
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class RunEnds(threading.Thread):

@@ -81,6 +81,10 @@ def change_model(
     rename: dict[str, str] | None = None,
     drop: list[str] | None = None,
     shape: dict[str, list[int]] | None = None,
+    value: dict[str, float] | None = None,
+    reshape: dict[str, list[int]] | None = None,
+    dtype: dict[str, str] | None = None,
+    prefix: dict[str, str] | None = None,
     write: dict[str, Any] | None = None,
     remove: list[str] | None = None,
 ) -> None:
@@ -88,7 +92,9 @@ def change_model(
 
     Args:
         config, tokenizer_config, tokenizer: keys of these .json files to set; null removes one.
-        rename, drop: tensors. shape: tensors that become zeros of this shape.
+        rename, drop: tensors. shape: tensors that become zeros of this shape. value: tensors of which the first number
+            becomes this. reshape, dtype: tensors that become this shape or type.
+        prefix: beginnings of names and what they become.
         write: files and their text or JSON. remove: files.
     """
     for name, changes in (("config", config), ("tokenizer_config", tokenizer_config), ("tokenizer", tokenizer)):
@@ -104,6 +110,14 @@ def change_model(
         del weights[name]
     for name, size in (shape or {}).items():
         weights[name] = torch.zeros(size)
+    for name, number in (value or {}).items():
+        weights[name].view(-1)[0] = number
+    for name, size in (reshape or {}).items():
+        weights[name] = weights[name].reshape(size)
+    for name, kind in (dtype or {}).items():
+        weights[name] = weights[name].to(getattr(torch, kind))
+    for old, new in (prefix or {}).items():
+        weights = {new + name.removeprefix(old) if name.startswith(old) else name: weights[name] for name in weights}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     for name, content in (write or {}).items():
         (folder / name).parent.mkdir(exist_ok=True)

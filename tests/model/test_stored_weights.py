@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,37 @@ def test_training_goes_on_from_a_head_of_another_name(checkpoint: Path, tmp_path
     saved = meta_copy(kept.classifier, torch.float32)
     saved.save_pretrained(tmp_path / "saved", state_dict=dict(merged_weights(kept.classifier, torch.float32)))
     assert torch.equal(load_file(tmp_path / "saved" / "model.safetensors")["score.weight"], head)
+
+
+def test_a_pickled_head_is_refused_only_where_it_would_be_needed(
+    checkpoint: Path, causal_lm: Path, tmp_path: Path
+) -> None:
+    base, trained = (shutil.copytree(each, tmp_path / each.name) for each in (causal_lm, checkpoint))
+    for folder in (base, trained):
+        (folder / "value_head.bin").write_bytes(b"x")
+    with pytest.raises(RmtoolError) as caught:
+        to_train(base, tmp_path)
+    assert caught.value.id == "E0407"
+    for folder, options in ((base, {"head": "new"}), (trained, {})):
+        _, notices = to_train(folder, tmp_path, **options)
+        assert "weights not read: value_head.bin" in notices
+
+
+def test_commands_in_hints_mend_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    """A head of an unknown name is renamed, a column transposed, and a bias removed."""
+    head = load_file(checkpoint / "model.safetensors")["score.weight"]
+    changes: list[Callable[[Weights], object]] = [
+        renamed("happiness.weight"),
+        lambda weights: weights.update({"score.weight": head.reshape(-1, 1)}),
+        lambda weights: weights.update({"score.bias": torch.tensor([0.5])}),
+    ]
+    for number, change in enumerate(changes):
+        folder = changed(checkpoint, tmp_path / f"it's {number}", change)
+        with pytest.raises(RmtoolError) as caught:
+            load_for_inference(folder)
+        command = caught.value.hint.splitlines()[0].partition(": ")[2]
+        subprocess.run(command, shell=True, check=True)
+        assert torch.equal(load_for_inference(folder).model.classifier.score.weight, head)
 
 
 def test_a_new_head_is_said_for_a_language_model(causal_lm: Path, tmp_path: Path) -> None:

@@ -53,14 +53,16 @@ def track(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
 
-    def start(stub: str | None = None, outcome: str = "completed", before: Any = lambda process: None) -> list[str]:
+    def start(
+        stub: str | None = None, outcome: str = "completed", before: Any = lambda process: None, **given: Any
+    ) -> list[str]:
         if stub is not None:
             monkeypatch.setattr(tracking, "WANDB_FINISH_S", 1 if HANG in stub else 20)
             (tmp_path / "stub").mkdir()
             (tmp_path / "stub" / "wandb.py").write_text(stub)
             monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'stub'}:{os.environ.get('PYTHONPATH', '')}")
         err = io.StringIO()
-        tracker = Tracker(tmp_path, TrackConfig(wandb=True), {"name": "debug"}, TerminalUi(io.StringIO(), err))
+        tracker = Tracker(tmp_path, TrackConfig(wandb=True, **given), {"name": "debug"}, TerminalUi(io.StringIO(), err))
         tracker.log(ROWS[0])
         assert tracker.wandb
         before(tracker.wandb.process)
@@ -77,6 +79,16 @@ def test_a_run_reaches_wandb_with_its_name_config_steps_and_outcome(track: Any, 
     assert track(WORKING) == ["wandb: https://host/run"]
     steps = [f"logged {row['step']} {row['train/rm/loss']}" for row in ROWS]
     assert capfd.readouterr().err.splitlines() == ["init rmtool debug debug None", *steps, "finished 0"]
+
+
+@pytest.mark.parametrize(("given", "shown"), [({}, "env run"), ({"project": "own", "name": "mine"}, "own mine")])
+def test_the_environment_names_project_and_run_where_the_recipe_does_not(
+    track: Any, capfd: Any, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], shown: str
+) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "env")
+    monkeypatch.setenv("WANDB_NAME", "run")
+    track(WORKING, **given)
+    assert f"init {shown} debug" in capfd.readouterr().err
 
 
 def test_a_failure_during_the_run_is_reported_once(track: Any) -> None:
@@ -141,7 +153,7 @@ def test_a_failed_run_does_not_wait_and_wandb_learns_that_it_failed(track: Any, 
 @pytest.mark.parametrize(
     ("settings", "notice"),
     [
-        ({"WANDB_MODE": "ofline"}, "cannot start wandb, metrics.jsonl only: 1 validation error for Settings mode"),
+        ({"WANDB_MODE": "ofline"}, "cannot start wandb, metrics.jsonl only: WANDB_MODE=ofline is not valid"),
         ({"WANDB_MODE": "disabled"}, "wandb: disabled by its settings"),
         ({"WANDB_API_KEY": "malformed"}, "cannot start wandb, metrics.jsonl only: WANDB_API_KEY invalid"),
         ({"WANDB_MODE": "offline", "WANDB_PROJECT": "a/b#"}, "cannot start wandb, metrics.jsonl only: Invalid project"),
