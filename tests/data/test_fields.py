@@ -96,6 +96,53 @@ def test_the_hint_of_a_row_with_a_prompt_reads_the_rest(field: dict[str, Any], h
     assert hint in refused(ASKED | field).hint
 
 
+@pytest.mark.parametrize("field", ["source", "data", "value", "note", "notes", "rubric", "info", "bytes", "category"])
+@pytest.mark.parametrize("text", ["Das ist ein Test, oder nicht?", "Add two and two.", "in which year was it built"])
+def test_a_sentence_under_the_name_of_a_label_stops_only_a_row_without_a_prompt(field: str, text: str) -> None:
+    for data in ({field: text}, {field: [text]}, {"extra": {field: text}}, {field: {"x": text}}):
+        assert "could be part of the conversation" in refused(PAIR | data).what
+        with pytest.raises(RmtoolError, match="could be part"):
+            score_record(row({"response": GOOD} | data))
+        assert preference_record(row(ASKED | data))
+
+
+GROUNDING = (
+    "evidence knowledge facts retrieved retrieved_snippets code table schema story transcript constraints few_shot "
+    "few_shot_examples examples preamble text content body docs task_description passage retrieved_docs"
+)
+
+
+@pytest.mark.parametrize("field", GROUNDING.split())
+def test_what_a_prompt_is_about_stops_a_row_that_has_one(field: str) -> None:
+    assert (
+        f'add it to "prompt", or set data.columns.ignore={field} ' in refused(ASKED | {field: "The sky is blue."}).hint
+    )
+    assert preference_record(row(ASKED | {field: "blue_1"}))
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["partial_response", "response_prefix", "response_start", "solution_prefix", "prefill", "assistant_prefix",
+     "prefix", "initial_reason_steps", "assistantPrefill"],
+)  # fmt: skip
+def test_the_beginning_of_a_response_stops_a_row(field: str) -> None:
+    for data in (ASKED, PAIR):
+        assert 'to the end of "prompt" as an assistant message' in refused(data | {field: "Sure,"}).hint
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"mm_data": {"image": "a.png"}}, {"extra": {"images": ["a.png"]}}, {"files": ["a.pdf"]}, {"pdf": "a.pdf"},
+     {"frames": ["1.jpg"]}, {"figure": "a.png"}],
+    ids=str,
+)  # fmt: skip
+def test_media_under_other_names_stop_a_row(field: dict[str, Any]) -> None:
+    (name,) = field
+    error = refused(ASKED | field)
+    assert "only text is supported" in error.what
+    assert f"set data.columns.ignore={name} to use the text alone" in error.hint
+
+
 METADATA: dict[str, Any] = {
     "id": "a b", "prompt_id": "7f", "question_id": "What 7", "user_id": "u 1", "source": "the web", "dataset": "a set",
     "chosen_model": "gpt 4", "rejected-model": "b c", "score_chosen": 1.0, "rating": "5 of 5", "ratings": [1, 2],
@@ -109,6 +156,13 @@ METADATA: dict[str, Any] = {
     "image_id": "a b", "num_images": 3, "has_audio": False, "image_count": "3 of 4", "annotator": "Jane Doe",
     "task_type": "question answering", "context_length": "4k tokens", "version": "v 1", "split": "train set",
     "response_0_source": "a b", "criteria": "be good", "subreddit": "r / a", "user_name": "Jane Doe",
+    "prompt_topic": "open science", "prompt_topics": ["a b"], "prompt_intent": "to ask", "query_intent": "to ask",
+    "conversation_topic": "a b", "question_topic": "a b", "question_concept": "a b", "problem_subject": "a b",
+    "prompt_classification": "a b", "dialogue_act": "a b", "article_title": "The sky", "document_title": "The sky",
+    "thread_title": "The sky", "post_flair": "a b", "input_modality": "some text", "images_included": "not yet",
+    "audio_available": "not yet", "voice": "calm one", "image_credit": "Jane Doe", "tool": "gpt-4 api",
+    "tool_use": "no use", "context_window": "8k tokens", "retrieved_at": "Mon Jan 1", "knowledge_cutoff": "May 2023",
+    "num_examples": 3, "language_code": "en", "file": "a b.jsonl", "critique": "It is short. It could be longer.",
     "empty": None, "question": None, "context": "", "history": [], "images": [], "audio": {"bytes": None, "path": None},
     "conversations": [{"role": None, "content": None}], "input": " ",
 }  # fmt: skip
@@ -148,6 +202,21 @@ def test_several_unread_fields_are_named_together() -> None:
     error = refused({"context": "It is a sum.", "question": Q, "id": 1, **PAIR}, RowOptions())
     assert error.what == '"question", "context" are not read, but could be part of the conversation'
     assert error.hint == ("set data.columns.prompt=question, or data.columns.ignore=question,context to leave them out")
+
+
+def test_hints_never_advise_the_prompt_where_it_is_missing_or_meant() -> None:
+    chat = {"messages": [U(Q), A(GOOD)], "prompt": "Something else."}
+    with pytest.raises(RmtoolError) as caught:
+        score_record(row(chat))
+    assert caught.value.hint == "set data.columns.ignore=prompt to leave it out"
+    assert 'write it as "prompt"' in refused({"questions": [Q], **PAIR}).hint
+
+
+def test_a_refused_field_is_not_listed_as_unread() -> None:
+    unread = set[str]()
+    with pytest.raises(RmtoolError):
+        score_record(row({"id": 1, "ask": Q, "response": GOOD}), PLAIN, unread)
+    assert not unread
 
 
 def test_the_names_of_unread_fields_are_collected_over_all_rows() -> None:
