@@ -27,6 +27,7 @@ from rmtool.data.field_names import (
     texts,
 )
 from rmtool.data.messages import invalid_row
+from rmtool.data.notations import OPENING, unpacked_messages
 from rmtool.data.record import Record, RowOptions, has_no_prompt
 from rmtool.data.rows import Row
 from rmtool.errors import RmtoolError
@@ -49,11 +50,15 @@ def require_known_columns(options: RowOptions, known: Collection[str]) -> None:
 
 
 def renamed(row: Row, options: RowOptions) -> Row:
-    """Return the row with our field names in place of the source's, without the columns that are ignored.
+    """Return the row with our field names in place of the source's, without the columns that are ignored, and messages
+    that are written in another way as messages.
 
     Raises:
         RmtoolError: E0303 when the row has no such column.
     """
+    looked_at = [(name, each) for name, each in row.data.items() if not isinstance(each, str) or each[:1] in OPENING]
+    if changed := {name: new for name, each in looked_at if (new := unpacked_messages(each)) is not each}:
+        row = Row(row.place, row.data | changed)
     if not options.columns:
         return row
     data = dict(row.data)
@@ -62,7 +67,7 @@ def renamed(row: Row, options: RowOptions) -> Row:
             data.pop(name.strip(), None)
     for ours, theirs in options.columns:
         if ours != IGNORE:
-            data[ours] = _column(row, ours, theirs)
+            data[ours] = unpacked_messages(_column(row, ours, theirs))
     return Row(row.place, data)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -309,3 +310,63 @@ def test_the_rule_is_described_where_it_is() -> None:
     text = (ROOT / "rmtool" / "data" / "field_names.py").read_text()
     assert all(kind.name in text.partition('"""')[2].partition('"""')[0] for kind in Kind)
     assert kind_of("prompt_id") is Kind.METADATA
+
+
+CHAT = [U(Q), A(GOOD)]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"messages": json.dumps(CHAT)},
+        {"prompt": json.dumps(CHAT[:1]), "response": json.dumps(CHAT[1:])},
+        {"response": json.dumps([{"from": "human", "value": Q}, {"from": "gpt", "value": GOOD}])},
+        {"messages": {"role": ["user", "assistant"], "content": [Q, GOOD]}},
+        {"messages": [{"role": "user", "content": [Q]}, {"role": "AI", "content": {"type": "text", "text": GOOD}}]},
+        {"prompt": [{"type": "text", "text": Q}], "response": GOOD},
+        {"messages": [U(Q), {"role": "ChatGPT", "content": None, "refusal": GOOD}]},
+    ],
+    ids=str,
+)
+def test_messages_written_in_other_ways_are_read(data: dict[str, Any]) -> None:
+    assert contents(score_record(row(data))) == [("user", Q), ("assistant", GOOD)]
+
+
+@pytest.mark.parametrize("answer", ['[{"a": 1}]', '{"from": "Rome", "value": "x"}', '["x"]', "[{"])
+def test_an_answer_in_json_stays_text(answer: str) -> None:
+    assert score_record(row({"prompt": Q, "response": answer})).responses[0][0].content == answer
+
+
+@pytest.mark.parametrize("data", [{"messages": str(CHAT)}, {"prompt": str(CHAT[:1]), "response": GOOD},
+                                  {"prompt": Q, "response": str(CHAT)}], ids=str)  # fmt: skip
+def test_messages_in_the_notation_of_python_are_refused(data: dict[str, Any]) -> None:
+    with pytest.raises(RmtoolError, match="Python notation"):
+        score_record(row(data))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["<|im_start|>user\nHi<|im_end|>\n", "[INST] Hi [/INST]", "### Human: Hi\n### Assistant:", "User: Hi\nAssistant:",
+     "BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:", "A chat between two. USER: Hi ASSISTANT: ",
+     "### Instruction:\nHi\n\n### Response:\n"],
+)  # fmt: skip
+def test_a_prompt_of_another_template_is_refused(prompt: str) -> None:
+    assert "unsupported notation" in refused({"prompt": prompt, **PAIR}).what
+
+
+@pytest.mark.parametrize("prompt", ["Q: 1 + 1?\nA:", "Human: Hi", "Write to my assistant: be brief.", "[x] <b>"])
+def test_a_prompt_that_only_resembles_a_template_is_text(prompt: str) -> None:
+    assert preference_record(row({"prompt": prompt, **PAIR})).prompt[0].content == prompt
+
+
+def test_the_white_space_before_a_continuation_stays() -> None:
+    record = score_record(row({"prompt": "\n\nHuman: q\n\nAssistant: Sure, ", "response": "here"}))
+    assert record.conversation(0)[-1].content == "Sure, here"
+
+
+@pytest.mark.parametrize("response", [[A("Sure, a")], [U("q"), A("Sure, a")], "a"], ids=str)
+def test_a_response_that_repeats_the_beginning_is_the_complete_message(response: Any) -> None:
+    record = score_record(row({"prompt": [U("q"), A("Sure, ")], "response": response}))
+    assert [message.content for message in record.conversation(0)] == ["q", "Sure, a"]
+    assert not record.repeats_assistant(0)
+    assert score_record(row({"messages": [U("q"), A("a"), A("b")]})).repeats_assistant(0)
