@@ -7,12 +7,14 @@ The rule, in one place:
   generation (`labelling_prompt`) decide wherever they are. Words of no list decide nothing.
 * Numbers, booleans, null, empty text, lists and objects are never part of a conversation.
 * MEDIA names (images, audio) and CONVERSATION names (question, history, functions) are, with any other value; weak
-  ones (context, problem) only with a value that reads as text, not as an identifier. So are lists of messages, under
-  any name but a METADATA one. An object is looked into.
-* METADATA names (ids, sources, scores, models, lengths) are not, nor are those of responses.
+  ones (context, problem, text) only with a value that reads as text, not as an identifier. So are lists of messages,
+  under any name but a LABEL or METADATA one. An object is looked into.
 * UNKNOWN names are part of the conversation only in a row without a prompt, with a value that reads as text.
+* LABEL names (source, category, note, data) are, too, but only with a sentence: two words and a full stop, question or
+  exclamation mark, or six words, or a line break. Short labels are none.
+* METADATA names (ids, addresses, models, times, languages) never are, nor are those of text about responses.
 
-Cost: names are looked up once; values only of names that are not METADATA.
+Cost: names are looked up once; values only of names that are neither LABEL nor METADATA, if the row has a prompt.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class Kind(Enum):
 
     CONVERSATION = auto()
     MEDIA = auto()
+    LABEL = auto()
     METADATA = auto()
     UNKNOWN = auto()
 
@@ -38,55 +41,83 @@ def _words(text: str) -> frozenset[str]:
 
 
 # In the order in which one of several is suggested as the prompt.
-_STRONG = ("prompt", "question", "instruction", "query", "message", "conversation", "dialogue", "dialog", "input")
+_STRONG = ("prompt", "question", "instruction", "query", "message", "conversation", "dialogue", "dialog", "input",
+           "prefill", "prefix")  # fmt: skip
 _WEAK = _words(
-    "article ask background chat context conv convo ctx demonstration developer dialogs document function history "
-    "memory msg passage persona post premise problem request scenario sys system thread tool trajectory turn "
+    "article ask background chat code constraint context conv convo ctx demonstration developer dialogs doc document "
+    "evidence example fact function history knowledge memory msg partial passage persona post preamble premise problem "
+    "request retrieved scenario schema shot snippet story sys system table thread tool trajectory transcript turn "
     "utterance"
 )
 _MEDIA = _words(
-    "attachment audio image img media modal multimodal photo picture pixel screenshot sound speech video voice wav"
+    "attachment audio figure frame image img media mm modal multimodal pdf photo picture pixel screenshot sound speech "
+    "video wav"
 )
 _FILES = _words("base64 bytes data file link name path uri url value")  # image_path is an image; a path is not
-_METADATA = _FILES | _words(
-    "ability accuracy age answer attribute author avg bool candidate category chosen class cluster coherence "
-    "comment completion complexity confidence config continuation correct correctness cost count country created "
-    "criteria critique dataset date datetime difference difficulty domain edit email embedding end explanation "
-    "feedback fingerprint flag fold following format gender generation generator gold groundtruth group has hash "
-    "hate height helpfulness honesty hour id identifier idx index info is judge judgement judgment key keyword "
-    "kind label lang language len length level license locale logprob logps margin max md5 mean meta metadata "
-    "method metric min mode model name note num number order origin output overlap owner p param perplexity "
-    "policy position prediction preference prob probability provider quality rank ranking rate rating rationale "
-    "reason reasoning reference region rejected relevance reply response review reward risk safety sample score "
-    "seconds seed sentiment setting severity sha sha256 size skill solution source split stage star start stat "
-    "statistic status std step strength style subcategory subreddit subset summary tag target taxonomy "
-    "temperature template test time timestamp token toxicity truth truthfulness tstamp type uid updated usage "
-    "uuid validation value variant verbosity verdict version vote weight width winner worker year"
+_METADATA = _words(
+    "answer at author candidate chosen completion config continuation country created critique date datetime email "
+    "explanation feedback file generation gold groundtruth hash hour id identifier idx index judge judgement judgment "
+    "key lang language license link locale md5 model name output owner path policy prediction preference provider "
+    "rationale reason reasoning reference rejected reply response review seed sha sha256 skill solution summary "
+    "template time timestamp tstamp uid updated uri url uuid verdict version winner worker year"
 )
-_PLAIN = _words("body content paragraph sentence text")  # source_text is not a source
+_LABEL = _words(
+    "ability accuracy act age api attribute available avg base64 bool bytes category class classification cluster "
+    "coherence comment complexity concept confidence correct correctness cost count credit criteria cutoff data "
+    "dataset difference difficulty domain edit embedding end feature fingerprint flag flair fold following format "
+    "gender generator group has hate height helpfulness honesty included info intent is keyword kind label len length "
+    "level logp logprob logps margin max mean meta metadata method metric min modality mode note num number order "
+    "origin overlap p param perplexity position prob probability quality rank ranking rate rating region relevance "
+    "reward risk rubric safety sample score seconds sentiment setting severity size source split stage star start stat "
+    "statistic status std step strength style subcategory subject subreddit subset tag target taxonomy temperature "
+    "test title token topic toxicity truth truthfulness type usage use validation value variant verbosity voice vote "
+    "weight width window"
+)
+_PLAIN = _words("body content description paragraph sentence text")  # source_text is not a source
 _ANYWHERE = _words(
-    "annotation annotator critic eval evaluation evaluator generation grader judge judging labeling labelling rubric"
+    "annotation annotator critic eval evaluation evaluator generation grader judge judging labeling labelling"
 )
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_A-Za-z]+")
 _READS_AS_TEXT = re.compile(r"(?=.*[^\W\d_]).*(?:\s|[^\x00-\x7f]|[?!.]$)", re.DOTALL)
+_SENTENCE = re.compile(r"\S.*(?:\s.*[?!.]|[。？！]|\n.*\S)$|(?:\S+\s+){5}\S", re.DOTALL)
+_CALLABLE = frozenset({"tool", "function"})  # as text, these are names
 _MESSAGE_KEYS = (("role", "content"), ("from", "value"))
+
+
+_BEGINNING = frozenset({"start", "begin", "beginning", "step"})  # of a response: response_start
+_RESPONSE = frozenset({"response", "answer", "completion", "solution", "output", "assistant", "reply", "initial"})
 
 
 @functools.lru_cache(4096)
 def kind_of(name: str) -> Kind:
     """Return what a name says about its field."""
     words = words_of(name)
-    if any(word in _MEDIA for word in words):
-        last = [word for word in words if word in _MEDIA or word in _METADATA][-1]
-        return Kind.MEDIA if last in _MEDIA or last in _FILES else Kind.METADATA
+    if name.lower() == "files" or any(word in _MEDIA for word in words):
+        last = [word for word in words if word in _MEDIA or word in _METADATA or word in _LABEL or word in _FILES][-1]
+        return Kind.MEDIA if last in _MEDIA or last in _FILES else Kind.LABEL if last in _LABEL else Kind.METADATA
     if any(word in _ANYWHERE for word in words):
         return Kind.METADATA
+    if begins_response(name):
+        return Kind.CONVERSATION
     for word in reversed(words):
         if word in _WEAK or word.endswith(_STRONG):
             return Kind.CONVERSATION
-        if word in _METADATA:
-            return Kind.UNKNOWN if words[-1] in _PLAIN else Kind.METADATA
-    return Kind.UNKNOWN
+        if word in _METADATA or word in _LABEL:
+            kind = Kind.METADATA if word in _METADATA else Kind.LABEL
+            return Kind.UNKNOWN if words[-1] in _PLAIN else kind
+    return Kind.CONVERSATION if words and words[-1] in _PLAIN else Kind.UNKNOWN
+
+
+@functools.lru_cache(1024)
+def begins_response(path: str) -> bool:
+    """Return whether a name is that of the beginning of a response, which the response continues."""
+    words = words_of(path)
+    last = words[-1] if words else ""
+    return (
+        last in ("prefill", "prefix")
+        or (last in _BEGINNING and not _RESPONSE.isdisjoint(words))
+        or ("partial" in words and last in _RESPONSE)
+    )
 
 
 def words_of(name: str) -> list[str]:
@@ -97,30 +128,51 @@ def words_of(name: str) -> list[str]:
 def _singular(word: str) -> str:
     if word.endswith("ies"):
         return f"{word[:-3]}y"
-    return word[:-1] if word.endswith("s") and word not in _METADATA and word not in _WEAK else word
+    return word[:-1] if word.endswith("s") and word not in _METADATA | _LABEL | _WEAK else word
 
 
 def conversation_part(path: str, value: Any, kind: Kind, no_prompt: bool) -> tuple[str, Any] | None:
     """Return the path and value of what could be part of the conversation in an unread field, or None."""
     if isinstance(value, dict) and not is_message(value):
-        if kind is not Kind.CONVERSATION and not no_prompt:
-            return None
-        for name, item in value.items():
-            inner = kind_of(name)
-            if inner is Kind.UNKNOWN and kind is Kind.CONVERSATION:
-                inner = kind
-            if inner is Kind.CONVERSATION and (found := conversation_part(f"{path}.{name}", item, inner, no_prompt)):
-                return found
-        return None
+        return _part_of_object(path, value, kind, no_prompt)
     if kind is Kind.METADATA or not any(texts(value)):
         return None
-    if is_message(value) or is_messages(value):
-        return path, value
-    if kind is Kind.CONVERSATION:
-        held = not isinstance(value, str) or is_strong(path) or reads_as_text(value)
+    if kind is Kind.LABEL:
+        held = no_prompt and (is_message(value) or any(map(_SENTENCE.match, texts(value))))
+    elif is_message(value) or is_messages(value):
+        held = True
+    elif kind is Kind.CONVERSATION:
+        held = not isinstance(value, str) or _is_text_of(path, value)
     else:
         held = no_prompt and isinstance(value, str) and reads_as_text(value)
     return (path, value) if held else None
+
+
+def _part_of_object(path: str, value: dict[str, Any], kind: Kind, no_prompt: bool) -> tuple[str, Any] | None:
+    for name, item in value.items():
+        inner = kind_of(name)
+        if inner is Kind.UNKNOWN and kind in (Kind.CONVERSATION, Kind.LABEL):
+            inner = kind
+        if inner is Kind.MEDIA and kind is not Kind.METADATA and holds_media(item):
+            return f"{path}.{name}", item
+        looked_at = no_prompt and (inner is Kind.CONVERSATION or kind is not Kind.METADATA)
+        looked_at |= inner is kind is Kind.CONVERSATION
+        if looked_at and (found := conversation_part(f"{path}.{name}", item, inner, no_prompt)):
+            return found
+    return None
+
+
+def _is_text_of(path: str, value: str) -> bool:
+    """Return whether text under a CONVERSATION name is more than an identifier."""
+    last = words_of(path)[-1:]
+    if last and last[0] in _CALLABLE:
+        return value.lstrip().startswith(("[", "{"))
+    return is_strong(path) or begins_response(path) or reads_as_text(value)
+
+
+def holds_media(value: Any) -> bool:
+    """Return whether a value under a MEDIA name is more than a number of them."""
+    return not isinstance(value, bool | int | float) and has_content(value)
 
 
 def is_message(value: Any) -> bool:

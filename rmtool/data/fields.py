@@ -15,9 +15,11 @@ from typing import Any
 
 from rmtool.data.field_names import (
     Kind,
+    begins_response,
     by_likelihood,
     conversation_part,
     has_content,
+    holds_media,
     is_message,
     is_messages,
     kind_of,
@@ -25,6 +27,7 @@ from rmtool.data.field_names import (
     texts,
 )
 from rmtool.data.messages import invalid_row
+from rmtool.data.notations import OPENING, unpacked_messages
 from rmtool.data.record import Record, RowOptions, has_no_prompt
 from rmtool.data.rows import Row
 from rmtool.errors import RmtoolError
@@ -47,11 +50,15 @@ def require_known_columns(options: RowOptions, known: Collection[str]) -> None:
 
 
 def renamed(row: Row, options: RowOptions) -> Row:
-    """Return the row with our field names in place of the source's, without the columns that are ignored.
+    """Return the row with our field names in place of the source's, without the columns that are ignored, and messages
+    that are written in another way as messages.
 
     Raises:
         RmtoolError: E0303 when the row has no such column.
     """
+    looked_at = [(name, each) for name, each in row.data.items() if not isinstance(each, str) or each[:1] in OPENING]
+    if changed := {name: new for name, each in looked_at if (new := unpacked_messages(each)) is not each}:
+        row = Row(row.place, row.data | changed)
     if not options.columns:
         return row
     data = dict(row.data)
@@ -60,7 +67,7 @@ def renamed(row: Row, options: RowOptions) -> Row:
             data.pop(name.strip(), None)
     for ours, theirs in options.columns:
         if ours != IGNORE:
-            data[ours] = _column(row, ours, theirs)
+            data[ours] = unpacked_messages(_column(row, ours, theirs))
     return Row(row.place, data)
 
 
@@ -90,8 +97,6 @@ def check_unread(row: Row, record: Record, read: frozenset[str], options: RowOpt
     """
     names, suspicious = _unread(tuple(row.data), read | _roots(options) if options.columns else read)
     bare = [] if record.prompt else [has_no_prompt(response) for response in record.responses]
-    if unread is not None and not unread.issuperset(names):
-        unread.update(name for name in names if has_content(row.data[name]))
     no_prompt = _has_no_prompt(record)
     if looked_at := names if no_prompt else suspicious:
         same = [row.data[name] for name in read if isinstance(row.data.get(name), list)]  # messages that repeat chosen
@@ -104,13 +109,15 @@ def check_unread(row: Row, record: Record, read: frozenset[str], options: RowOpt
         raise invalid_row(
             row, what, hint='add a "prompt" to the row, or write each response as a complete conversation'
         )
+    if unread is not None and not unread.issuperset(names):
+        unread.update(name for name in names if has_content(row.data[name]))
 
 
 @functools.lru_cache(1024)
 def _unread(fields: tuple[str, ...], read: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the unread fields, and those of which a row that has a prompt is checked."""
     names = tuple(name for name in fields if name not in read)
-    return names, tuple(name for name in names if kind_of(name) is not Kind.METADATA)
+    return names, tuple(name for name in names if kind_of(name) not in (Kind.LABEL, Kind.METADATA))
 
 
 @functools.lru_cache(64)
@@ -131,7 +138,7 @@ def _lost_part(name: str, value: Any, record: Record, no_prompt: bool) -> tuple[
     """Return the path and value of what would be lost with an unread field."""
     kind = kind_of(name)
     if kind is Kind.MEDIA:
-        return (name, value) if not isinstance(value, bool | int | float) and has_content(value) else None
+        return (name, value) if holds_media(value) else None
     part = conversation_part(name, value, kind, no_prompt)
     return part if part and not _is_in(record, part[1]) else None
 
@@ -146,7 +153,14 @@ def _is_in(record: Record, value: Any) -> bool:
     extra = (texts(json.loads(message.extra)) for message in messages if message.extra)
     known = {message.content.strip() for message in messages}.union(*extra)
     context = "\n".join(known)
-    return all(text in known or (len(text) >= _EQUAL_ONLY and text in context) for text in texts(value))
+    asked = record.prompt[-1].content.strip() if record.prompt else ""
+    said = [response[-1].content.strip() for response in record.responses]
+    return all(
+        text in known
+        or (len(text) >= _EQUAL_ONLY and text in context)
+        or (asked and asked in text and any(each and each in text for each in said))  # a rendered conversation
+        for text in texts(value)
+    )
 
 
 def _refusal(row: Row, parts: list[tuple[str, Any]], record: Record, no_prompt: bool) -> RmtoolError:
@@ -154,17 +168,28 @@ def _refusal(row: Row, parts: list[tuple[str, Any]], record: Record, no_prompt: 
     values, named, one = dict(parts), ", ".join(f'"{path}"' for path in paths), len(paths) == 1
     tops = ",".join(path if path in row.data else path.partition(".")[0] for path in paths)
     ignore = f"data.columns.{IGNORE}={tops}"
-    if all(kind_of(path) is Kind.MEDIA for path in paths):
+    if all(kind_of(path.rpartition(".")[2]) is Kind.MEDIA for path in paths):
         what = f"{named} cannot be read: only text is supported"
         return invalid_row(row, what, shown_fields(row), f"set {ignore} to use the text alone, or remove the row")
-    target, value = target_of(paths[0]), values[paths[0]]
+    what = f"{named} {'is' if one else 'are'} not read, but could be part of the conversation"
+    hint = f"{_mapping(paths[0], values[paths[0]], record, no_prompt)}{ignore} to leave {'it' if one else 'them'} out"
+    return invalid_row(row, what, shown_fields(row), hint)
+
+
+def _mapping(path: str, value: Any, record: Record, no_prompt: bool) -> str:
+    """Return the beginning of a hint: what reads the field, if something does."""
+    if path == "prompt":
+        return "set "
+    if begins_response(path):
+        return 'add it to the end of "prompt" as an assistant message, or set '
+    target = target_of(path)
     free = {"prompt": no_prompt, "tools": not record.tools, "system": not _has_system(record)}[target]
     readable = isinstance(value, str) or is_message(value) or is_messages(value) or target == "tools"
-    usable = free and readable and target != paths[0]
-    mapping = f"set data.columns.{target}={paths[0]}" if usable else f'add it to "{target}"'
-    what = f"{named} {'is' if one else 'are'} not read, but could be part of the conversation"
-    hint = f"{mapping}, or {'' if usable else 'set '}{ignore} to leave {'it' if one else 'them'} out"
-    return invalid_row(row, what, shown_fields(row), hint)
+    if free and readable and target != path:
+        return f"set data.columns.{target}={path}, or "
+    if free:
+        return f'write it as "{target}", a string or a list of messages, or set '
+    return f'add it to "{target}", or set '
 
 
 def _has_system(record: Record) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rmtool.data.field_names import Kind, has_content, kind_of
+from rmtool.data.field_names import Kind, has_content, is_message, kind_of
 from rmtool.data.rows import FIX_ROW, Row, json_kind
 from rmtool.errors import RmtoolError
 
@@ -20,13 +20,14 @@ ROLES = (*INSTRUCTION_ROLES, "user", "assistant", *RESULT_ROLES)
 REASONING = ("reasoning_content", "thinking", "reasoning")  # one text; the first that a message has is rendered
 _ALIASES = {
     **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "bot", "model", "chatbot", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "model", "ai", "agent"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("tool_response", "tool_result"), "tool"),
 }
 _CALL_ROLES = ("function_call", "tool_call")  # LLaMA-Factory, ms-swift: a call as JSON in the content
-_TEXT_PARTS = ("text", "input_text", "output_text")
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 _EXTRA_FIELDS = ("tool_calls", "tool_call_id", "name", *REASONING)  # chat templates render these
-_MESSAGE_FIELDS = frozenset({"role", "content", "from", "value", "function_call", *_EXTRA_FIELDS})
+_MESSAGE_FIELDS = frozenset({"role", "content", "from", "value", "refusal", "function_call", *_EXTRA_FIELDS})
 
 
 def invalid_row(row: Row, what: str, found: str | None = None, hint: str = FIX_ROW) -> RmtoolError:
@@ -69,6 +70,9 @@ def message_of(row: Row, item: Any, name: str) -> tuple[str, str, str]:
         extra["tool_calls"] = _calls(row, item["function_call"], f"{name}.function_call")
     elif said in _CALL_ROLES and isinstance(content, str):
         extra["tool_calls"], content = _calls(row, content, f"{name}.content"), None
+    if content is None and "tool_calls" not in extra:
+        content = item.get("refusal")
+    content = [content] if isinstance(content, dict) else content
     if isinstance(content, list):
         content = "".join(_text_of(row, part, f"{name}.content[{at}]") for at, part in enumerate(content))
     if content is None and "tool_calls" in extra:
@@ -100,6 +104,7 @@ def role_of(item: Any) -> Any:
 def _refuse_lost(row: Row, item: dict[str, Any], name: str) -> None:
     """Refuse a message with other fields that are part of what it says."""
     rest = (key for key in item if key not in _MESSAGE_FIELDS and kind_of(key) in (Kind.MEDIA, Kind.CONVERSATION))
+    rest = (key for key in rest if item[key] != item.get("content"))
     if lost := [key for key in rest if not isinstance(item[key], bool | int | float) and has_content(item[key])]:
         hint = "remove them, or render them into content"
         raise invalid_row(row, f"{name} has unsupported fields: {', '.join(lost)}", hint=hint)
@@ -107,6 +112,8 @@ def _refuse_lost(row: Row, item: dict[str, Any], name: str) -> None:
 
 def _text_of(row: Row, part: Any, name: str) -> str:
     """Return the text of a content part; images and others are not text."""
+    if isinstance(part, str):
+        return part
     if not isinstance(part, dict):
         raise invalid_row(row, f'{name} must be an object with "type" and "text"', json_kind(part))
     kind = part.get("type") or "text"
@@ -115,9 +122,15 @@ def _text_of(row: Row, part: Any, name: str) -> str:
         found = ", ".join(map(str, others or [kind]))
         hint = "remove this part or the row: only text is supported"
         raise invalid_row(row, f"{name} is a part that is not text", found, hint)
-    if not isinstance(part.get("text"), str):
-        raise invalid_row(row, f"{name}.text must be a string", json_kind(part.get("text")))
-    return str(part["text"])
+    text = part.get("refusal" if kind == "refusal" else "text")
+    if not isinstance(text, str):
+        raise invalid_row(row, f"{name}.text must be a string", json_kind(text))
+    return text
+
+
+def is_text_part(value: Any) -> bool:
+    """Return whether a value is a content part with text, not a message."""
+    return isinstance(value, dict) and value.get("type") in _TEXT_PARTS and not is_message(value)
 
 
 def _calls(row: Row, value: Any, name: str) -> list[dict[str, Any]]:

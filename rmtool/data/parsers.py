@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from rmtool.data.messages import inner_json, invalid_row
+from rmtool.data.notations import refuse_python_text
 from rmtool.data.pairs import margins_by_rating, pairs_by_rating
 from rmtool.data.record import Message, Messages, Record, RowOptions, prompt_of, split_prompt
 from rmtool.data.rows import Row, json_kind
@@ -173,6 +174,8 @@ def items_of(row: Row, name: str) -> dict[str, Any]:
         RmtoolError: E0303 when it is not a list, or empty.
     """
     value = row.data.get(name)
+    if isinstance(value, str):
+        refuse_python_text(row, value, name)
     if not isinstance(value, list) or not value:
         raise invalid_row(row, f'"{name}" must be a non-empty list', json_kind(value) if value != [] else "[]")
     return {f"{name}[{at}]": item for at, item in enumerate(value)}

@@ -11,27 +11,17 @@ import functools
 import itertools
 import json
 import marshal
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
-from rmtool.data.messages import REASONING, RESULT_ROLES, extra_json, invalid_row, message_of, shown_call
+from rmtool.data.messages import REASONING, RESULT_ROLES, extra_json, invalid_row, is_text_part, message_of, shown_call
+from rmtool.data.notations import extra_id_turns, looks_complete, refuse_python_text, refuse_rendered, transcript
 from rmtool.data.rows import Row, json_kind
 from rmtool.errors import Place
 
 MAX_PAIRS = 1000
-_TURN = re.compile(r"\n\r?\n(Human|Assistant):")
-# Other notations of a whole conversation in one text, at its beginning.
-_NOTATION = re.compile(
-    r"\W*(?:human|user|h|question|q|prompter|instruction|system)\W{0,3}:.*?"
-    r"\s\W{0,4}(?:assistant|ai|bot|gpt|chatgpt|answer|a|response)\W{0,3}:"
-    r"|\s*(?:<s>\s*)?(?:\[INST\]|<start_of_turn>|<\|(?:im_start|start_header_id|begin_of_text|user|system|prompter)\b)",
-    re.DOTALL | re.IGNORECASE,
-)
-_EXTRA_ID = re.compile(r"\n?<extra_id_1>(Assistant|User)\n")
-_SPEAKERS = {"Human": "user", "User": "user", "Assistant": "assistant"}
 
 
 class Message(NamedTuple):
@@ -138,6 +128,11 @@ class Record:
         first, last = self.responses[response][0], self.prompt[-1] if self.prompt else Message("", "")
         return first.role == last.role == "assistant" and "tool_calls" not in last.as_dict()
 
+    def repeats_assistant(self, response: int) -> bool:
+        """Return whether a response, or the prompt, has two assistant messages in a row that are not joined."""
+        roles = [message.role for message in self.conversation(response)]
+        return ("assistant", "assistant") in itertools.pairwise(roles)
+
     def conversation(self, response: int) -> Messages:
         """Return the prompt and a response; one that continues the prompt's last message is one message with it."""
         messages = self.responses[response]
@@ -192,7 +187,9 @@ def conversation(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
     Raises:
         RmtoolError: E0303 when it is anything else, or does not end with a response.
     """
-    turns = _transcript(value) if isinstance(value, str) else ()
+    turns = tuple(itertools.starmap(Message, transcript(value))) if isinstance(value, str) else ()
+    if isinstance(value, str):
+        refuse_python_text(row, value, name)
     complete = bool(turns) and turns[0].role == "user"
     if complete and prompt and value.startswith("Human:") and not _repeats(turns, prompt):
         complete = False  # a response that is a dialogue
@@ -200,7 +197,7 @@ def conversation(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
     if messages[-1].role != "assistant":
         hint = "add the response as an assistant message"
         raise invalid_row(row, f'"{name}" must end with an assistant message', f"a {messages[-1].role} message", hint)
-    if isinstance(value, str) and has_no_prompt(messages) and (_NOTATION.match(value) or len(_TURN.findall(value)) > 1):
+    if isinstance(value, str) and has_no_prompt(messages) and looks_complete(value):
         what = f'"{name}" looks like a complete conversation in an unsupported notation'
         raise invalid_row(row, what, repr(value[:40]), "write it as a list of messages")
     return messages
@@ -222,50 +219,62 @@ def prompt_of(row: Row, name: str) -> Messages:
         return ()
     if not isinstance(value, str):
         return _messages(row, value, name)
-    if turns := _transcript(value):
-        return turns[:-1] if turns[-1] == Message("assistant", "") else turns  # it ended in "\n\nAssistant:"
-    # HelpSteer2 writes several turns as "...\n<extra_id_1>Assistant\n...\n<extra_id_1>User\n".
-    return _turns(["User", *_EXTRA_ID.split(value)]) if "<extra_id_1>" in value else (Message("user", value),)
+    if turns := list(itertools.starmap(Message, transcript(value))):
+        last = turns.pop()
+        if last == Message("assistant", ""):  # it ended in "\n\nAssistant:"
+            return tuple(turns)
+        space = value[len(value.rstrip()) :] if last.role == "assistant" else ""  # before what continues it
+        return (*turns, last._replace(content=last.content + space))
+    refuse_rendered(row, value, name)
+    if "<extra_id_1>" in value:
+        return tuple(itertools.starmap(Message, extra_id_turns(value)))
+    return (Message("user", value),)
 
 
 def _messages(row: Row, value: Any, name: str) -> Messages:
     if not isinstance(value, list) or not value:
         found = json_kind(value) if value != [] else "[]"
         raise invalid_row(row, f'"{name}" must be a string or a list of messages', found)
+    if all(map(is_text_part, value)):
+        value = [{"role": "user", "content": value}]
     return tuple(Message(*message_of(row, item, f"{name}[{index}]")) for index, item in enumerate(value))
-
-
-def _transcript(text: str) -> Messages:
-    """Split an hh-rlhf transcript: "\\n\\nHuman: ...\\n\\nAssistant: ..." (Bai et al., arXiv 2204.05862). Without the
-    blank lines at the beginning, a text needs both speakers to be one. Other text has no turns.
-    """
-    if not text.startswith(("\n", "\r", " ", "Human:")):
-        return ()
-    begin = text.lstrip()
-    marked = text.count("\n", 0, len(text) - len(begin)) > 1
-    if not begin.startswith(("Human:", "Assistant:") if marked else "Human:"):
-        return ()
-    parts = _TURN.split(f"\n\n{begin}")[1:]
-    return _turns(parts) if marked or "Assistant" in parts[::2] else ()
-
-
-def _turns(parts: list[str]) -> Messages:
-    """Pair up speakers and what they say."""
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return tuple(Message(_SPEAKERS[speaker], content.strip()) for speaker, content in turns)
 
 
 def _join(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
     if isinstance(value, str):
         return (*prompt, Message("assistant", value))
     messages = (Message(*message_of(row, value, name)),) if isinstance(value, dict) else _messages(row, value, name)
+    messages = _split_continued(prompt, messages)
     return (*prompt, *messages) if messages[0].role == "assistant" else _with_prompt(row, prompt, messages, name)
+
+
+def _split_continued(prompt: Messages, messages: Messages) -> Messages:
+    """Split a message that begins with the assistant message at the end of the prompt into that one, where the prompt
+    is repeated before it, and the rest.
+    """
+    system, said = _split_system(messages)
+    _, prompt = _split_system(prompt)
+    begun = prompt[-1] if prompt else Message("", "")
+    at = 0 if said and said[0].role == "assistant" else len(prompt) - 1
+    if begun.role != "assistant" or not begun.content.strip() or not 0 <= at < len(said):
+        return messages
+    whole = said[at]
+    longer = whole.role == begun.role and len(whole.content) > len(begun.content)
+    if (
+        not longer
+        or not whole.content.startswith(begun.content)
+        or (at and _stripped(said[:at]) != _stripped(prompt[:-1]))
+    ):
+        return messages
+    rest = whole._replace(content=whole.content[len(begun.content) :])
+    return (*system, *said[:at], *([begun] if at else []), rest, *said[at + 1 :])
 
 
 def _with_prompt(row: Row, prompt: Messages, messages: Messages, name: str) -> Messages:
     """Check a complete conversation against the prompt, which it begins with, or has just before the response. Only
     one of the two needs the system prompt.
     """
+    messages = _split_continued(prompt, messages)
     system, prompt = _split_system(prompt)
     own_system, messages = _split_system(messages)
     if system and own_system and system != own_system:

@@ -46,8 +46,8 @@ _SLACK = 8  # tokens by which the lengths of two responses can change with the t
 class EncodeResult:
     """The result for one record: its group, what happened to it, or its error; see `Encoder.encode`.
 
-    changes: counts of what is different from the row: "continued", "ends_in_token", "truncated_messages",
-        "truncated_tokens"
+    changes: counts of what is different from the row: "continued", "assistant_twice", "ends_in_token",
+        "truncated_messages", "truncated_tokens"
     """
 
     record: Record
@@ -193,7 +193,10 @@ class Encoder:
             hint = "remove the row, or set data.on_empty=keep"
             raise RmtoolError("E0306", "a response is empty", hint, record.place_of(_empty(record)[0]))
         group = self._require_group(record, sequences)
-        changes = {"continued": 1} if any(map(record.continues, range(len(sequences)))) else {}
+        responses = range(len(sequences))
+        changes = {"continued": 1} if any(map(record.continues, responses)) else {}
+        if any(map(record.repeats_assistant, responses)):
+            changes["assistant_twice"] = 1
         if any(response[-1].content.rstrip().endswith(self.special_tokens) for response in record.responses):
             changes["ends_in_token"] = 1
         if group.longest <= self.max_length:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -96,6 +97,53 @@ def test_the_hint_of_a_row_with_a_prompt_reads_the_rest(field: dict[str, Any], h
     assert hint in refused(ASKED | field).hint
 
 
+@pytest.mark.parametrize("field", ["source", "data", "value", "note", "notes", "rubric", "info", "bytes", "category"])
+@pytest.mark.parametrize("text", ["Das ist ein Test, oder nicht?", "Add two and two.", "in which year was it built"])
+def test_a_sentence_under_the_name_of_a_label_stops_only_a_row_without_a_prompt(field: str, text: str) -> None:
+    for data in ({field: text}, {field: [text]}, {"extra": {field: text}}, {field: {"x": text}}):
+        assert "could be part of the conversation" in refused(PAIR | data).what
+        with pytest.raises(RmtoolError, match="could be part"):
+            score_record(row({"response": GOOD} | data))
+        assert preference_record(row(ASKED | data))
+
+
+GROUNDING = (
+    "evidence knowledge facts retrieved retrieved_snippets code table schema story transcript constraints few_shot "
+    "few_shot_examples examples preamble text content body docs task_description passage retrieved_docs"
+)
+
+
+@pytest.mark.parametrize("field", GROUNDING.split())
+def test_what_a_prompt_is_about_stops_a_row_that_has_one(field: str) -> None:
+    assert (
+        f'add it to "prompt", or set data.columns.ignore={field} ' in refused(ASKED | {field: "The sky is blue."}).hint
+    )
+    assert preference_record(row(ASKED | {field: "blue_1"}))
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["partial_response", "response_prefix", "response_start", "solution_prefix", "prefill", "assistant_prefix",
+     "prefix", "initial_reason_steps", "assistantPrefill"],
+)  # fmt: skip
+def test_the_beginning_of_a_response_stops_a_row(field: str) -> None:
+    for data in (ASKED, PAIR):
+        assert 'to the end of "prompt" as an assistant message' in refused(data | {field: "Sure,"}).hint
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"mm_data": {"image": "a.png"}}, {"extra": {"images": ["a.png"]}}, {"files": ["a.pdf"]}, {"pdf": "a.pdf"},
+     {"frames": ["1.jpg"]}, {"figure": "a.png"}],
+    ids=str,
+)  # fmt: skip
+def test_media_under_other_names_stop_a_row(field: dict[str, Any]) -> None:
+    (name,) = field
+    error = refused(ASKED | field)
+    assert "only text is supported" in error.what
+    assert f"set data.columns.ignore={name} to use the text alone" in error.hint
+
+
 METADATA: dict[str, Any] = {
     "id": "a b", "prompt_id": "7f", "question_id": "What 7", "user_id": "u 1", "source": "the web", "dataset": "a set",
     "chosen_model": "gpt 4", "rejected-model": "b c", "score_chosen": 1.0, "rating": "5 of 5", "ratings": [1, 2],
@@ -109,6 +157,13 @@ METADATA: dict[str, Any] = {
     "image_id": "a b", "num_images": 3, "has_audio": False, "image_count": "3 of 4", "annotator": "Jane Doe",
     "task_type": "question answering", "context_length": "4k tokens", "version": "v 1", "split": "train set",
     "response_0_source": "a b", "criteria": "be good", "subreddit": "r / a", "user_name": "Jane Doe",
+    "prompt_topic": "open science", "prompt_topics": ["a b"], "prompt_intent": "to ask", "query_intent": "to ask",
+    "conversation_topic": "a b", "question_topic": "a b", "question_concept": "a b", "problem_subject": "a b",
+    "prompt_classification": "a b", "dialogue_act": "a b", "article_title": "The sky", "document_title": "The sky",
+    "thread_title": "The sky", "post_flair": "a b", "input_modality": "some text", "images_included": "not yet",
+    "audio_available": "not yet", "voice": "calm one", "image_credit": "Jane Doe", "tool": "gpt-4 api",
+    "tool_use": "no use", "context_window": "8k tokens", "retrieved_at": "Mon Jan 1", "knowledge_cutoff": "May 2023",
+    "num_examples": 3, "language_code": "en", "file": "a b.jsonl", "critique": "It is short. It could be longer.",
     "empty": None, "question": None, "context": "", "history": [], "images": [], "audio": {"bytes": None, "path": None},
     "conversations": [{"role": None, "content": None}], "input": " ",
 }  # fmt: skip
@@ -148,6 +203,21 @@ def test_several_unread_fields_are_named_together() -> None:
     error = refused({"context": "It is a sum.", "question": Q, "id": 1, **PAIR}, RowOptions())
     assert error.what == '"question", "context" are not read, but could be part of the conversation'
     assert error.hint == ("set data.columns.prompt=question, or data.columns.ignore=question,context to leave them out")
+
+
+def test_hints_never_advise_the_prompt_where_it_is_missing_or_meant() -> None:
+    chat = {"messages": [U(Q), A(GOOD)], "prompt": "Something else."}
+    with pytest.raises(RmtoolError) as caught:
+        score_record(row(chat))
+    assert caught.value.hint == "set data.columns.ignore=prompt to leave it out"
+    assert 'write it as "prompt"' in refused({"questions": [Q], **PAIR}).hint
+
+
+def test_a_refused_field_is_not_listed_as_unread() -> None:
+    unread = set[str]()
+    with pytest.raises(RmtoolError):
+        score_record(row({"id": 1, "ask": Q, "response": GOOD}), PLAIN, unread)
+    assert not unread
 
 
 def test_the_names_of_unread_fields_are_collected_over_all_rows() -> None:
@@ -240,3 +310,63 @@ def test_the_rule_is_described_where_it_is() -> None:
     text = (ROOT / "rmtool" / "data" / "field_names.py").read_text()
     assert all(kind.name in text.partition('"""')[2].partition('"""')[0] for kind in Kind)
     assert kind_of("prompt_id") is Kind.METADATA
+
+
+CHAT = [U(Q), A(GOOD)]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"messages": json.dumps(CHAT)},
+        {"prompt": json.dumps(CHAT[:1]), "response": json.dumps(CHAT[1:])},
+        {"response": json.dumps([{"from": "human", "value": Q}, {"from": "gpt", "value": GOOD}])},
+        {"messages": {"role": ["user", "assistant"], "content": [Q, GOOD]}},
+        {"messages": [{"role": "user", "content": [Q]}, {"role": "AI", "content": {"type": "text", "text": GOOD}}]},
+        {"prompt": [{"type": "text", "text": Q}], "response": GOOD},
+        {"messages": [U(Q), {"role": "ChatGPT", "content": None, "refusal": GOOD}]},
+    ],
+    ids=str,
+)
+def test_messages_written_in_other_ways_are_read(data: dict[str, Any]) -> None:
+    assert contents(score_record(row(data))) == [("user", Q), ("assistant", GOOD)]
+
+
+@pytest.mark.parametrize("answer", ['[{"a": 1}]', '{"from": "Rome", "value": "x"}', '["x"]', "[{"])
+def test_an_answer_in_json_stays_text(answer: str) -> None:
+    assert score_record(row({"prompt": Q, "response": answer})).responses[0][0].content == answer
+
+
+@pytest.mark.parametrize("data", [{"messages": str(CHAT)}, {"prompt": str(CHAT[:1]), "response": GOOD},
+                                  {"prompt": Q, "response": str(CHAT)}], ids=str)  # fmt: skip
+def test_messages_in_the_notation_of_python_are_refused(data: dict[str, Any]) -> None:
+    with pytest.raises(RmtoolError, match="Python notation"):
+        score_record(row(data))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["<|im_start|>user\nHi<|im_end|>\n", "[INST] Hi [/INST]", "### Human: Hi\n### Assistant:", "User: Hi\nAssistant:",
+     "BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:", "A chat between two. USER: Hi ASSISTANT: ",
+     "### Instruction:\nHi\n\n### Response:\n"],
+)  # fmt: skip
+def test_a_prompt_of_another_template_is_refused(prompt: str) -> None:
+    assert "unsupported notation" in refused({"prompt": prompt, **PAIR}).what
+
+
+@pytest.mark.parametrize("prompt", ["Q: 1 + 1?\nA:", "Human: Hi", "Write to my assistant: be brief.", "[x] <b>"])
+def test_a_prompt_that_only_resembles_a_template_is_text(prompt: str) -> None:
+    assert preference_record(row({"prompt": prompt, **PAIR})).prompt[0].content == prompt
+
+
+def test_the_white_space_before_a_continuation_stays() -> None:
+    record = score_record(row({"prompt": "\n\nHuman: q\n\nAssistant: Sure, ", "response": "here"}))
+    assert record.conversation(0)[-1].content == "Sure, here"
+
+
+@pytest.mark.parametrize("response", [[A("Sure, a")], [U("q"), A("Sure, a")], "a"], ids=str)
+def test_a_response_that_repeats_the_beginning_is_the_complete_message(response: Any) -> None:
+    record = score_record(row({"prompt": [U("q"), A("Sure, ")], "response": response}))
+    assert [message.content for message in record.conversation(0)] == ["q", "Sure, a"]
+    assert not record.repeats_assistant(0)
+    assert score_record(row({"messages": [U("q"), A("a"), A("b")]})).repeats_assistant(0)

@@ -519,7 +519,7 @@ def test_roles_of_tool_results_are_kept_for_the_template(role: str) -> None:
 @pytest.mark.parametrize(
     ("message", "what"),
     [
-        ({"role": "assistant", "content": ["x"]}, "chosen.content[0] must be an object"),
+        ({"role": "assistant", "content": [1]}, "chosen.content[0] must be an object"),
         ({"role": "assistant", "content": [{"type": "text", "text": None}]}, "chosen.content[0].text must be a string"),
         (
             {"role": "assistant", "content": [{"type": "text", "text": "x", "image": "y.png"}]},
