@@ -31,6 +31,7 @@ BESIDE = {
     "data/rejects.py": "invalid rows",
     "data/fields.py": "names of columns, and unread ones",
     "data/field_names.py": "names of columns, and unread ones",
+    "data/notations.py": "messages and transcripts in other notations",
     "data/layouts.py": "which format a row has",
     "data/sources.py": "which rows of which source",
     "data/record_store.py": "a store: in and out",

@@ -130,8 +130,7 @@ class Record:
 
     def repeats_assistant(self, response: int) -> bool:
         """Return whether a response, or the prompt, has two assistant messages in a row that are not joined."""
-        roles = [message.role for message in self.conversation(response)]
-        return ("assistant", "assistant") in itertools.pairwise(roles)
+        return ("assistant", "assistant") in itertools.pairwise(message.role for message in self.conversation(response))
 
     def conversation(self, response: int) -> Messages:
         """Return the prompt and a response; one that continues the prompt's last message is one message with it."""
@@ -293,8 +292,7 @@ def _repeats(messages: Messages, prompt: Messages) -> bool:
 
 def _split_system(messages: Messages) -> tuple[Messages, Messages]:
     """Split off the system prompt, if there is one."""
-    count = int(bool(messages) and messages[0].role == "system")
-    return messages[:count], messages[count:]
+    return (messages[:1], messages[1:]) if messages and messages[0].role == "system" else ((), messages)
 
 
 def _stripped(messages: Messages) -> list[Message]:

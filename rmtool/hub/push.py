@@ -233,8 +233,10 @@ def _open_repo(api: HfApi, repo_id: str, private: bool, ui: Ui) -> str:
 def _client() -> Any:
     """Return the library's HTTP client, with a timeout and without endless repeats."""
     import httpx2
+    from huggingface_hub.utils._http import hf_request_event_hook  # its own, which refuses requests in offline mode
 
-    return httpx2.Client(follow_redirects=True, event_hooks={"request": [_limit], "response": [_fail_on_conflict]})
+    hooks = {"request": [hf_request_event_hook, _limit], "response": [_fail_on_conflict]}
+    return httpx2.Client(follow_redirects=True, event_hooks=hooks)
 
 
 def _limit(request: Any) -> None:

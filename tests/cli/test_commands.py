@@ -102,7 +102,7 @@ def test_rewards_that_are_not_finite_are_null_and_counted(rmtool: Any, model: Pa
     from safetensors.torch import load_file, save_file
 
     weights = load_file(model / "model.safetensors")
-    weights["score.weight"][0, 0] = float("nan")
+    weights["model.norm.weight"][0] = float("nan")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     shown = rmtool("score", write_jsonl(tmp_path / "r.jsonl", RESPONSES), "--model", model)
     assert shown.code == 1

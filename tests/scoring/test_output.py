@@ -131,7 +131,7 @@ def test_skipped_rows_with_such_values_are_written_too(rmtool: Any, model: Path,
 
 def test_a_nonfinite_reward_has_its_column(rmtool: Any, model: Path, tmp_path: Path) -> None:
     weights = load_file(model / "model.safetensors")
-    weights["score.weight"][0, 0] = float("nan")
+    weights["model.norm.weight"][0] = float("nan")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     source = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "Why?", "response": "Yes."}])
     assert rmtool("score", source, "--model", model, "--output", "o.parquet").code == 1
