@@ -235,7 +235,7 @@ def _client() -> Any:
     import httpx2
     from huggingface_hub.utils._http import hf_request_event_hook  # its own, which refuses requests in offline mode
 
-    hooks = {"request": [hf_request_event_hook, _limit], "response": [_fail_on_conflict]}
+    hooks: dict[str, list[Any]] = {"request": [hf_request_event_hook, _limit], "response": [_fail_on_conflict]}
     return httpx2.Client(follow_redirects=True, event_hooks=hooks)
 
 
