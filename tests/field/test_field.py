@@ -61,6 +61,7 @@ def test_situation(
     assert situation.keys() <= KEYS, f"unknown keys {situation.keys() - KEYS}"
     assert situation["title"]
     assert situation["seen"]
+    monkeypatch.setattr("rmtool.dataset.report.draw_lengths", lambda *_: None)  # half a second; tests/cli has it
     for name, value in situation.get("env", {}).items():
         monkeypatch.setenv(name, value)
     for name, changes in {"model": situation.get("model", {}), **situation.get("models", {})}.items():
