@@ -20,15 +20,8 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig,
 
 from rmtool.errors import RmtoolError, first_line
 from rmtool.model.model_config import read_config
-from rmtool.model.stored_weights import (
-    HEAD_WEIGHT,
-    HeadOrigin,
-    LoadingInfo,
-    StoredWeights,
-    find_score_head,
-    read_headers,
-    require_values,
-)
+from rmtool.model.stored_weights import HeadOrigin, LoadingInfo, find_score_head, require_values
+from rmtool.model.weight_files import HEAD_WEIGHT, StoredWeights, read_headers
 
 HEAD = "score"  # transformers' name for the last-token head of every decoder-only *ForSequenceClassification
 
@@ -70,7 +63,7 @@ def build_classifier(
     classifier = _load(folder, config, dtype, quantized)
     if config.num_labels != 1:
         _replace_head(classifier)
-    if head.name not in (None, HEAD_WEIGHT):
+    if head.name not in (None, HEAD_WEIGHT):  # transformers does not know it
         weight = getattr(classifier, HEAD).weight
         with torch.no_grad(), zero3_gathered([weight], change=True):
             weight.data.copy_(stored.tensor(head.name).view(1, -1))
@@ -82,7 +75,8 @@ def _loading_info(empty: PreTrainedModel, stored: StoredWeights) -> LoadingInfo:
     weights that are unread or do not fit.
     """
     classifier_class: Any = type(empty)
-    state = {name: torch.empty(shape, device="meta") for name, shape in stored.shapes.items()}
+    beside = stored.beside()
+    state = {name: torch.empty(shape, device="meta") for name, shape in stored.shapes.items() if name not in beside}
     with without_zero3_init(), _loading_errors(stored.folder):
         _, info = classifier_class.from_pretrained(
             None,
@@ -92,7 +86,7 @@ def _loading_info(empty: PreTrainedModel, stored: StoredWeights) -> LoadingInfo:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    return LoadingInfo.of(info)
+    return LoadingInfo.of(info, beside)
 
 
 def _require_score_head(classifier: PreTrainedModel) -> None:

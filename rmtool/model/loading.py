@@ -35,7 +35,8 @@ from rmtool.model.limits import embedding_rows, positions_notice, require_embedd
 from rmtool.model.model_config import read_config
 from rmtool.model.precision import PRECISIONS, compute_precision, default_device, precision_notices
 from rmtool.model.reward_model import RewardModel
-from rmtool.model.stored_weights import HEAD_WEIGHT, count_more
+from rmtool.model.stored_weights import HeadOrigin, unread_notice
+from rmtool.model.weight_files import HEAD_WEIGHT
 from rmtool.tokenization.encoder import FINGERPRINT_CONVERSATIONS, Encoder
 from rmtool.tokenization.tokenizer import ensure_pad_token, load_tokenizer
 
@@ -95,12 +96,13 @@ def load_for_inference(
     layout = choose_layout(model, model, encoder.max_length)
     notices = [*_pad_notices(tokenizer, config.pad_token_id), *precision_notices(precision)]
     notices += positions_notice(config, encoder.max_length, manifest.max_length if manifest else 0)
-    if head != HEAD_WEIGHT:
-        notices.append(f"score head: loaded from {head}")
+    if head.name != HEAD_WEIGHT:
+        notices.append(f"score head: loaded from {head.name}")
+    notices += unread_notice(head)
     return LoadedModel(model, encoder, manifest, tuple(notices), layout.reason)
 
 
-def _load_model(folder: Path, precision: str, pad_id: int) -> tuple[RewardModel, str]:
+def _load_model(folder: Path, precision: str, pad_id: int) -> tuple[RewardModel, HeadOrigin]:
     # On a CPU, autocast copies fp32 weights anyway.
     dtype = PRECISIONS[precision] if default_device().type == "cuda" else torch.float32
     classifier, head = build_classifier(folder, dtype=dtype)
@@ -112,7 +114,7 @@ def _load_model(folder: Path, precision: str, pad_id: int) -> tuple[RewardModel,
         )
     disable_dropout(classifier)
     getattr(classifier, HEAD).float()
-    return RewardModel(classifier, pad_id, precision).to(default_device()).eval(), head.name
+    return RewardModel(classifier, pad_id, precision).to(default_device()).eval(), head
 
 
 def _pad_notices(tokenizer: Any, pad_id: int | None) -> list[str]:
@@ -198,8 +200,7 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
     else:
         init_score_head(classifier, train.seed)
         notices.append(f"score head: new (initialized with train.seed {train.seed})")
-    if head.unread:
-        notices.append(f"weights not read: {', '.join(head.unread[:3])}{count_more(head.unread[3:])}")
+    notices += unread_notice(head)
     if train.liger == "auto" and torch.cuda.is_available():
         apply_liger(classifier)
         notices.append("Liger kernels: on")

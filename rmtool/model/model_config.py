@@ -6,6 +6,7 @@ Cost: reads config.json.
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from pathlib import Path
@@ -76,12 +77,16 @@ def _parse_config(folder: Path, values: dict[str, Any]) -> Any:
     return config
 
 
+@functools.cache
+def _transformers_names() -> frozenset[str]:
+    return frozenset(name.lower() for name in dir(transformers))  # a second: it imports much of the library
+
+
 def _require_own_classes(folder: Path, values: dict[str, Any]) -> None:
     """Check that transformers alone computes what the config says."""
     own = values.get("auto_map")
     classes = [name for name in own.values() if isinstance(name, str)] if isinstance(own, dict) else []
-    known = {name.lower() for name in dir(transformers)}
-    if own := [name for name in classes if name.rpartition(".")[2].lower() not in known]:
+    if own := [name for name in classes if name.rpartition(".")[2].lower() not in _transformers_names()]:
         raise RmtoolError(
             "E0406",
             f"{folder} needs its own code ({own[0]}), which is not run: trust_remote_code is off",

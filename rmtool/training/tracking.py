@@ -27,7 +27,7 @@ METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 WANDB_TIMEOUT_S = 20  # for the connection, as wandb counts it
 WANDB_START_S = 60  # for the import, too
-WANDB_FINISH_S = 20
+WANDB_FINISH_S = 5
 
 
 def wandb_project(track: TrackConfig) -> str:

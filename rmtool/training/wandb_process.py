@@ -67,6 +67,7 @@ class RunEnds(threading.Thread):
 
 def _start(init: dict[str, Any], timeout_s: float) -> tuple[Any, str]:
     """Start the wandb run; return it with a notice of where it is."""
+    os.environ["WANDB_SILENT"] = "true"  # its warnings, too: the notices say what there is to say
     import wandb
 
     if wandb.setup().settings.mode == "online" and not wandb.api.api_key:

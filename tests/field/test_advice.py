@@ -170,7 +170,8 @@ def test_every_id_is_in_one_of_the_tables() -> None:
 
 
 @pytest.fixture
-def place(checkpoint: Path, causal_lm: Path, tmp_path: Path) -> Path:
+def place(checkpoint: Path, causal_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("rmtool.dataset.report.draw_lengths", lambda *_: None)  # half a second; tests/cli has it
     for name, rows in ROWS.items():
         write_jsonl(tmp_path / name, rows)
     for name, text in TEXTS.items():

@@ -61,6 +61,7 @@ def test_situation(
     assert situation.keys() <= KEYS, f"unknown keys {situation.keys() - KEYS}"
     assert situation["title"]
     assert situation["seen"]
+    monkeypatch.setattr("rmtool.dataset.report.draw_lengths", lambda *_: None)  # half a second; tests/cli has it
     for name, value in situation.get("env", {}).items():
         monkeypatch.setenv(name, value)
     for name, changes in {"model": situation.get("model", {}), **situation.get("models", {})}.items():
@@ -69,8 +70,9 @@ def test_situation(
     shutil.copytree(checkpoint, tmp_path / "original")
     for name, content in situation.get("files", {}).items():
         write(tmp_path / name, content)
+    references: dict[str, Any] = {}  # the outcomes of commands that others are compared with
     for run in situation["runs"]:
-        check(run, rmtool)
+        check(run, rmtool, references)
 
 
 def change_model(
@@ -85,6 +87,7 @@ def change_model(
     reshape: dict[str, list[int]] | None = None,
     dtype: dict[str, str] | None = None,
     prefix: dict[str, str] | None = None,
+    beside: dict[str, dict[str, str]] | None = None,
     write: dict[str, Any] | None = None,
     remove: list[str] | None = None,
 ) -> None:
@@ -95,6 +98,7 @@ def change_model(
         rename, drop: tensors. shape: tensors that become zeros of this shape. value: tensors of which the first number
             becomes this. reshape, dtype: tensors that become this shape or type.
         prefix: beginnings of names and what they become.
+        beside: further .safetensors files, each with names and the tensors of this checkpoint that they contain.
         write: files and their text or JSON. remove: files.
     """
     for name, changes in (("config", config), ("tokenizer_config", tokenizer_config), ("tokenizer", tokenizer)):
@@ -104,6 +108,8 @@ def change_model(
             values = {key: value for key, value in values.items() if key not in changes or value is not None}
             path.write_text(json.dumps(values))
     weights = load_file(folder / "model.safetensors")
+    for name, tensors in (beside or {}).items():
+        save_file({new: weights[old] for new, old in tensors.items()}, folder / name)
     for old, new in (rename or {}).items():
         weights[new] = weights.pop(old)
     for name in drop or []:
@@ -147,7 +153,7 @@ def write(path: Path, content: Any) -> None:
     path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
 
 
-def check(run: dict[str, Any], rmtool: Any) -> None:
+def check(run: dict[str, Any], rmtool: Any, references: dict[str, Any]) -> None:
     assert run.keys() <= RUN_KEYS, f"unknown keys {run.keys() - RUN_KEYS}"
     shown, outcome = start(run["run"], rmtool)
     output = " ".join((shown.out + shown.err).split())
@@ -161,13 +167,16 @@ def check(run: dict[str, Any], rmtool: Any) -> None:
         assert json.loads(shown.out)[name] == (pytest.approx(value) if isinstance(value, float) else value), name
     if "rewards" in run:
         assert outcome == pytest.approx(run["rewards"], abs=1e-5)
-    if "like" in run:
-        assert outcome == pytest.approx(start(run["like"], rmtool)[1], abs=1e-5, nan_ok=True)
-    if "unlike" in run:
-        assert outcome != pytest.approx(start(run["unlike"], rmtool)[1], abs=1e-5)
     if "row" in run:
         row = rows_of(output_of(run["run"]))[0]
         assert {name: row[name] for name in run["row"]} == run["row"]
+    for line in {run.get("like"), run.get("unlike")} - {None}:
+        if line not in references:
+            references[line] = start(line, rmtool)[1]
+    if "like" in run:
+        assert outcome == pytest.approx(references[run["like"]], abs=1e-5, nan_ok=True)
+    if "unlike" in run:
+        assert outcome != pytest.approx(references[run["unlike"]], abs=1e-5)
     assert not [name for name in run.get("absent", []) if os.path.exists(name)]
 
 
