@@ -2,7 +2,8 @@
 
 In: one dictionary of metrics per step. Out: files in the run folder. wandb follows metrics.jsonl in a separate process
 (`wandb_process.py`), so it cannot end, delay or change a run: a failure is printed once, and metrics.jsonl continues.
-Cost: one small write per step; the curves are drawn once, at the end, where wandb may take WANDB_FINISH_S seconds.
+Cost: one small write per step; the curves are drawn once, at the end, where the run waits WANDB_FINISH_S seconds for
+wandb, which may go on uploading.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 WANDB_TIMEOUT_S = 20  # for the connection, as wandb counts it
 WANDB_START_S = 60  # for the import, too
-WANDB_FINISH_S = 5
+WANDB_FINISH_S = 5  # that the run waits for it
+WANDB_UPLOAD_S = 60  # that it may go on uploading after the run
 
 
 def wandb_project(track: TrackConfig) -> str:
@@ -96,7 +98,7 @@ class _Wandb:
         self.orders: IO[bytes] = self.process.stdin  # type: ignore[assignment]
         self.notices: IO[bytes] = self.process.stdout  # type: ignore[assignment]
         os.set_blocking(self.notices.fileno(), False)
-        given = {"init": init, "metrics": str(metrics), "start_s": WANDB_TIMEOUT_S, "finish_s": WANDB_FINISH_S + 5}
+        given = {"init": init, "metrics": str(metrics), "start_s": WANDB_TIMEOUT_S, "finish_s": WANDB_UPLOAD_S}
         self._order(json.dumps(given))
 
     def _order(self, line: str) -> None:
@@ -130,7 +132,10 @@ class _Wandb:
             self.show_notices()
         except subprocess.TimeoutExpired:
             self.show_notices()
-            self._stop(f"wandb did not finish within {WANDB_FINISH_S} s")
+            if self.started and not self.failed:
+                self.ui.say(f"wandb still uploads in the background, for at most {WANDB_UPLOAD_S} s")
+            else:
+                self._stop(f"wandb did not start within {WANDB_FINISH_S} s of the end of the run")
 
     def _stop(self, what: str) -> None:
         """Say once that the process failed, and kill it if it still runs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
 import time
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def test_without_a_key_it_is_offline_and_a_setting_of_wandb_stays(track: Any, ca
         ("raise SystemExit(3)", "cannot start wandb, metrics.jsonl only: 3"),
         ("import os; os._exit(3)", "wandb ended, metrics.jsonl only"),
         ("import os; os.abort()", "wandb ended, metrics.jsonl only"),
-        (HANG, "wandb did not finish within 1 s, metrics.jsonl only"),
+        (HANG, "wandb did not start within 1 s of the end of the run, metrics.jsonl only"),
         (
             WORKING + "import atexit, time; atexit.register(time.sleep, 60)",  # as wandb's own, without a network
             "wandb: https://host/run",
@@ -127,10 +128,9 @@ def test_without_a_key_it_is_offline_and_a_setting_of_wandb_stays(track: Any, ca
             WORKING.replace("return Run()", "raise RuntimeError('a\\n b')"),
             "cannot start wandb, metrics.jsonl only: a b",
         ),
-        (WORKING.replace("return Run()", HANG), "wandb did not finish within 1 s, metrics.jsonl only"),
+        (WORKING.replace("return Run()", HANG), "wandb did not start within 1 s of the end of the run, metrics.jsonl"),
         (WORKING.replace('print("logged"', "raise KeyError(7) or (0"), "cannot log to wandb, metrics.jsonl only: 7"),
         (WORKING.replace('print("finished"', "raise OSError(5"), "cannot finish the wandb run, metrics.jsonl only"),
-        (WORKING.replace('print("finished", exit_code)', HANG), "wandb did not finish within 1 s, metrics.jsonl only"),
     ],
 )
 def test_wandb_may_raise_exit_or_hang_anywhere(track: Any, stub: str, notice: str) -> None:
@@ -138,6 +138,17 @@ def test_wandb_may_raise_exit_or_hang_anywhere(track: Any, stub: str, notice: st
     assert notice in notices[-1]
     assert len([line for line in notices if "metrics.jsonl only" in line]) == ("://" not in notice)
     assert not [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_an_upload_that_takes_long_goes_on_without_the_run_for_some_time(
+    track: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "WANDB_UPLOAD_S", 3)
+    stub = WORKING.replace('print("finished", exit_code)', HANG)
+    notices = track(stub, before=lambda process: select.select([process.stdout], [], [], 60))
+    assert notices == ["wandb: https://host/run", "wandb still uploads in the background, for at most 3 s"]
+    for child in psutil.Process().children():
+        child.wait(20)
 
 
 def test_a_process_that_does_not_start_is_reported_while_the_run_goes_on(
@@ -177,7 +188,7 @@ def test_a_host_that_cannot_be_reached_does_not_delay_the_end(track: Any, monkey
     assert tracking.WANDB_FINISH_S <= 5
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert track(finish_s=1) == ["wandb did not finish within 1 s, metrics.jsonl only"]
+    assert track(finish_s=1) == ["wandb did not start within 1 s of the end of the run, metrics.jsonl only"]
 
 
 def test_a_disk_without_space_for_metrics_does_not_end_the_run(tmp_path: Path) -> None:
