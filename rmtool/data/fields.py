@@ -27,7 +27,7 @@ from rmtool.data.field_names import (
     texts,
 )
 from rmtool.data.messages import invalid_row
-from rmtool.data.notations import OPENING, unpacked_messages
+from rmtool.data.notations import JSON_OPENINGS, unpacked_messages
 from rmtool.data.record import Record, RowOptions, has_no_prompt
 from rmtool.data.rows import Row
 from rmtool.errors import RmtoolError
@@ -56,8 +56,8 @@ def renamed(row: Row, options: RowOptions) -> Row:
     Raises:
         RmtoolError: E0303 when the row has no such column.
     """
-    looked_at = [(name, each) for name, each in row.data.items() if not isinstance(each, str) or each[:1] in OPENING]
-    if changed := {name: new for name, each in looked_at if (new := unpacked_messages(each)) is not each}:
+    looked_at = [name for name, each in row.data.items() if not isinstance(each, str) or each[:1] in JSON_OPENINGS]
+    if changed := _unpacked(row, looked_at):
         row = Row(row.place, row.data | changed)
     if not options.columns:
         return row
@@ -69,6 +69,11 @@ def renamed(row: Row, options: RowOptions) -> Row:
         if ours != IGNORE:
             data[ours] = unpacked_messages(_column(row, ours, theirs))
     return Row(row.place, data)
+
+
+def _unpacked(row: Row, names: list[str]) -> dict[str, Any]:
+    values = ((name, row.data[name]) for name in names)
+    return {name: new for name, each in values if (new := unpacked_messages(each)) is not each}
 
 
 def _column(row: Row, ours: str, theirs: str) -> Any:
