@@ -43,6 +43,12 @@ _EXTRA_ID = re.compile(r"\n?<extra_id_1>(Assistant|User)\n")
 _SPEAKERS = {"Human": "user", "User": "user", "Assistant": "assistant"}
 
 
+# Placeholders of media in text. HTML has <video> and <audio>, too: inside a line, or with an end.
+_MEDIA_TOKEN = re.compile(
+    r"(?<!`)<(image)>(?!`)|^[ \t]*<(video|audio)>|<(video|audio)>[ \t]*$|<\|(?:image|video|audio|vision)\w*\|>",
+    re.MULTILINE,
+)
+
 Turns = list[tuple[str, str]]  # role and content
 
 
@@ -90,6 +96,14 @@ def refuse_rendered(row: Row, value: str, name: str) -> None:
     if begins or (value[-1:] in _RENDERED_ENDS and _ENDS_RENDERED.search(value[-_TAIL:])):
         what = f'"{name}" is text of a chat template, or in another unsupported notation of a conversation'
         raise invalid_row(row, what, repr(value[:40]), "write it as plain text, or as a list of messages")
+
+
+def has_media_token(value: str) -> bool:
+    """Return whether a text has the placeholder of an image, video or audio, as LLaVA, LLaMA-Factory and ms-swift write
+    it; its file is not beside it where such data was exported as text.
+    """
+    found = _MEDIA_TOKEN.finditer(value) if "<" in value else ()
+    return any(f"</{match[match.lastindex or 0]}>" not in value for match in found)
 
 
 def looks_complete(value: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from rmtool.data.messages import REASONING, RESULT_ROLES, extra_json, invalid_row, is_text_part, message_of, shown_call
 from rmtool.data.notations import extra_id_turns, looks_complete, read_turns, refuse_rendered
-from rmtool.data.rows import Row, json_kind
+from rmtool.data.rows import FIX_ROW, Row, json_kind
 from rmtool.errors import Place
 
 MAX_PAIRS = 1000
@@ -276,7 +276,8 @@ def _with_prompt(row: Row, prompt: Messages, messages: Messages, name: str) -> M
     if system and own_system and system != own_system:
         raise invalid_row(row, f'the system prompt in "{name}" differs from the row\'s', hint="keep one of the two")
     if not _repeats(messages, prompt):
-        raise invalid_row(row, f'"{name}" is a complete conversation, but does not contain the "prompt"')
+        hint = f"set data.columns.ignore=prompt to use the conversation alone, or {FIX_ROW}"
+        raise invalid_row(row, f'"{name}" is a complete conversation, but does not contain the "prompt"', hint=hint)
     return (*(own_system or system), *messages)
 
 
