@@ -12,6 +12,7 @@ The rule, in one place:
 * UNKNOWN names are part of the conversation only in a row without a prompt, with a value that reads as text.
 * LABEL names (source, category, note, data) are, too, but only with a sentence: two words and a full stop, question or
   exclamation mark, or six words, or a line break. Short labels are none.
+* A name with both (`model_name_query`) needs a value that reads as text, too.
 * METADATA names (ids, addresses, models, times, languages) never are, nor are those of text about responses.
 
 Cost: names are looked up once; values only of names that are neither LABEL nor METADATA, if the row has a prompt.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum, auto
 from typing import Any
 
@@ -44,10 +45,10 @@ def _words(text: str) -> frozenset[str]:
 _STRONG = ("prompt", "question", "instruction", "query", "message", "conversation", "dialogue", "dialog", "input",
            "prefill", "prefix")  # fmt: skip
 _WEAK = _words(
-    "article ask background chat code constraint context conv convo ctx demonstration developer dialogs doc document "
-    "evidence example fact function history knowledge memory msg partial passage persona post preamble premise problem "
-    "request retrieved scenario schema shot snippet story sys system table thread tool trajectory transcript turn "
-    "utterance"
+    "abstract article ask background caption chat choice claim code constraint context conv convo ctx demonstration "
+    "developer dialogs doc document evidence example excerpt fact function history hypothesis knowledge memory msg "
+    "option partial passage persona post preamble premise problem request retrieved scenario schema shot snippet "
+    "story sys system table thread tool trajectory transcript turn utterance"
 )
 _MEDIA = _words(
     "attachment audio figure frame image img media mm modal multimodal pdf photo picture pixel screenshot sound speech "
@@ -74,13 +75,14 @@ _LABEL = _words(
     "weight width window"
 )
 _PLAIN = _words("body content description paragraph sentence text")  # source_text is not a source
+_HELD = _words("email file page review source title url")  # what has such text: source_text, email_body
 _ANYWHERE = _words(
     "annotation annotator critic eval evaluation evaluator generation grader judge judging labeling labelling"
 )
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_A-Za-z]+")
 _READS_AS_TEXT = re.compile(r"(?=.*[^\W\d_]).*(?:\s|[^\x00-\x7f]|[?!.]$)", re.DOTALL)
 _SENTENCE = re.compile(r"\S.*(?:\s.*[?!.]|[。？！]|\n.*\S)$|(?:\S+\s+){5}\S", re.DOTALL)
-_CALLABLE = frozenset({"tool", "function"})  # as text, these are names
+_NAMED = frozenset({"tool", "function", "choice", "option"})  # as text, these are names
 _MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 
 
@@ -104,7 +106,9 @@ def kind_of(name: str) -> Kind:
             return Kind.CONVERSATION
         if word in _METADATA or word in _LABEL:
             kind = Kind.METADATA if word in _METADATA else Kind.LABEL
-            return Kind.UNKNOWN if words[-1] in _PLAIN else kind
+            if words[-1] not in _PLAIN:
+                return kind
+            return Kind.CONVERSATION if word in _HELD else Kind.UNKNOWN
     return Kind.CONVERSATION if words and words[-1] in _PLAIN else Kind.UNKNOWN
 
 
@@ -165,9 +169,9 @@ def _part_of_object(path: str, value: dict[str, Any], kind: Kind, no_prompt: boo
 def _is_text_of(path: str, value: str) -> bool:
     """Return whether text under a CONVERSATION name is more than an identifier."""
     last = words_of(path)[-1:]
-    if last and last[0] in _CALLABLE:
-        return value.lstrip().startswith(("[", "{"))
-    return is_strong(path) or begins_response(path) or reads_as_text(value)
+    if last and last[0] in _NAMED:
+        return value.lstrip().startswith(("[", "{")) or "\n" in value.strip()
+    return (is_strong(path) and _METADATA.isdisjoint(words_of(path))) or begins_response(path) or reads_as_text(value)
 
 
 def holds_media(value: Any) -> bool:
@@ -203,6 +207,13 @@ def target_of(path: str) -> str:
     if words & {"system", "sys", "developer"}:
         return "system"
     return "tools" if words & {"tool", "function"} else "prompt"
+
+
+def most_alike(name: str, others: Iterable[str]) -> str:
+    """Return the name that has the last word of `name` and the most of its words, or COLUMN."""
+    words = words_of(name)
+    alike = [other for other in sorted(others) if words and words[-1:] == words_of(other)[-1:] and len(words) > 1]
+    return max(alike, key=lambda other: len(set(words).intersection(words_of(other))), default="COLUMN")
 
 
 def reads_as_text(value: str) -> bool:

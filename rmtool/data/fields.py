@@ -27,7 +27,7 @@ from rmtool.data.field_names import (
     texts,
 )
 from rmtool.data.messages import invalid_row
-from rmtool.data.notations import OPENING, unpacked_messages
+from rmtool.data.notations import JSON_OPENINGS, unpacked_messages
 from rmtool.data.record import Record, RowOptions, has_no_prompt
 from rmtool.data.rows import Row
 from rmtool.errors import RmtoolError
@@ -56,19 +56,33 @@ def renamed(row: Row, options: RowOptions) -> Row:
     Raises:
         RmtoolError: E0303 when the row has no such column.
     """
-    looked_at = [(name, each) for name, each in row.data.items() if not isinstance(each, str) or each[:1] in OPENING]
-    if changed := {name: new for name, each in looked_at if (new := unpacked_messages(each)) is not each}:
+    looked_at = [name for name, each in row.data.items() if not isinstance(each, str) or each[:1] in JSON_OPENINGS]
+    if changed := _unpacked(row, looked_at):
         row = Row(row.place, row.data | changed)
     if not options.columns:
         return row
     data = dict(row.data)
-    for ours, theirs in options.columns:
+    for ours, theirs in sorted(options.columns, key=lambda column: column[0] != IGNORE):
         for name in theirs.split(",") if ours == IGNORE else [theirs]:
-            data.pop(name.strip(), None)
+            data = _without(data, name.strip())
     for ours, theirs in options.columns:
         if ours != IGNORE:
             data[ours] = unpacked_messages(_column(row, ours, theirs))
     return Row(row.place, data)
+
+
+def _without(data: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return an object without the field at a path; the rest of what is around it, by paths, is still checked."""
+    root, _, rest = path.partition(".")
+    others, inner = {name: value for name, value in data.items() if name not in (path, root)}, data.get(root)
+    if path in data or not rest or not isinstance(inner, dict):
+        return {name: value for name, value in data.items() if name != path}
+    return others | {f"{root}.{name}": value for name, value in _without(inner, rest).items()}
+
+
+def _unpacked(row: Row, names: list[str]) -> dict[str, Any]:
+    values = ((name, row.data[name]) for name in names)
+    return {name: new for name, each in values if (new := unpacked_messages(each)) is not each}
 
 
 def _column(row: Row, ours: str, theirs: str) -> Any:
@@ -88,14 +102,14 @@ def shown_fields(row: Row) -> str:
     return f"fields {', '.join(map(repr, row.data)) or 'none'}"
 
 
-def check_unread(row: Row, record: Record, read: frozenset[str], options: RowOptions, unread: set[str] | None) -> None:
+def check_unread(row: Row, record: Record, read: frozenset[str], unread: set[str] | None) -> None:
     """Refuse a row with an unread field that could be part of the conversation, and is not already in it; add the names
     of its other unread fields to `unread`.
 
     Raises:
         RmtoolError: E0303 with the mapping that would read the field.
     """
-    names, suspicious = _unread(tuple(row.data), read | _roots(options) if options.columns else read)
+    names, suspicious = _unread(tuple(row.data), read)
     bare = [] if record.prompt else [has_no_prompt(response) for response in record.responses]
     no_prompt = _has_no_prompt(record)
     if looked_at := names if no_prompt else suspicious:
@@ -118,12 +132,6 @@ def _unread(fields: tuple[str, ...], read: frozenset[str]) -> tuple[tuple[str, .
     """Return the unread fields, and those of which a row that has a prompt is checked."""
     names = tuple(name for name in fields if name not in read)
     return names, tuple(name for name in names if kind_of(name) not in (Kind.LABEL, Kind.METADATA))
-
-
-@functools.lru_cache(64)
-def _roots(options: RowOptions) -> frozenset[str]:
-    """Return the fields of which a part is mapped."""
-    return frozenset(theirs.partition(".")[0] for _, theirs in options.columns)
 
 
 def _has_no_prompt(record: Record) -> bool:

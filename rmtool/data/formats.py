@@ -7,15 +7,16 @@ Cost: string work only; nothing is tokenized here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rmtool.data import layouts, parsers
+from rmtool.data.field_names import most_alike
 from rmtool.data.fields import check_unread, renamed, require_known_columns, shown_fields
 from rmtool.data.messages import invalid_row
-from rmtool.data.pairs import margins_by_rating, pairs_by_rating
-from rmtool.data.record import PLAIN, Messages, Record, RowOptions, has_no_prompt
+from rmtool.data.pairs import grouped
+from rmtool.data.record import PLAIN, Record, RowOptions, has_no_prompt
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import Row
 from rmtool.errors import RmtoolError
@@ -127,6 +128,12 @@ FORMATS = (
         optional=_SCORES,
         when=lambda data: not data.get("prompt") and not (data.get("question") and data.get("input")),
     ),
+    Format(
+        "Step-DPO",
+        ("prompt", "initial_reason_steps", "chosen", "rejected"),
+        parsers.pair(layouts.step_prompt),
+        optional=_SCORES,
+    ),
     Format("pairs of chosen and rejected", ("chosen", "rejected"), parsers.pair(), optional=("prompt", *_SCORES)),
     Format(
         "UltraFeedback, Argilla",
@@ -134,6 +141,14 @@ FORMATS = (
         parsers.pair(layouts.prompt_in("instruction"), ("chosen_response", "rejected_response")),
     ),
     Format("ms-swift", ("messages", "rejected_response"), layouts.swift),
+    Format("ms-swift, two conversations", ("messages", "rejected_messages"), layouts.swift_conversations),
+    Format(
+        "ms-swift, query",
+        ("query", "response", "rejected_response"),
+        parsers.pair(layouts.swift_query, ("response", "rejected_response")),
+        optional=("history",),
+    ),
+    Format("OpenAI preferences", ("input", "preferred_output", "non_preferred_output"), layouts.openai),
     _two("Stanford SHP", "history", ("human_ref_A", "human_ref_B"), "labels", {1: -1, 0: 1}),
     Format(
         "Stack Exchange, paired",
@@ -196,8 +211,18 @@ def recognize(row: Row) -> Format:
         missing = "rejected" if "chosen" in row.data else "chosen"
         hint = f"fix this row, or set data.columns.{missing}=COLUMN"
         raise invalid_row(row, f'"{missing}" is missing', shown_fields(row), hint)
-    hint = "use a format of the README, or set data.columns.chosen=COLUMN and data.columns.rejected=COLUMN"
+    columns = _missing_column(row.data) or "data.columns.chosen=COLUMN and data.columns.rejected=COLUMN"
+    hint = f"use a format of the README, or set {columns}"
     raise invalid_row(row, "unknown preference format", shown_fields(row), hint)
+
+
+def _missing_column(data: dict[str, Any]) -> str | None:
+    """Return the mapping of the only field that a row lacks to be in a format of at least three."""
+    for format in FORMATS:
+        missing = [name for name in format.fields if name not in data]
+        if len(missing) == 1 and len(format.fields) > 2:
+            return f"data.columns.{missing[0]}={most_alike(missing[0], data.keys() - format.reads)}"
+    return None
 
 
 def preference_record(row: Row, options: RowOptions = PLAIN) -> Record:
@@ -212,7 +237,7 @@ def preference_record(row: Row, options: RowOptions = PLAIN) -> Record:
 
 def _parse(format: Format, row: Row, options: RowOptions, unread: set[str] | None) -> Record:
     record = format.parse(row, options)
-    check_unread(row, record, format.reads, options, unread)
+    check_unread(row, record, format.reads, unread)
     return record
 
 
@@ -255,35 +280,4 @@ def preference_records(
             singles.append(record)
         else:
             yield record
-    yield from _grouped(singles, options, rejects)
-
-
-def _grouped(singles: Sequence[Record], options: RowOptions, rejects: Rejects) -> Iterator[Record]:
-    """Make one record of the rows with the same prompt."""
-    groups: dict[tuple[Messages, str, str], list[Record]] = {}
-    for record in singles:
-        groups.setdefault((record.prompt, record.tools, record.template_kwargs), []).append(record)
-    for (prompt, tools, kwargs), members in groups.items():
-        records = list(_consistent(members, rejects))
-        ratings = [record.margins[0] or 0.0 for record in records]
-        pairs, dropped = pairs_by_rating(ratings, options.max_pairs, prompt)
-        margins = margins_by_rating(ratings, pairs) if options.rating_margins else (None,) * len(pairs)
-        responses = tuple(record.responses[0] for record in records)
-        first = records[0]
-        row = first.row if len(records) == 1 else {"rows": [record.row for record in records]}
-        places = tuple(record.place for record in records)
-        labels = (pairs, margins, first.subset, first.weight)
-        yield Record(first.place, prompt, responses, *labels, tools, row, places, dropped, kwargs)
-
-
-def _consistent(records: Sequence[Record], rejects: Rejects) -> Iterator[Record]:
-    """Return the first of a prompt's rows, and those with the same weight and subset."""
-    first = records[0]
-    for record in records:
-        if (record.weight, record.subset) == (first.weight, first.subset):
-            yield record
-            continue
-        what = f"weight or subset differs from {first.place}, which has the same prompt"
-        found = f"{record.weight:g}, {record.subset} (there: {first.weight:g}, {first.subset})"
-        hint = "use the same weight and subset in all rows of a prompt"
-        rejects.add(RmtoolError("E0303", what, hint, record.place, found), record.row)
+    yield from grouped(singles, options, rejects)

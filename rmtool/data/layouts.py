@@ -28,7 +28,7 @@ from rmtool.data.rows import Row, json_kind
 # ------------------------------------------------------------------------------------------------- prompts
 
 
-def alpaca_prompt(row: Row) -> Messages:
+def alpaca_prompt(row: Row, names: tuple[str, ...] = ("instruction", "input")) -> Messages:
     """Return the prompt of LLaMA-Factory's alpaca layout: `history`, then `instruction` and `input` on two lines.
 
     Raises:
@@ -39,12 +39,26 @@ def alpaca_prompt(row: Row) -> Messages:
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise invalid_row(row, f"history[{at}] must be a list of two strings", json_kind(turn))
         history += [Message("user", turn[0]), Message("assistant", turn[1])]
-    for name in ("instruction", "input"):
+    for name in names:
         if text := row.data.get(name):
             if not isinstance(text, str):
                 raise invalid_row(row, f'"{name}" must be a string', json_kind(text))
             texts.append(text)
     return with_system(row, (*history, Message("user", "\n".join(texts))) if texts else tuple(history))
+
+
+def swift_query(row: Row) -> Messages:
+    """Return the prompt of ms-swift's older layout: `history`, then `query`."""
+    return alpaca_prompt(row, ("query",))
+
+
+def step_prompt(row: Row) -> Messages:
+    """Return the prompt of Step-DPO: it ends in the beginning of the response, which the response continues."""
+    begun = row.data["initial_reason_steps"]
+    if begun is not None and not isinstance(begun, str):
+        raise invalid_row(row, '"initial_reason_steps" must be a string', json_kind(begun))
+    prompt = full_prompt(row)
+    return (*prompt, Message("assistant", begun)) if begun else prompt
 
 
 def orca_prompt(row: Row) -> Messages:
@@ -74,6 +88,22 @@ def swift(row: Row, options: RowOptions) -> Record:
     return record_of(row, (*system, *messages[:-1]), values, [(0, 1)])
 
 
+def swift_conversations(row: Row, options: RowOptions) -> Record:
+    """Parse ms-swift: `messages` are the chosen conversation, `rejected_messages` the rejected one."""
+    values = {name: row.data[name] for name in ("messages", "rejected_messages")}
+    return record_of(row, with_system(row, ()), values, [(0, 1)])
+
+
+def openai(row: Row, options: RowOptions) -> Record:
+    """Parse OpenAI's preferences: `input` has the messages before the responses, and tools."""
+    given = row.data["input"]
+    if not isinstance(given, dict):
+        raise invalid_row(row, '"input" must be an object with "messages"', json_kind(given))
+    inner = Row(row.place, {**row.data, "messages": given.get("messages"), "tools": given.get("tools")})
+    values = {name: row.data[name] for name in ("preferred_output", "non_preferred_output")}
+    return replace(record_of(inner, full_prompt(inner, "messages"), values, [(0, 1)]), row=row.data)
+
+
 def web_gpt(row: Row, options: RowOptions) -> Record:
     """Parse WebGPT comparisons: two answers with scores, and a question, which is an object with its `full_text`."""
     question = row.data["question"]
@@ -88,6 +118,8 @@ def web_gpt(row: Row, options: RowOptions) -> Record:
 _WINNERS = {
     "model_a": -1,
     "model_b": 1,
+    **dict.fromkeys(("A", "model_1"), -1),
+    **dict.fromkeys(("B", "model_2"), 1),
     **dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "tie (inconsistent)"), 0),
 }
 

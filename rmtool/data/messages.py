@@ -59,6 +59,10 @@ def message_of(row: Row, item: Any, name: str) -> tuple[str, str, str]:
     share_gpt = role is None and "from" in item
     said, content = item.get("from" if share_gpt else "role"), item.get("value" if share_gpt else "content")
     role = role_of(item)
+    if said is None and not share_gpt:
+        texts = {key: len(each) for key, each in item.items() if isinstance(each, str) and name.isidentifier()}
+        hint = f"set data.columns.{name}={name}.{max(texts, key=lambda key: texts[key])}" if texts else FIX_ROW
+        raise invalid_row(row, f'{name} must be an object with "role" and "content"', ", ".join(item), hint)
     if role not in ROLES:
         raise invalid_row(row, f"{name}.role must be one of {', '.join(ROLES)}", repr(said))
     if len(item) > 2:

@@ -13,7 +13,11 @@ from rmtool.data.field_names import is_message, is_messages
 from rmtool.data.messages import ROLES, inner_json, invalid_row, role_of
 from rmtool.data.rows import Row
 
-OPENING = ("[", "{", "(", "a", " ", "\n")  # how text of messages begins
+# First characters of values that are worth a closer look: most text has others.
+_SPACE = " \n\r\t"
+JSON_OPENINGS = frozenset(f"[{{{_SPACE}")
+OPENINGS = ("[", "{", "(", "array(", "Human:", *_SPACE)  # of text that is messages or a transcript
+_RENDERED_OPENINGS, _RENDERED_ENDS = frozenset(f"<[Bb{_SPACE}"), frozenset(f":：]>{_SPACE}")
 _TAIL = 64  # characters in which a rendered prompt's last marker is
 _TURN = re.compile(r"\n\r?\n(Human|Assistant):")
 _MARKER = (
@@ -39,6 +43,12 @@ _EXTRA_ID = re.compile(r"\n?<extra_id_1>(Assistant|User)\n")
 _SPEAKERS = {"Human": "user", "User": "user", "Assistant": "assistant"}
 
 
+# Placeholders of media in text. HTML has <video> and <audio>, too: inside a line, or with an end.
+_MEDIA_TOKEN = re.compile(
+    r"(?<!`)<(image)>(?!`)|^[ \t]*<(video|audio)>|<(video|audio)>[ \t]*$|<\|(?:image|video|audio|vision)\w*\|>",
+    re.MULTILINE,
+)
+
 Turns = list[tuple[str, str]]  # role and content
 
 
@@ -47,7 +57,7 @@ def unpacked_messages(value: Any) -> Any:
     are.
     """
     if isinstance(value, str):
-        if value.lstrip()[:1] in ("[", "{") and _JSON_MESSAGE.match(value):
+        if _JSON_MESSAGE.match(value):
             parsed = inner_json(value)
             first = parsed[0] if is_messages(parsed) else parsed
             return parsed if is_message(first) and role_of(first) in ROLES else value
@@ -71,7 +81,7 @@ def refuse_python_text(row: Row, value: str, name: str) -> None:
     Raises:
         RmtoolError: E0303 when the value is one.
     """
-    if value.startswith(OPENING) and _PYTHON_MESSAGE.match(value):
+    if _PYTHON_MESSAGE.match(value):
         hint = "write it as a list of messages, or as JSON: json.dumps in place of str"
         raise invalid_row(row, f'"{name}" is the Python notation of messages, as text', repr(value[:40]), hint)
 
@@ -82,12 +92,18 @@ def refuse_rendered(row: Row, value: str, name: str) -> None:
     Raises:
         RmtoolError: E0303 when the value is one.
     """
-    refuse_python_text(row, value, name)
-    first, last = value[:_TAIL].lstrip()[:1], value[-_TAIL:].rstrip()[-1:]
-    begins = first in "<[Bb" and _BEGINS_RENDERED.match(value)
-    if begins or (last in ":：]>" and _ENDS_RENDERED.search(value[-_TAIL:])):
+    begins = value[:1] in _RENDERED_OPENINGS and _BEGINS_RENDERED.match(value)
+    if begins or (value[-1:] in _RENDERED_ENDS and _ENDS_RENDERED.search(value[-_TAIL:])):
         what = f'"{name}" is text of a chat template, or in another unsupported notation of a conversation'
         raise invalid_row(row, what, repr(value[:40]), "write it as plain text, or as a list of messages")
+
+
+def has_media_token(value: str) -> bool:
+    """Return whether a text has the placeholder of an image, video or audio, as LLaVA, LLaMA-Factory and ms-swift write
+    it; its file is not beside it where such data was exported as text.
+    """
+    found = _MEDIA_TOKEN.finditer(value) if "<" in value else ()
+    return any(f"</{match[match.lastindex or 0]}>" not in value for match in found)
 
 
 def looks_complete(value: str) -> bool:
@@ -95,12 +111,22 @@ def looks_complete(value: str) -> bool:
     return _NOTATION.match(value) is not None or len(_TURN.findall(value)) > 1
 
 
-def transcript(text: str) -> Turns:
+def read_turns(row: Row, value: str, name: str) -> Turns:
+    """Return the turns of a transcript; other text has none.
+
+    Raises:
+        RmtoolError: as `refuse_python_text`.
+    """
+    if not value.startswith(OPENINGS):
+        return []
+    refuse_python_text(row, value, name)
+    return _transcript(value)
+
+
+def _transcript(text: str) -> Turns:
     """Split an hh-rlhf transcript: "\\n\\nHuman: ...\\n\\nAssistant: ..." (Bai et al., arXiv 2204.05862). Without the
     blank lines at the beginning, a text needs both speakers to be one. Other text has no turns.
     """
-    if not text.startswith(("\n", "\r", " ", "Human:")):
-        return []
     begin = text.lstrip()
     marked = text.count("\n", 0, len(text) - len(begin)) > 1
     if not begin.startswith(("Human:", "Assistant:") if marked else "Human:"):

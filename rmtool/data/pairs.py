@@ -1,6 +1,6 @@
-"""Pairs of the responses to one prompt, by their ratings.
+"""Pairs of the responses to one prompt, by their ratings, in one row or in several.
 
-In: ratings, in the order of the responses, and a limit. Out: (chosen, rejected) by index.
+In: ratings, in the order of the responses, and a limit. Out: (chosen, rejected) by index; records of several rows.
 Cost: a sort of the ratings; of many pairs, only those that are drawn are made: 0.01 s for 4,000 ratings.
 """
 
@@ -10,9 +10,11 @@ import bisect
 import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from rmtool.data.record import Messages, Pairs
+from rmtool.data.record import Messages, Pairs, Record, RowOptions
+from rmtool.data.rejects import Rejects
+from rmtool.errors import RmtoolError
 
 
 def pairs_by_rating(ratings: Sequence[float], limit: int, prompt: Messages) -> tuple[Pairs, int]:
@@ -39,3 +41,34 @@ def pairs_by_rating(ratings: Sequence[float], limit: int, prompt: Messages) -> t
 def margins_by_rating(ratings: Sequence[float], pairs: Pairs) -> tuple[float, ...]:
     """Return the differences of the ratings of pairs."""
     return tuple(abs(ratings[a] - ratings[b]) for a, b in pairs)
+
+
+def grouped(singles: Sequence[Record], options: RowOptions, rejects: Rejects) -> Iterator[Record]:
+    """Make one record of the rows with the same prompt; rows that differ in weight or subset go to `rejects`."""
+    groups: dict[tuple[Messages, str, str], list[Record]] = {}
+    for record in singles:
+        groups.setdefault((record.prompt, record.tools, record.template_kwargs), []).append(record)
+    for (prompt, tools, kwargs), members in groups.items():
+        records = list(_consistent(members, rejects))
+        ratings = [record.margins[0] or 0.0 for record in records]
+        pairs, dropped = pairs_by_rating(ratings, options.max_pairs, prompt)
+        margins = margins_by_rating(ratings, pairs) if options.rating_margins else (None,) * len(pairs)
+        responses = tuple(record.responses[0] for record in records)
+        first = records[0]
+        row = first.row if len(records) == 1 else {"rows": [record.row for record in records]}
+        places = tuple(record.place for record in records)
+        labels = (pairs, margins, first.subset, first.weight)
+        yield Record(first.place, prompt, responses, *labels, tools, row, places, dropped, kwargs)
+
+
+def _consistent(records: Sequence[Record], rejects: Rejects) -> Iterator[Record]:
+    """Return the first of a prompt's rows, and those with the same weight and subset."""
+    first = records[0]
+    for record in records:
+        if (record.weight, record.subset) == (first.weight, first.subset):
+            yield record
+            continue
+        what = f"weight or subset differs from {first.place}, which has the same prompt"
+        found = f"{record.weight:g}, {record.subset} (there: {first.weight:g}, {first.subset})"
+        hint = "use the same weight and subset in all rows of a prompt"
+        rejects.add(RmtoolError("E0303", what, hint, record.place, found), record.row)

@@ -110,7 +110,9 @@ def _tools(row: Row) -> str:
 def _template_kwargs(row: Row) -> str:
     """Return JSON of further arguments of the chat template: an object, or JSON of one, as TRL reads them."""
     name = "chat_template_kwargs"
-    given = row.data.get(name) or {}
+    given = row.data.get(name)
+    if not given:
+        return ""
     kwargs = inner_json(given) if isinstance(given, str) else given
     if not isinstance(kwargs, dict):
         raise invalid_row(row, f'"{name}" must be an object, or JSON of one', json_kind(row.data[name]))

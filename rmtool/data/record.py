@@ -17,8 +17,8 @@ from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from rmtool.data.messages import REASONING, RESULT_ROLES, extra_json, invalid_row, is_text_part, message_of, shown_call
-from rmtool.data.notations import extra_id_turns, looks_complete, refuse_python_text, refuse_rendered, transcript
-from rmtool.data.rows import Row, json_kind
+from rmtool.data.notations import extra_id_turns, looks_complete, read_turns, refuse_rendered
+from rmtool.data.rows import FIX_ROW, Row, json_kind
 from rmtool.errors import Place
 
 MAX_PAIRS = 1000
@@ -172,7 +172,7 @@ def split_prompt(row: Row, prompt: Messages, values: Mapping[str, Any]) -> tuple
     """
     conversations = [conversation(row, prompt, value, name) for name, value in values.items()]
     turns = zip(*(messages[:-1] for messages in conversations), strict=False)
-    common = sum(1 for _ in itertools.takewhile(lambda turn: len(set(turn)) == 1, turns))
+    common = sum(1 for _ in itertools.takewhile(lambda turn: turn.count(turn[0]) == len(turn), turns))
     spoken = ("assistant", *RESULT_ROLES) if prompt else ("assistant",)
     while common > len(prompt) and conversations[0][common - 1].role in spoken:
         common -= 1
@@ -186,9 +186,8 @@ def conversation(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
     Raises:
         RmtoolError: E0303 when it is anything else, or does not end with a response.
     """
-    turns = tuple(itertools.starmap(Message, transcript(value))) if isinstance(value, str) else ()
-    if isinstance(value, str):
-        refuse_python_text(row, value, name)
+    text = isinstance(value, str)
+    turns = tuple(itertools.starmap(Message, read_turns(row, value, name))) if text else ()
     complete = bool(turns) and turns[0].role == "user"
     if complete and prompt and value.startswith("Human:") and not _repeats(turns, prompt):
         complete = False  # a response that is a dialogue
@@ -196,7 +195,7 @@ def conversation(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
     if messages[-1].role != "assistant":
         hint = "add the response as an assistant message"
         raise invalid_row(row, f'"{name}" must end with an assistant message', f"a {messages[-1].role} message", hint)
-    if isinstance(value, str) and has_no_prompt(messages) and looks_complete(value):
+    if text and has_no_prompt(messages) and looks_complete(value):
         what = f'"{name}" looks like a complete conversation in an unsupported notation'
         raise invalid_row(row, what, repr(value[:40]), "write it as a list of messages")
     return messages
@@ -204,7 +203,7 @@ def conversation(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
 
 def has_no_prompt(messages: Messages) -> bool:
     """Return whether a conversation consists of a response only."""
-    return all(message.role == "assistant" for message in messages)
+    return messages[0].role == "assistant" and all(message.role == "assistant" for message in messages)
 
 
 def prompt_of(row: Row, name: str) -> Messages:
@@ -218,7 +217,7 @@ def prompt_of(row: Row, name: str) -> Messages:
         return ()
     if not isinstance(value, str):
         return _messages(row, value, name)
-    if turns := list(itertools.starmap(Message, transcript(value))):
+    if turns := list(itertools.starmap(Message, read_turns(row, value, name))):
         last = turns.pop()
         if last == Message("assistant", ""):  # it ended in "\n\nAssistant:"
             return tuple(turns)
@@ -251,19 +250,17 @@ def _split_continued(prompt: Messages, messages: Messages) -> Messages:
     """Split a message that begins with the assistant message at the end of the prompt into that one, where the prompt
     is repeated before it, and the rest.
     """
+    if not prompt or prompt[-1].role != "assistant":
+        return messages
     system, said = _split_system(messages)
     _, prompt = _split_system(prompt)
-    begun = prompt[-1] if prompt else Message("", "")
+    begun = prompt[-1]
     at = 0 if said and said[0].role == "assistant" else len(prompt) - 1
-    if begun.role != "assistant" or not begun.content.strip() or not 0 <= at < len(said):
+    if not begun.content.strip() or at >= len(said):
         return messages
     whole = said[at]
     longer = whole.role == begun.role and len(whole.content) > len(begun.content)
-    if (
-        not longer
-        or not whole.content.startswith(begun.content)
-        or (at and _stripped(said[:at]) != _stripped(prompt[:-1]))
-    ):
+    if not longer or not whole.content.startswith(begun.content) or (at and not _equal(said[:at], prompt[:-1])):
         return messages
     rest = whole._replace(content=whole.content[len(begun.content) :])
     return (*system, *said[:at], *([begun] if at else []), rest, *said[at + 1 :])
@@ -279,7 +276,8 @@ def _with_prompt(row: Row, prompt: Messages, messages: Messages, name: str) -> M
     if system and own_system and system != own_system:
         raise invalid_row(row, f'the system prompt in "{name}" differs from the row\'s', hint="keep one of the two")
     if not _repeats(messages, prompt):
-        raise invalid_row(row, f'"{name}" is a complete conversation, but does not contain the "prompt"')
+        hint = f"set data.columns.ignore=prompt to use the conversation alone, or {FIX_ROW}"
+        raise invalid_row(row, f'"{name}" is a complete conversation, but does not contain the "prompt"', hint=hint)
     return (*(own_system or system), *messages)
 
 
@@ -287,7 +285,7 @@ def _repeats(messages: Messages, prompt: Messages) -> bool:
     """Return whether a conversation begins with the prompt, or has it just before the response."""
     _, prompt = _split_system(prompt)
     before = len(messages) - 1 - len(prompt)
-    return before >= 0 and _stripped(prompt) in (_stripped(messages[: len(prompt)]), _stripped(messages[before:-1]))
+    return before >= 0 and (_equal(messages[: len(prompt)], prompt) or _equal(messages[before:-1], prompt))
 
 
 def _split_system(messages: Messages) -> tuple[Messages, Messages]:
@@ -295,6 +293,7 @@ def _split_system(messages: Messages) -> tuple[Messages, Messages]:
     return (messages[:1], messages[1:]) if messages and messages[0].role == "system" else ((), messages)
 
 
-def _stripped(messages: Messages) -> list[Message]:
-    """Strip the contents, as transcripts are."""
-    return [message._replace(content=message.content.strip()) for message in messages]
+def _equal(messages: Messages, others: Messages) -> bool:
+    """Return whether as many messages are the same when stripped, as transcripts are."""
+    stripped = ((each.role, each.content.strip(), each.extra) for each in others)
+    return messages == others or [(each.role, each.content.strip(), each.extra) for each in messages] == list(stripped)

@@ -12,7 +12,7 @@ from typing import Any
 from rmtool.data import parsers
 from rmtool.data.field_names import has_content, is_messages
 from rmtool.data.fields import check_unread, renamed, shown_fields
-from rmtool.data.layouts import alpaca_prompt, ends_before_response, orca_prompt, prompt_in
+from rmtool.data.layouts import alpaca_prompt, ends_before_response, orca_prompt, prompt_in, swift_query
 from rmtool.data.messages import invalid_row
 from rmtool.data.record import PLAIN, Messages, Record, RowOptions
 from rmtool.data.rows import Row
@@ -21,7 +21,7 @@ from rmtool.errors import RmtoolError
 # The first that a row has.
 _RESPONSES = ("responses", "response", "output", "messages", "conversations")
 _CONVERSATIONS = ("messages", "conversations")
-SCORE_FIELDS = parsers.COMMON_FIELDS | {*_RESPONSES, "prompt", "instruction", "input", "history", "question"}
+SCORE_FIELDS = parsers.COMMON_FIELDS | {*_RESPONSES, "prompt", "instruction", "input", "history", "question", "query"}
 _LIKELY = ("answer", "answers", "completion", "completions", "output", "outputs", "reply", "generations", "text")
 _OUTPUT = ("reward", "rewards", "best")
 
@@ -44,7 +44,7 @@ def score_record(row: Row, options: RowOptions = PLAIN, unread: set[str] | None 
     if name in _CONVERSATIONS:
         parsers.items_of(row, name)  # a list
     record = parsers.record_of(row, prompt, values)
-    check_unread(row, record, parsers.COMMON_FIELDS.union((name, *read)), options, unread)
+    check_unread(row, record, parsers.COMMON_FIELDS.union((name, *read)), unread)
     return record
 
 
@@ -70,6 +70,7 @@ def _prompt(row: Row, response: str) -> tuple[Messages, tuple[str, ...]]:
     layouts: list[tuple[Any, tuple[str, ...], Callable[[Row], Messages]]] = [
         (data.get("prompt"), ("prompt",), parsers.full_prompt),
         (data.get("instruction"), ("instruction", "input", "history"), alpaca_prompt),
+        (data.get("query"), ("query", "history"), swift_query),
         ("system" in data and data.get("question"), ("question",), orca_prompt),
         ("system" in data and data.get("input"), ("input",), orca_prompt),
         *((ends_before_response(data.get(name)), (name,), prompt_in(name)) for name in _CONVERSATIONS),

@@ -36,6 +36,7 @@ DROP_REASONS = {
     "truncated": "with truncated prompt",
     "continued": "whose prompt ends in an assistant message, which the response continues",
     "assistant_twice": "with consecutive assistant messages, which stay messages of their own",
+    "media_token": "whose prompt has the placeholder of an image, video or audio, which is tokenized as plain text",
     "ends_in_token": "with a response that ends in the text of a special token, which is tokenized as plain text",
     "same_ids": "with different responses that have the same token ids: the chat template leaves out the difference",
     "empty_response": "dropped: empty response",

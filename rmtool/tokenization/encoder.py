@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rmtool.data.notations import has_media_token
 from rmtool.data.record import Message, Messages, Record
 from rmtool.errors import Place, RmtoolError
 from rmtool.tokenization.batch_tokenizer import BatchTokenizer, Conversation, Result
@@ -46,7 +47,7 @@ _SLACK = 8  # tokens by which the lengths of two responses can change with the t
 class EncodeResult:
     """The result for one record: its group, what happened to it, or its error; see `Encoder.encode`.
 
-    changes: counts of what is different from the row: "continued", "assistant_twice", "ends_in_token",
+    changes: counts of what is different from the row: "continued", "assistant_twice", "media_token", "ends_in_token",
         "truncated_messages", "truncated_tokens"
     """
 
@@ -197,6 +198,8 @@ class Encoder:
         changes = {"continued": 1} if any(map(record.continues, responses)) else {}
         if any(map(record.repeats_assistant, responses)):
             changes["assistant_twice"] = 1
+        if any(has_media_token(message.content) for message in record.prompt):
+            changes["media_token"] = 1
         if any(response[-1].content.rstrip().endswith(self.special_tokens) for response in record.responses):
             changes["ends_in_token"] = 1
         if group.longest <= self.max_length:

@@ -124,7 +124,7 @@ def test_what_a_prompt_is_about_stops_a_row_that_has_one(field: str) -> None:
 @pytest.mark.parametrize(
     "field",
     ["partial_response", "response_prefix", "response_start", "solution_prefix", "prefill", "assistant_prefix",
-     "prefix", "initial_reason_steps", "assistantPrefill"],
+     "prefix", "initial_steps", "assistantPrefill"],
 )  # fmt: skip
 def test_the_beginning_of_a_response_stops_a_row(field: str) -> None:
     for data in (ASKED, PAIR):
@@ -236,7 +236,7 @@ def test_a_later_row_is_checked_too() -> None:
 
 def test_a_column_may_have_dots_or_be_inside_an_object() -> None:
     assert preference_record(row({"a.b": Q, **PAIR}), RowOptions((("prompt", "a.b"),))).prompt[0].content == Q
-    inside = {"data": {"question": Q, "context": "Some words."}, **PAIR}
+    inside = {"data": {"question": Q, "topic": "Some words"}, **PAIR}
     assert "prompt=data.question" in refused(inside).hint
     assert preference_record(row(inside), RowOptions((("prompt", "data.question"),))).prompt[0].content == Q
 
@@ -370,3 +370,77 @@ def test_a_response_that_repeats_the_beginning_is_the_complete_message(response:
     assert [message.content for message in record.conversation(0)] == ["q", "Sure, a"]
     assert not record.repeats_assistant(0)
     assert score_record(row({"messages": [U("q"), A("a"), A("b")]})).repeats_assistant(0)
+
+
+VICUNA = "A chat between a curious user and an artificial intelligence assistant. "
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"{VICUNA}USER: {Q} ASSISTANT: {GOOD}", f"BEGINNING OF CONVERSATION: USER: {Q} ASSISTANT:{GOOD}",
+     f"用户：{Q}\n助手：{GOOD}", f"问：{Q}\n答：{GOOD}", f"User：{Q}\nAssistant：{GOOD}",
+     f"### Human: {Q}\n### Assistant: {GOOD}", f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n{GOOD}"],
+)  # fmt: skip
+def test_a_conversation_in_another_notation_is_refused_only_without_a_prompt(text: str) -> None:
+    with pytest.raises(RmtoolError, match="complete conversation in an unsupported notation"):
+        score_record(row({"response": text}))
+    assert score_record(row({"prompt": Q, "response": text})).responses[0][0].content == text
+
+
+@pytest.mark.parametrize("prompt", [f"{VICUNA}USER: Hi ASSISTANT:", "用户：你好\n助手：", "User：Hi\nAssistant： "])
+def test_a_prompt_that_ends_before_the_response_of_another_notation_is_refused(prompt: str) -> None:
+    assert "unsupported notation" in refused({"prompt": prompt, **PAIR}).what
+
+
+@pytest.mark.parametrize("text", [f"{VICUNA}It was long.", "用户说：你好", "A conversation between USER: Hi"])
+def test_text_about_conversations_stays_text(text: str) -> None:
+    assert score_record(row({"response": text})).responses[0][0].content == text
+
+
+@pytest.mark.parametrize(
+    ("field", "stops"),
+    [
+        ({"model_name_query": "Qwen/Qwen2-72B"}, False),
+        ({"source_question": "Why is it so?"}, True),
+        ({"choice": "Response 1"}, False),
+        ({"choices": ["Rome is it.", "Paris"]}, True),
+        ({"options": "A) Rome\nB) Paris"}, True),
+        ({"option": 2}, False),
+        ({"source_text": "The sky is blue."}, True),
+        ({"email_body": "Dear Sir, it is blue."}, True),
+        ({"caption": "A dog runs."}, True),
+        ({"answer_text": "It is 4."}, False),
+        ({"score1_description": "It is bad."}, False),
+    ],
+    ids=str,
+)
+def test_names_with_words_of_both_kinds(field: dict[str, Any], stops: bool) -> None:
+    if stops:
+        assert "could be part" in refused(ASKED | field).what
+    else:
+        assert preference_record(row(ASKED | field))
+
+
+def test_the_rest_of_an_object_is_still_checked_when_a_part_is_mapped() -> None:
+    inside = {"data": {"question": Q, "id": 7, "context": "Some words."}, **PAIR}
+    prompt = (("prompt", "data.question"),)
+    error = refused(inside, RowOptions(prompt))
+    assert '"data.context" is not read' in error.what
+    assert "data.columns.ignore=data.context " in error.hint
+    record = preference_record(row(inside), RowOptions((*prompt, ("ignore", "data"))))
+    assert (record.prompt[0].content, inside["data"]["question"]) == (Q, Q)
+    assert preference_record(row({"data": {"question": Q, "id": "a b"}, **PAIR}), RowOptions(prompt))
+    assert preference_record(row(inside), RowOptions((*prompt, ("ignore", "data.context"))))
+
+
+def test_the_only_field_that_a_format_lacks_is_named() -> None:
+    shp = {"history": Q, "human_ref_A": GOOD, "human_ref_B": BAD, "score_A": 3}
+    assert refused(shp).hint.endswith("or set data.columns.labels=COLUMN")
+    assert refused({"prompt": Q, "answer": GOOD}).hint.endswith("chosen=COLUMN and data.columns.rejected=COLUMN")
+
+
+def test_the_steps_of_step_dpo_are_text_or_missing() -> None:
+    steps = ASKED | {"initial_reason_steps": "Sure,"}
+    assert preference_record(row(steps)).conversation(0)[-1].content == f"Sure,{GOOD}"
+    assert len(preference_record(row(steps | {"initial_reason_steps": None})).prompt) == 1
+    assert "must be a string" in refused(steps | {"initial_reason_steps": ["Sure,"]}).what

@@ -145,6 +145,24 @@ EXAMPLES: dict[str, tuple[str, dict[str, Any], set[tuple[str, str, str]]]] = {
         ONE,
     ),
     "ms-swift": ("ms-swift", {"messages": [U(Q), A(GOOD)], "rejected_response": BAD, "margin": 1.0}, ONE),
+    "ms-swift, rejected_messages": (
+        "ms-swift, two conversations", {"messages": [U(Q), A(GOOD)], "rejected_messages": [U(Q), A(BAD)]}, ONE
+    ),
+    "ms-swift 1": (
+        "ms-swift, query", {"query": Q, "response": GOOD, "rejected_response": BAD, "history": [["a", "b"]]}, ONE
+    ),
+    "OpenAI": (
+        "OpenAI preferences",
+        {"input": {"messages": [U(Q)], "tools": [], "parallel_tool_calls": True}, "preferred_output": [A(GOOD)],
+         "non_preferred_output": [A(BAD)]},
+        ONE,
+    ),
+    "Math-Step-DPO-10K": (
+        "Step-DPO",
+        {"dataset": "gsm8k", "prompt": Q, "initial_reason_steps": "Step 1:", "chosen": GOOD, "rejected": BAD,
+         "full_chosen": f"{GOOD} Done.", "full_rejected": f"{BAD} Done.", "answer": "4"},
+        {("Step 1:", GOOD, BAD)},
+    ),
     "SHP": (
         "Stanford SHP",
         {"post_id": "p", "history": Q, "human_ref_A": BAD, "human_ref_B": GOOD, "labels": 0, "score_A": 1},
