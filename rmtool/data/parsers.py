@@ -32,7 +32,8 @@ _RESERVED: tuple[str, ...] = (
     "continue_final_message",
 )
 _RESERVED += ("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask")
-_RESERVED += ("sanitize_control_tokens", "tokenizer_kwargs")
+_RESERVED += ("sanitize_control_tokens", "tokenizer_kwargs", "messages", "raise_exception", "strftime_now")
+_RESERVED += ("bos_token", "eos_token", "pad_token", "unk_token")
 
 # ------------------------------------------------------------------------------------------------ a row's parts
 
