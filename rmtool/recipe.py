@@ -260,6 +260,7 @@ def recipe_hash(recipe: Recipe) -> str:
     """Hash all settings that decide what is learned: not those of where it runs or is shown."""
     plain = as_dict(recipe)
     learned = {name: plain[name] for name in ("model", "data", "train", "lora")}
+    del learned["train"]["time_limit"]
     return hashlib.sha256(json.dumps(learned, sort_keys=True).encode()).hexdigest()[:12]
 
 

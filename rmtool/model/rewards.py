@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
 from rmtool.ui import Bar
 
 
+class Interrupted(Exception):
+    """The computation was abandoned between two forwards, by all ranks."""
+
+
 @torch.no_grad()
 def compute_rewards(
     model: RewardModel,
@@ -31,6 +35,7 @@ def compute_rewards(
     bar: Bar,
     forward_module: nn.Module | None = None,
     dist: DistInfo = SINGLE_PROCESS,
+    interrupt: Callable[[], bool] | None = None,
 ) -> list[list[float]]:
     """Compute the reward of every response of every group, in the order given; the same on every rank.
 
@@ -41,8 +46,10 @@ def compute_rewards(
         max_tokens: most unique tokens of a pack.
         forward_module: what to call for a forward: the model, or the engine that wraps it.
         dist: the processes that divide the packs. All call this with the same groups, and run equally many forwards.
+        interrupt: asked before each forward whether to abandon the computation; the same answer on every rank.
 
     Raises:
+        Interrupted: when `interrupt` says so.
         RmtoolError: E0503 out of memory.
     """
     forward_module = model if forward_module is None else forward_module
@@ -51,6 +58,8 @@ def compute_rewards(
     plan = plan_inference_packs(responses.window, responses.lengths, max_tokens, not model.shares_prompts)
     rewards_N, done = np.zeros(len(responses.lengths)), 0
     for first in range(0, len(plan.packs), dist.world_size):
+        if interrupt and interrupt():
+            raise Interrupted
         # A rank without a pack in the last round runs the round's first one again: all must take part.
         own = first + dist.rank
         items = plan.packs[own if own < len(plan.packs) else first]

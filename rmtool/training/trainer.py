@@ -27,11 +27,14 @@ from rmtool.evaluation import evaluate as evaluation
 from rmtool.evaluation.metrics import EVAL_PREFIX, TRAIN_PREFIX, PairSums, describe
 from rmtool.model.loss import pair_losses
 from rmtool.model.reward_model import RewardModel
+from rmtool.model.rewards import Interrupted
 from rmtool.model.weights import merged_weights
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 from rmtool.training.engine import peak_memory
 from rmtool.training.schedule import lr_multiplier
+from rmtool.training.stopping import Stopping
 from rmtool.training.tracking import Tracker
+from rmtool.training.worker_status import EVALUATION_BAR, TRAINING_BAR
 from rmtool.ui import Ui
 
 
@@ -234,12 +237,16 @@ def train_loop(
     tracker: Tracker | None,
     ui: Ui,
     save: Callable[[BestCheckpoint], None] | None = None,
+    stopping: Stopping | None = None,
 ) -> dict[str, float]:
     """Train for all epochs, or until early stopping; return the metrics of the last evaluation, or of the best one
     where the recipe keeps the best checkpoint (empty without eval pairs).
 
     Args:
         save: called after each evaluation that is the best so far, where the recipe keeps the best checkpoint.
+
+    Raises:
+        Stopped: when `stopping` is requested before the last step is complete, after it has saved a snapshot.
     """
     train, metadata, groups = trainer.recipe.train, split.train.metadata, split.train.groups
     pairs, best, metrics = count_pairs(metadata), BestCheckpoint(train), dict[str, float]()
@@ -247,14 +254,16 @@ def train_loop(
     epochs = (epoch_steps(metadata, groups, train.seed, epoch, train.batch_size) for epoch in range(train.epochs))
     trainer.engine.wrapped.train()
     episode = 0
-    with ui.progress("Training", total, "steps") as bar:
+    with ui.progress(TRAINING_BAR, total, "steps") as bar:
         for step, batch in zip(range(1, total + 1), itertools.chain.from_iterable(epochs), strict=False):
             numbers = _timed_step(trainer, batch, step, total)
             episode += count_pairs(batch)
             numbers = {"step": step, "episode": episode, "epoch": episode / pairs, **numbers}
             bar.advance(1, f"loss {numbers['train/rm/loss']:.3f} acc {numbers['train/rm/accuracy']:.2f}")
             if split.eval.metadata and (step == total or (train.eval_every and step % train.eval_every == 0)):
-                metrics = run_eval(trainer, split.eval, ui)
+                metrics = run_eval(trainer, split.eval, ui, stopping)
+                if not metrics and stopping:
+                    stopping.leave(step, total, numbers)
                 ui.say(f"step {step}, {EVAL_PREFIX}: {describe(metrics)}")
                 numbers |= metrics
                 if best.update(step, metrics) and train.keep == "best" and save:
@@ -265,6 +274,10 @@ def train_loop(
                 since = f"eval {train.metric_for_best} has not improved since step {best.step}"
                 ui.say(f"early stopping at step {step}: {since}")
                 break
+            if stopping:
+                stopping.step_seconds = numbers["step_seconds"]
+                if step < total and stopping.requested():
+                    stopping.leave(step, total)
     return best.metrics if train.keep == "best" else metrics
 
 
@@ -283,14 +296,18 @@ def _timed_step(trainer: Trainer, batch: Sequence[BatchItem], step: int, total: 
     }
 
 
-def run_eval(trainer: Trainer, held_out: TokenizedDataset, ui: Ui) -> dict[str, float]:
-    """Return the eval metrics; the ranks share the forward passes."""
-    wrapped, limit = trainer.engine.wrapped, trainer.recipe.train.tokens_per_pack
-    with ui.progress("Evaluating", len(held_out.metadata), "rows") as bar:
+def run_eval(
+    trainer: Trainer, held_out: TokenizedDataset, ui: Ui, stopping: Stopping | None = None
+) -> dict[str, float]:
+    """Return the eval metrics; the ranks share the forward passes. Without any if the ranks are to stop."""
+    wrapped, limit, metrics = trainer.engine.wrapped, trainer.recipe.train.tokens_per_pack, dict[str, float]()
+    with ui.progress(EVALUATION_BAR, len(held_out.metadata), "rows") as bar, contextlib.suppress(Interrupted):
         result = evaluation.evaluate(
             *(trainer.model, held_out.metadata, held_out.groups, limit, bar),
             forward_module=wrapped,
             dist=trainer.engine.dist,
+            interrupt=stopping and stopping.requested,
         )
+        metrics = result.total.report(EVAL_PREFIX)
     wrapped.train()
-    return result.total.report(EVAL_PREFIX)
+    return metrics

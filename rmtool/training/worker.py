@@ -8,12 +8,14 @@ Cost: the steps (`trainer.py`), and reading the data once per node.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +29,7 @@ from rmtool.data.rejects import REJECTS_FILE, Rejects
 from rmtool.dataset.batches import count_pairs
 from rmtool.dataset.report import build_report, example, write_report
 from rmtool.dataset.split import Split, load_split, write_held_out
-from rmtool.errors import ExitCode, RmtoolError, first_line, out_of_memory
+from rmtool.errors import ExitCode, RmtoolError, Stopped, first_line, out_of_memory
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import training_encoder, training_model
 from rmtool.model.precision import compute_precision
@@ -40,9 +42,10 @@ from rmtool.training.checkpoint_writer import CheckpointWriter, build_manifest
 from rmtool.training.engine import require_agreement, start_accelerator
 from rmtool.training.optim import build_optimizer
 from rmtool.training.schedule import Schedule, require_reachable, schedule_rows
+from rmtool.training.stopping import Stopping, deadline_of
 from rmtool.training.tracking import Tracker, draw_curves
 from rmtool.training.trainer import Engine, Trainer, train_loop
-from rmtool.training.worker_status import DATA_READ_FILE, mark_exited, mark_started
+from rmtool.training.worker_status import DATA_READ_FILE, mark_exited, mark_saves, mark_started
 from rmtool.ui import Ui, worker_ui
 
 # gloo raises a plain RuntimeError with one of these.
@@ -79,8 +82,12 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
 
     manifest = build_manifest(recipe, encoder, fingerprint, padded_reason)
     checkpoints = CheckpointWriter(folder, recipe, engine, encoder, manifest)
-    with Tracker(folder, recipe.track, as_dict(recipe), ui) if main else nullcontext() as tracker:
-        metrics = train_loop(Trainer(recipe, engine), split, tracker, ui, checkpoints.save_best)
+    deadline = deadline_of(recipe.train.time_limit, os.environ)
+    stopping = Stopping(engine.dist.sum, functools.partial(_save_snapshot, folder, accelerator), deadline)
+    tracked = Tracker(folder, recipe.track, as_dict(recipe), ui) if main else nullcontext()
+    with stopping, tracked as tracker:  # before wandb starts, which would ignore signals that are held back
+        mark_saves(folder, accelerator.process_index)
+        metrics = train_loop(Trainer(recipe, engine), split, tracker, ui, checkpoints.save_best, stopping)
         ui.say("Saving the checkpoint")
         checkpoints.finish(metrics)  # before the tracker is closed, which may take seconds
     if main:
@@ -88,6 +95,15 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
             draw_curves(folder)
         except OSError as error:  # the checkpoint is complete
             ui.say(f"cannot draw the training curves: {error}")
+    accelerator.wait_for_everyone()
+
+
+def _save_snapshot(folder: Path, accelerator: Accelerator, step: int, pending: Mapping[str, float] | None) -> None:
+    """Stand in for snapshots.py."""
+    if accelerator.is_main_process:
+        snapshot = folder / f"snapshots/step-{step:08}"
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (snapshot / "MANIFEST.json").write_text(json.dumps({"step": step, "pending": pending and dict(pending)}))
     accelerator.wait_for_everyone()
 
 
@@ -167,11 +183,16 @@ def main() -> None:
     """Run a training process: `python -m rmtool.training.worker RUN_FOLDER`."""
     folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", 0))
     mark_started(folder, rank)
-    code, failure = ExitCode.OK, None
+    code, failure, ui = int(ExitCode.OK), None, None
     try:
         recipe = load_recipe(str(folder / CONFIG_FILE))
         accelerator = start_accelerator(recipe)
-        run(recipe, folder, accelerator, worker_ui(accelerator.is_main_process))
+        ui = worker_ui(accelerator.is_main_process)
+        run(recipe, folder, accelerator, ui)
+    except Stopped as stopped:
+        code = stopped.exit_code
+        if ui:
+            ui.say(str(stopped))
     except RmtoolError as error:
         code, failure = error.exit_code, error
     except Exception as error:  # noqa: BLE001 - the launcher shows it, the log has the traceback
