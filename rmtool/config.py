@@ -163,6 +163,10 @@ class TrainConfig:
     metric_for_best: Literal["accuracy", "loss"] = "accuracy"  # of eval/rm, for keep=best and early stopping
     early_stopping_patience: Count | None = None  # stop after this many evaluations without improvement
     save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights in the checkpoint
+    save_every: Count | None = None  # optimizer steps between snapshots, from which an interrupted run resumes
+    save_minutes: Positive | None = 15.0  # or minutes between snapshots; null: off
+    keep_snapshots: Count = 2  # number of snapshots to keep: the newest
+    delete_snapshots: StrictBool = True  # when the run is finished and its model is saved
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
