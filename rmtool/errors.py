@@ -95,6 +95,7 @@ ERRORS = {
     "E0601": "output exists",
     "E0602": "another process is training in the run folder",
     "E0603": "recipe, data, model, tokenizer or package versions changed since the snapshot",
+    "E0604": "the training state in a snapshot is of another model or other trainable parameters",
     "E0701": "model or dataset not found locally or on the Hub",
     "E0771": "the connection to the Hub failed",
     "E0772": "the Hub timed out",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rmtool.checkpoint import public_name
-from rmtool.checkpoint.download import HEADS, NON_WEIGHT_FILES
+from rmtool.checkpoint.download import HEADS, TOKENIZER_FILES
 from rmtool.config import Recipe
 from rmtool.data.sources import SourceCount
 from rmtool.errors import RmtoolError
@@ -31,7 +31,7 @@ HARMLESS = {
     "name": _SHOWN,
     "model.path": _COMPARED,
     "model.revision": _COMPARED,
-    "model.chat_template": "token ids are compared",
+    "model.chat_template": _COMPARED,
     "data.train": _COMPARED,
     "data.eval": _COMPARED,
     "data.cache": "it decides where rows and token ids are read from",
@@ -57,14 +57,14 @@ Identity = dict[str, Any]
 
 
 def identity(
-    recipe: Recipe, sources: Sequence[SourceCount | None], model: Path | None, tokens: str | None = None
+    recipe: Recipe, sources: Sequence[SourceCount | None], model: Path | None, pairs: str | None = None
 ) -> Identity:
     """Return what decides the steps of a run, by name. A value that is not known yet is None.
 
     Args:
         sources: of the training data, then of the eval data; None for one that is not loaded.
         model: the folder of the base model, None if it is not downloaded.
-        tokens: a hash of all token ids, None if the data is not tokenized.
+        pairs: a hash of all token ids, preferences and margins; None if the data is not tokenized.
     """
     names = [f"data.train[{number}]" for number in range(len(recipe.data.train))]
     names += [f"data.eval[{number}]" for number in range(len(recipe.data.eval))]
@@ -72,7 +72,7 @@ def identity(
         **{key: json.dumps(value) for key, value in _flat(as_dict(recipe))},
         **{name: source and _describe(source) for name, source in zip(names, sources, strict=True)},
         **_model_identity(model, recipe.model.weights == "pretrained"),
-        "token ids": tokens,
+        "training and eval pairs": pairs,
         **{f"version of {name}": metadata.version(name) for name in PACKAGES},
     }
 
@@ -93,7 +93,7 @@ def require_unchanged(old: Identity, new: Identity, step: int) -> None:
     found = changes(old, new)
     if not found:
         return
-    keys = [f"{name}={before}" for name, before, _ in found if name in _KEYS_OF_RECIPE(old)]
+    keys = [f"{name}={before}" for name, before, _ in found if name.partition(".")[2] and "[" not in name]
     rows = tuple(f"{name}: {before} -> {after}" for name, before, after in found)
     hint = f"set {', '.join(keys)} as before" if len(keys) == len(found) else "restore what changed"
     what = f"cannot resume from step {step}: {', '.join(name for name, *_ in found)} changed"
@@ -120,18 +120,19 @@ def _describe(source: SourceCount) -> str:
 def _model_identity(folder: Path | None, weights: bool) -> Identity:
     if folder is None:
         return dict.fromkeys(("model config", "model weights", "tokenizer"))
-    names = {path for pattern in NON_WEIGHT_FILES for path in folder.glob(pattern)}
-    tokenizer = sorted(path for path in names if path.name not in _NOT_TOKENIZER)
-    stored = sorted({*folder.glob("*.safetensors"), *(path for name in HEADS for path in folder.glob(name))})
+
+    def matching(*patterns: str) -> list[Path]:
+        return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
     return {
         "model config": _hash([folder / "config.json"]),
-        "model weights": _hash(stored) if weights else "random",
-        "tokenizer": _hash(tokenizer),
+        "model weights": _hash(matching("*.safetensors", *HEADS)) if weights else "random",
+        "tokenizer": _hash(matching(*TOKENIZER_FILES)),
     }
 
 
 def _hash(files: Sequence[Path]) -> str:
-    """Hash names and contents. A file in the Hub's cache is called by its own hash."""
+    """Hash the names and contents of files."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0")
