@@ -51,6 +51,13 @@ def train(
             help="Reuse a run folder with a finished run, which is moved to previous/ (replacing the run there).",
         ),
     ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart",
+            help="Do not resume an interrupted run: move it to previous/ (replacing the run there), start at step 1.",
+        ),
+    ] = False,
     nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes. Run the command once on each.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Number of GPUs (processes) per node.")] = None,
     node_rank: Annotated[int | None, typer.Option(min=0, help="Rank of this node, starting at 0.")] = None,
@@ -86,7 +93,7 @@ def train(
     resolved = load_recipe(recipe, overrides)
     node = _node_rank(env, node_rank, resolved, dry_run)
     launcher = env.source if (nodes, gpus_per_node) == (None, None) else ""
-    _train(resolved, output or RUNS / resolved.name, node, launcher, overwrite, dry_run, as_json)
+    _train(resolved, output or RUNS / resolved.name, node, launcher, overwrite, restart, dry_run, as_json)
 
 
 def _launch_overrides(
@@ -136,7 +143,14 @@ def _node_rank(env: LauncherEnv, node_rank: int | None, recipe: Recipe, dry_run:
 
 
 def _train(
-    recipe: Recipe, output: Path, node: int, launcher: str, overwrite: bool, dry_run: bool, as_json: bool
+    recipe: Recipe,
+    output: Path,
+    node: int,
+    launcher: str,
+    overwrite: bool,
+    restart: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     from rmtool.data.rejects import REJECTS_FILE, require_free
     from rmtool.ui import SilentUi, redirect_output
@@ -162,7 +176,7 @@ def _train(
             return
         prepare_folder(output, overwrite)
         ui.facts(f"Plan: {recipe.name}", plan.rows())
-        supervise.run(plan, ui, overwrite)
+        supervise.run(plan, ui, overwrite, restart)
         if node:
             ui.say(f"node {node} is done; node 0 writes the checkpoint")
             return

@@ -21,10 +21,11 @@ from pathlib import Path
 import psutil
 
 from rmtool.errors import ExitCode, RmtoolError
-from rmtool.launch.run_folder import LOG_FILE, clear_folder, lock_folder, refuse_finished
+from rmtool.launch.run_folder import begin, lock_folder, refuse_finished
 from rmtool.launch.watch import Failure, FailureMonitor, find_workers, read_statuses
 from rmtool.planning.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, Plan, launch_command
 from rmtool.recipe import CONFIG_FILE, dump_recipe, engine_of
+from rmtool.training.run_files import LOG_FILE
 from rmtool.training.worker_status import LAUNCHER, Status, die_with_parent, log_file
 from rmtool.ui import Replay, TerminalUi
 
@@ -37,18 +38,18 @@ FOREIGN_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PET_", "PMI_", "OM
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def run(plan: Plan, ui: TerminalUi, overwrite: bool = False) -> None:
+def run(plan: Plan, ui: TerminalUi, overwrite: bool = False, restart: bool = False) -> None:
     """Write the run's config, start its processes, show their progress, and wait for them.
 
     Raises:
         RmtoolError: the error of the first process that failed; E0801 when it died without one, E7001 when it met a
-            bug; E0207, E0601 or E0602 before any process starts.
+            bug; E0207, E0601 to E0603 before any process starts.
     """
     _check_devices(plan)
     plan.folder.mkdir(exist_ok=True)
     with lock_folder(plan.folder):
         refuse_finished(plan.output, overwrite)  # again: another run may have finished before the lock
-        clear_folder(plan.folder)
+        begin(plan, restart, ui)
         _run_processes(plan, ui)
 
 

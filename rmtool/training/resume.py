@@ -108,7 +108,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """The keys of a recipe, with dots."""
     flat = []
     for key, value in tree.items():
-        flat += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and not prefix else [(f"{prefix}{key}", value)]
+        flat += (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and not prefix else [(f"{prefix}{key}", value)]
+        )
     return flat
 
 

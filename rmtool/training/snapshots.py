@@ -11,7 +11,6 @@ Cost: the state is written once, and read back once for its hashes, mostly from 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -19,18 +18,17 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from accelerate.utils import gather_object
 
 from rmtool.errors import RmtoolError
+from rmtool.training.durable import Entries, difference, disk_error, file_entry, free_bytes, fsync, write_file
 from rmtool.training.run_files import DAMAGED, MANIFEST_FILE, SNAPSHOTS, STEP, TEMPORARY, step_folders, step_of
 
 FORMAT = 1  # of the files in a snapshot
-_BLOCK = 1 << 22  # bytes that are hashed at once
 _AGAIN = "free disk space or restore the folder, then run the same command again"
 T = TypeVar("T")
-Entries = dict[str, dict[str, Any]]  # by path relative to the snapshot: size and sha256
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,8 @@ class Snapshots:
     """
 
     def __init__(self, run: Path, keep: int, rank: int = 0, world_size: int = 1):
-        self.folder, self.keep, self.rank, self.world_size = run / SNAPSHOTS, keep, rank, world_size
+        self.run, self.folder = run, run / SNAPSHOTS
+        self.keep, self.rank, self.world_size = keep, rank, world_size
         self.size = 0  # bytes of one snapshot, as far as it is known
         self._outside: Entries = {}  # files of other folders, which do not change once they are hashed
 
@@ -96,7 +95,7 @@ class Snapshots:
             RmtoolError: E0502 when it has not.
         """
         self.size = size
-        there, free = self._main(lambda: (len(step_folders(self.folder)), _free(self.folder)))
+        there, free = self._main(lambda: (len(step_folders(self.folder)), free_bytes(self.folder)))
         needed = size * max(self.keep + 1 - there, 1)
         if needed > free:
             what = f"the snapshots need {needed:,} bytes of disk space, but {free:,} bytes are free"
@@ -113,7 +112,7 @@ class Snapshots:
         Raises:
             RmtoolError: E0502 when it cannot be written; earlier snapshots stay as they are.
         """
-        target = self.folder / f"{STEP}{step:08d}"
+        target = self.folder_of(step)
         temporary = self.folder / f"{TEMPORARY}{target.name}"
         try:
             self._main(lambda: self._begin(temporary))
@@ -137,7 +136,7 @@ class Snapshots:
             steps = [step_of(path) for path in step_folders(self.folder)]
             try:
                 for step in steps[self.keep :]:
-                    _delete(self.folder / f"{STEP}{step:08d}")
+                    _delete(self.folder_of(step))
             except OSError as error:
                 return steps, f"cannot delete the snapshot of step {step}: {error.strerror}"
             return steps[: self.keep], None
@@ -146,6 +145,22 @@ class Snapshots:
         if problem:
             say(problem)
         return kept
+
+    def steps(self) -> list[int]:
+        """Return the steps of the complete snapshots, newest first."""
+        return self._main(lambda: [step_of(path) for path in step_folders(self.folder)])
+
+    def folder_of(self, step: int) -> Path:
+        return self.folder / f"{STEP}{step:08d}"
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0, and return its result on all.
+
+        Raises:
+            RmtoolError: E0501 when it cannot write.
+        """
+        with self._writable():
+            return self._main(action)
 
     def _steps_on_disk(self) -> list[int]:
         for left in self.folder.glob(f"{TEMPORARY}*"):
@@ -161,7 +176,9 @@ class Snapshots:
         if isinstance(entries, str):
             return None, f"{MANIFEST_FILE}: {entries}"
         names = sorted(entries)[self.rank :: self.world_size]
-        problems = gather_object([next(filter(None, (_differs(folder, name, entries[name]) for name in names)), None)])
+        problems = gather_object(
+            [next(filter(None, (difference(folder, name, entries[name]) for name in names)), None)]
+        )
         problem = next(filter(None, problems), None)
         return (None, problem) if problem else (_snapshot(folder, step, entries), None)
 
@@ -181,7 +198,7 @@ class Snapshots:
         try:
             yield
         except OSError as error:
-            what = f"cannot write {self.folder}: {error.strerror}"
+            what = f"cannot write {error.filename or self.folder}: {error.strerror}"
             raise RmtoolError("E0501", what, "check its permissions, or pass a different --output") from error
 
     def _begin(self, temporary: Path) -> None:
@@ -196,7 +213,7 @@ class Snapshots:
         for name in names:
             if name not in self._outside:
                 fsync(folder / name)
-            entries[name] = self._outside.get(name) or _entry(folder / name)
+            entries[name] = self._outside.get(name) or file_entry(folder / name)
             if name.startswith(".."):
                 self._outside[name] = entries[name]
         return entries
@@ -213,7 +230,7 @@ class Snapshots:
 
     def _cannot_write(self, step: int, error: OSError) -> RmtoolError:
         reason = error.strerror or str(error)
-        found = f"{self.size:,} bytes needed, {_free(self.folder):,} bytes free in {self.folder}"
+        found = f"{self.size:,} bytes needed, {free_bytes(self.folder):,} bytes free in {self.folder}"
         return RmtoolError("E0502", f"cannot write the snapshot of step {step}: {reason}", _AGAIN, found=found)
 
     def _main(self, action: Callable[[], T]) -> T:
@@ -240,72 +257,18 @@ class Snapshots:
         return [each for each, _ in gathered]
 
 
-def disk_error(error: BaseException | None) -> OSError | None:
-    """The disk's error behind an exception: torch raises others in its place."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        if isinstance(error, RmtoolError) and error.id == "E0502":
-            return disk_error(error.__cause__) or OSError(None, error.summary())
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file and make it durable; a disk may take less than all at once."""
-    with open(path, "wb", buffering=0) as file:
-        left = memoryview(data)
-        while left:
-            left = left[file.write(left) :]
-        os.fsync(file.fileno())
-
-
-def fsync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _files(folder: Path, outside: Sequence[Path]) -> list[str]:
     inner = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     return inner + [os.path.relpath(path, folder) for path in outside]
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    for block in _blocks(path):
-        digest.update(block)
-        size += len(block)
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            yield block
-
-
-def _differs(folder: Path, name: str, expected: dict[str, Any]) -> str | None:
-    """What is wrong with a file."""
-    try:
-        size = (folder / name).stat().st_size
-        if size != expected["size"]:
-            return f"{name} has {size:,} bytes instead of {expected['size']:,}"
-        return None if _entry(folder / name) == expected else f"{name} has a different hash"
-    except FileNotFoundError:
-        return f"{name} is missing"
-    except OSError as error:
-        return f"cannot read {name}: {error.strerror}"
 
 
 def _read_manifest(folder: Path, step: int) -> Entries | str:
     """Return the files of a snapshot, or what is wrong with its manifest."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
-        files: Entries = {name: {"size": int(each["size"]), "sha256": each["sha256"]} for name, each in manifest["files"].items()}
+        files: Entries = {
+            name: {"size": int(each["size"]), "sha256": each["sha256"]} for name, each in manifest["files"].items()
+        }
         found = manifest["step"], manifest["format"]
     except FileNotFoundError:
         return "missing"
@@ -322,9 +285,3 @@ def _delete(folder: Path) -> None:
     aside = folder.with_name(f"{TEMPORARY}{folder.name}")
     folder.rename(aside)  # first, so that a part of it never counts
     shutil.rmtree(aside)
-
-
-def _free(folder: Path) -> int:
-    with contextlib.suppress(StopIteration):
-        return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
-    return 0

@@ -8,14 +8,12 @@ Cost: the steps (`trainer.py`), and reading the data once per node.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -41,7 +39,11 @@ from rmtool.tokenization.encoder import Encoder
 from rmtool.training.checkpoint_writer import CheckpointWriter, build_manifest
 from rmtool.training.engine import require_agreement, start_accelerator
 from rmtool.training.optim import build_optimizer
+from rmtool.training.resume import identity, require_unchanged
+from rmtool.training.run_files import WRITTEN, move_to_previous
+from rmtool.training.saver import Saver, read_progress
 from rmtool.training.schedule import Schedule, require_reachable, schedule_rows
+from rmtool.training.snapshots import Snapshot, Snapshots
 from rmtool.training.stopping import Stopping, deadline_of
 from rmtool.training.tracking import Tracker, draw_curves
 from rmtool.training.trainer import Engine, Trainer, train_loop
@@ -53,43 +55,38 @@ CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Bro
 
 
 def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
-    """Train a reward model as the recipe says; the main process writes the results to `folder`. All ranks must call it.
+    """Train a reward model as the recipe says, from the newest snapshot if there is one; the main process writes the
+    results to `folder`. All ranks must call it.
 
     Raises:
-        RmtoolError: E02xx to E05xx for a recipe, data, model or machine that does not work, E0802 for NaN or inf.
+        RmtoolError: E02xx to E05xx for a recipe, data, model or machine that does not work, E0603 when it is not the run
+            of the snapshot, E0802 for NaN or inf.
+        Stopped: when a signal or the time limit ended it.
     """
     main, base = accelerator.is_main_process, recipe.model
+    snapshots = _open_snapshots(recipe, folder, accelerator)
+    found = _find_snapshot(snapshots, ui)
     source = resolve_checkpoint(resolve(base.path), base.revision, ui, base.weights != "random")
     encoder, notices = training_encoder(recipe, source)
-    fingerprint = encoder.fingerprint()
     with _local_main_first(recipe, folder, accelerator):
         split = _load_data(recipe, folder, encoder, main, ui)
     schedule = Schedule(recipe, count_pairs(split.train.metadata))  # of the pairs that are left
     require_reachable(recipe.train, schedule.steps)
     ui.facts("Schedule", schedule_rows(recipe, schedule))
-    require_agreement(_rank_fingerprint(recipe, source, fingerprint, split))
+    ranks = _rank_fingerprint(recipe, source, encoder.fingerprint(), split)
+    require_agreement(ranks)
+    known = snapshots.on_main(lambda: identity(recipe, split.sources, source, ranks["data"]))
+    if found:
+        require_unchanged(read_progress(found.folder)["identity"], known, found.step)
     if main:
         write_held_out(folder / HELD_OUT_FILE, split)
-
-    model, more = training_model(recipe, source, encoder)
-    engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
-    padded_reason = choose_layout(model, engine.wrapped, encoder.max_length).reason
-    if recipe.train.compile:  # after choose_layout, which tries both layouts
-        more += [f"compiled layers: {_compile(model)}"]
-    for notice in (*notices, *more):
-        ui.say(notice)
-    ui.facts("Plan: model", [("prefix sharing", describe_sharing(padded_reason))])
-
-    manifest = build_manifest(recipe, encoder, fingerprint, padded_reason)
-    checkpoints = CheckpointWriter(folder, recipe, engine, encoder, manifest)
-    deadline = deadline_of(recipe.train.time_limit, os.environ)
-    stopping = Stopping(engine.dist.sum, functools.partial(_save_snapshot, folder, accelerator), deadline)
-    tracked = Tracker(folder, recipe.track, as_dict(recipe), ui) if main else nullcontext()
-    with stopping, tracked as tracker:  # before wandb starts, which would ignore signals that are held back
-        mark_saves(folder, accelerator.process_index)
-        metrics = train_loop(Trainer(recipe, engine), split, tracker, ui, checkpoints.save_best, stopping)
-        ui.say("Saving the checkpoint")
-        checkpoints.finish(metrics)  # before the tracker is closed, which may take seconds
+    engine, padded_reason = _prepare_engine(recipe, source, encoder, accelerator, notices, ui)
+    manifest = build_manifest(recipe, encoder, encoder.fingerprint(), padded_reason)
+    saver = Saver(snapshots, CheckpointWriter(folder, recipe, engine, encoder, manifest), known, ui)
+    if found:
+        saver.resume(found, schedule.steps)
+    saver.start()
+    _train(Trainer(recipe, engine), split, saver, folder, ui, found is not None)
     if main:
         try:
             draw_curves(folder)
@@ -98,13 +95,55 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     accelerator.wait_for_everyone()
 
 
-def _save_snapshot(folder: Path, accelerator: Accelerator, step: int, pending: Mapping[str, float] | None) -> None:
-    """Stand in for snapshots.py."""
-    if accelerator.is_main_process:
-        snapshot = folder / f"snapshots/step-{step:08}"
-        snapshot.mkdir(parents=True, exist_ok=True)
-        (snapshot / "MANIFEST.json").write_text(json.dumps({"step": step, "pending": pending and dict(pending)}))
-    accelerator.wait_for_everyone()
+def _open_snapshots(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Snapshots:
+    """Return the snapshots in the run folder, which is that of node 0."""
+    run_folder = folder.parent if int(os.environ.get("GROUP_RANK", 0)) else folder
+    return Snapshots(run_folder, recipe.train.keep_snapshots, accelerator.process_index, accelerator.num_processes)
+
+
+def _find_snapshot(snapshots: Snapshots, ui: Ui) -> Snapshot | None:
+    """Return the snapshot to resume from. If none of those there is valid, move what the run has written."""
+    found = snapshots.find(ui.say)
+    if found is None:
+        run = snapshots.run
+        moved = snapshots.on_main(lambda: snapshots.folder.exists() and move_to_previous(run, WRITTEN, replace=False))
+        if moved:
+            ui.say(
+                f"no valid snapshot found: starting at step 1; the files of the interrupted run were moved to {moved}"
+            )
+    return found
+
+
+def _prepare_engine(
+    recipe: Recipe, source: Path, encoder: Encoder, accelerator: Accelerator, notices: Sequence[str], ui: Ui
+) -> tuple[Engine, str | None]:
+    """Load the model and prepare it with its optimizer; return why batches are padded, too."""
+    model, more = training_model(recipe, source, encoder)
+    engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
+    padded_reason = choose_layout(model, engine.wrapped, encoder.max_length).reason
+    if recipe.train.compile:  # after choose_layout, which tries both layouts
+        more += [f"compiled layers: {_compile(model)}"]
+    for notice in (*notices, *more):
+        ui.say(notice)
+    ui.facts("Plan: model", [("prefix sharing", describe_sharing(padded_reason))])
+    return engine, padded_reason
+
+
+def _train(trainer: Trainer, split: Split, saver: Saver, folder: Path, ui: Ui, resumed: bool) -> None:
+    """Take the steps that are left, and save the checkpoint."""
+    recipe, accelerator = trainer.recipe, trainer.engine.accelerator
+    deadline = deadline_of(recipe.train.time_limit, os.environ)
+    stopping = Stopping(trainer.engine.dist.sum, saver.save_before_stop, deadline)
+    settings = as_dict(recipe)
+    tracked = Tracker(folder, recipe.track, settings, ui, resumed) if accelerator.is_main_process else nullcontext()
+    with stopping, tracked as tracker:  # before wandb starts, which would ignore signals that are held back
+        mark_saves(folder, accelerator.process_index)
+        saver.tracker = tracker
+        save, progress, snapshot = saver.checkpoints.save_best, saver.progress, saver.save_if_due
+        metrics = train_loop(trainer, split, tracker, ui, save, stopping, progress, snapshot)
+        ui.say("Saving the checkpoint")
+        saver.checkpoints.finish(metrics, progress.best)  # before the tracker is closed, which may take seconds
+        saver.finish()
 
 
 def _compile(model: RewardModel) -> str:
