@@ -64,8 +64,8 @@ def epoch_steps(
     batch_size: int,
     skipped: int = 0,
 ) -> Iterator[list[BatchItem]]:
-    """Yield the batches of one epoch but the first `skipped`. The pairs of a record stay together unless a step boundary
-    splits them.
+    """Yield the batches of one epoch, but not the first `skipped`. The pairs of a record stay together unless a step
+    boundary splits them.
     """
     order = epoch_order(seed, epoch, len(metadata))
     sizes = np.fromiter((len(metadata[index].preferences) for index in order), dtype=np.int64, count=len(order))

@@ -106,11 +106,10 @@ def _is_harmless(name: str) -> bool:
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """The keys of a recipe, with dots."""
-    flat = []
+    flat: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        flat += (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and not prefix else [(f"{prefix}{key}", value)]
-        )
+        section = isinstance(value, dict) and not prefix
+        flat += _flat(value, f"{key}.") if section else [(f"{prefix}{key}", value)]
     return flat
 
 

@@ -14,12 +14,12 @@ import torch
 
 def rng_state() -> bytes:
     """Return the state of all generators as JSON."""
-    name, keys, *position = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, *position = np.random.get_state()
     version, internal, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state().tolist(),
         "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
-        "numpy": [name, keys.tolist(), *position],
+        "numpy": [name, np.asarray(keys).tolist(), *position],
         "python": [version, list(internal), gauss],
     }
     return json.dumps(state).encode()

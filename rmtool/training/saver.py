@@ -120,12 +120,12 @@ class Saver:
             RmtoolError: E0502 as `Snapshots.write`.
         """
         progress, started = self.progress, time.monotonic()
+        progress.snapshots += 1
         progress.seconds = self.seconds_before + started - self.started
         written = self.snapshots.write(progress.step, self._fill, self._best_files())
         self._keep_best(self.snapshots.retain(self.ui.say))
         self.saved = time.monotonic()
         self.last_seconds = self.saved - started
-        progress.snapshots += 1
         progress.snapshot_seconds += self.last_seconds
         progress.seconds += self.last_seconds
         took = f"{written.size:,} bytes in {self.last_seconds:.1f} s"

@@ -176,10 +176,8 @@ class Snapshots:
         if isinstance(entries, str):
             return None, f"{MANIFEST_FILE}: {entries}"
         names = sorted(entries)[self.rank :: self.world_size]
-        problems = gather_object(
-            [next(filter(None, (difference(folder, name, entries[name]) for name in names)), None)]
-        )
-        problem = next(filter(None, problems), None)
+        found = next(filter(None, (difference(folder, name, entries[name]) for name in names)), None)
+        problem = next(filter(None, gather_object([found])), None)
         return (None, problem) if problem else (_snapshot(folder, step, entries), None)
 
     def _set_aside(self, folder: Path) -> None:
@@ -251,9 +249,9 @@ class Snapshots:
             if failed is None:
                 raise
         gathered = gather_object([(result, failed and (failed.errno, failed.strerror or str(failed)))])
-        for _, error in gathered:
-            if error:
-                raise OSError(*error)
+        for _, reason in gathered:
+            if reason:
+                raise OSError(*reason)
         return [each for each, _ in gathered]
 
 
@@ -266,9 +264,8 @@ def _read_manifest(folder: Path, step: int) -> Entries | str:
     """Return the files of a snapshot, or what is wrong with its manifest."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
-        files: Entries = {
-            name: {"size": int(each["size"]), "sha256": each["sha256"]} for name, each in manifest["files"].items()
-        }
+        given = manifest["files"].items()
+        files: Entries = {name: {"size": int(each["size"]), "sha256": each["sha256"]} for name, each in given}
         found = manifest["step"], manifest["format"]
     except FileNotFoundError:
         return "missing"

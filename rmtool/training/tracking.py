@@ -44,7 +44,7 @@ class Tracker:
 
     def __init__(self, folder: Path, track: TrackConfig, config: Mapping[str, Any], ui: Ui, resumed: bool = False):
         self.ui, self.unwritten, self.failed = ui, b"", False
-        self.file = open(folder / METRICS_FILE, "ab" if resumed else "wb", buffering=0)
+        self.file = open(folder / METRICS_FILE, "ab" if resumed else "wb", buffering=0)  # noqa: SIM115 - closed by close()
         self.wandb = None
         if track.wandb:
             name = track.name or os.environ.get("WANDB_NAME") or config["name"]

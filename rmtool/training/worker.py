@@ -59,8 +59,8 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     results to `folder`. All ranks must call it.
 
     Raises:
-        RmtoolError: E02xx to E05xx for a recipe, data, model or machine that does not work, E0603 when it is not the run
-            of the snapshot, E0802 for NaN or inf.
+        RmtoolError: E02xx to E05xx for a recipe, data, model or machine that does not work, E0603 when the snapshot is
+            of a different run, E0802 for NaN or inf.
         Stopped: when a signal or the time limit ended it.
     """
     main, base = accelerator.is_main_process, recipe.model
