@@ -19,7 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from rmtool.errors import RmtoolError, first_line
@@ -202,7 +208,8 @@ def _set_steps(engine: Engine, shares: dict[str, Share], steps_P: torch.Tensor) 
 
 def _require_same_parameters(chunks: dict[str, Chunk], metadata: Metadata, folder: Path) -> None:
     """Raise E0604 unless the state in the folder has the same tensors, of the same sizes."""
-    saved = {name: getattr(each, "size", None) for name, each in metadata.state_dict_metadata.items()}
+    tensors = metadata.state_dict_metadata.items()
+    saved = {name: each.size for name, each in tensors if isinstance(each, TensorStorageMetadata)}
     ours = {name: chunk.size() for name, chunk in chunks.items()}
     for name in sorted(saved.keys() | ours.keys()):
         if saved.get(name) == ours.get(name):

@@ -34,13 +34,14 @@ class Place:
 
     def recipe(self, world: str) -> str:
         engine, processes, *offload = world.split("-")
+        offloaded = str(bool(offload)).lower()
         path = self.folder / f"{world}.yaml"
         path.write_text(
             f"model: {{path: {self.folder / 'lm'}}}\n"
             f"data: {{train: [{self.folder / 'pairs.jsonl'}], holdout: 4, max_length: 256}}\n"
             f"train: {{batch_size: 8, tokens_per_pack: 150, precision: {'bf16' if self.bf16 else 'fp32'}, "
             f"weight_decay: 0.1, learning_rate: 1e-3{self.more}}}\n"
-            f"launch: {{engine: {engine}, gpus_per_node: {processes}, offload_optimizer: {str(bool(offload)).lower()}}}\n"
+            f"launch: {{engine: {engine}, gpus_per_node: {processes}, offload_optimizer: {offloaded}}}\n"
         )
         return str(path)
 
@@ -49,8 +50,9 @@ class Place:
         count, port = int(world.split("-")[1]), str(free_port())
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         if count > 1 or world.startswith("zero"):
-            environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": port, "ACCELERATE_USE_CPU": str(world.startswith("ddp")).lower()}  # fmt: skip
+            environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment |= {"ACCELERATE_USE_CPU": str(world.startswith("ddp")).lower()}
         plan = json.dumps({"parts": parts, "bf16": self.bf16})
         words = [sys.executable, str(WORKER), self.recipe(world), plan, str(self.folder)]
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {} for rank in range(count)]
