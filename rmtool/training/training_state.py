@@ -19,7 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from rmtool.errors import RmtoolError, first_line
@@ -113,8 +119,7 @@ def load_state(engine: Engine, folder: Path) -> None:
     DCP unpickles its index: `folder` must be trusted.
 
     Raises:
-        RmtoolError: E0604, on every rank, when the parameters are not those of the state; E0501, on every rank, when one
-            of them cannot read.
+        RmtoolError: on every rank: E0604 when the parameters are not those of the state, E0501 when a rank cannot read.
     """
     shares = trainable_shares(engine)
     with _translated("E0501", f"cannot read {folder}", "check the disk and the permissions of the run folder"):
@@ -170,7 +175,7 @@ def _adamw(engine: Engine) -> torch.optim.Optimizer:
 
 
 def _chunks(engine: Engine, shares: dict[str, Share]) -> dict[str, Chunk]:
-    """Return what this rank saves and loads, by name; an optimizer that has not stepped gets the state it starts with."""
+    """Return what this rank saves and loads, by name; creates the state of an optimizer before its first step."""
     states = {share.owner: _state(_adamw(engine), share.owner) for share in shares.values()}
     chunks = {name: share.chunk(share.owner) for name, share in shares.items()}
     for moment in MOMENTS:
@@ -203,7 +208,8 @@ def _set_steps(engine: Engine, shares: dict[str, Share], steps_P: torch.Tensor) 
 
 def _require_same_parameters(chunks: dict[str, Chunk], metadata: Metadata, folder: Path) -> None:
     """Raise E0604 unless the state in the folder has the same tensors, of the same sizes."""
-    saved = {name: each.size for name, each in metadata.state_dict_metadata.items()}
+    tensors = metadata.state_dict_metadata.items()
+    saved = {name: each.size for name, each in tensors if isinstance(each, TensorStorageMetadata)}
     ours = {name: chunk.size() for name, chunk in chunks.items()}
     for name in sorted(saved.keys() | ours.keys()):
         if saved.get(name) == ours.get(name):
