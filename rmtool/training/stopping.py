@@ -1,8 +1,8 @@
 """Leaving a run in time: a signal or the time limit ends it after a step, on all ranks together.
 
 In: signals to any rank, and the deadline of the run. Out: `Stopping.requested`, the same answer on every rank.
-The launcher holds the signals back in the processes that it starts (`launch/stop_request.py`), so one that arrives while
-a rank is starting up is received here, when the steps begin.
+The launcher holds the signals back in the processes that it starts (`launch/stop_request.py`), so one that arrives
+while a rank is starting up is received here, when the steps begin.
 Cost: one sum of four numbers over all ranks per call; 0.1 ms between two processes on a CPU, nothing for one.
 """
 

@@ -12,13 +12,13 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from rmtool.config import Recipe, TrainConfig
+from rmtool.config import Recipe
 from rmtool.dataset.batches import BatchItem, count_pairs, epoch_steps, plan_steps
 from rmtool.dataset.split import Split
 from rmtool.dist import DistInfo
@@ -27,9 +27,10 @@ from rmtool.evaluation import evaluate as evaluation
 from rmtool.evaluation.metrics import EVAL_PREFIX, TRAIN_PREFIX, PairSums, describe
 from rmtool.model.loss import pair_losses
 from rmtool.model.reward_model import RewardModel
-from rmtool.model.rewards import Interrupted
+from rmtool.model.rewards import InterruptError
 from rmtool.model.weights import merged_weights
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset
+from rmtool.training.best_checkpoint import BestCheckpoint
 from rmtool.training.engine import peak_memory
 from rmtool.training.schedule import lr_multiplier
 from rmtool.training.stopping import Stopping
@@ -205,32 +206,6 @@ class Engine:
         return weights if main else None
 
 
-@dataclass
-class BestCheckpoint:
-    """The best evaluation so far, and the number of evaluations since."""
-
-    train: TrainConfig
-    metrics: dict[str, float] = field(default_factory=dict)
-    step: int = 0
-    since: int = 0
-
-    def update(self, step: int, metrics: dict[str, float]) -> bool:
-        """Return whether these metrics are better than all before; equal ones are not."""
-        name = f"{EVAL_PREFIX}/{self.train.metric_for_best}"
-        sign = 1 if self.train.metric_for_best == "accuracy" else -1
-        better = not self.metrics or sign * metrics[name] > sign * self.metrics[name]
-        self.since = 0 if better else self.since + 1
-        if better:
-            self.step, self.metrics = step, metrics
-        return better
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether early stopping ends the run."""
-        limit = self.train.early_stopping_patience
-        return limit is not None and self.since >= limit
-
-
 def train_loop(
     trainer: Trainer,
     split: Split,
@@ -301,12 +276,12 @@ def run_eval(
 ) -> dict[str, float]:
     """Return the eval metrics; the ranks share the forward passes. Without any if the ranks are to stop."""
     wrapped, limit, metrics = trainer.engine.wrapped, trainer.recipe.train.tokens_per_pack, dict[str, float]()
-    with ui.progress(EVALUATION_BAR, len(held_out.metadata), "rows") as bar, contextlib.suppress(Interrupted):
+    with ui.progress(EVALUATION_BAR, len(held_out.metadata), "rows") as bar, contextlib.suppress(InterruptError):
         result = evaluation.evaluate(
             *(trainer.model, held_out.metadata, held_out.groups, limit, bar),
             forward_module=wrapped,
             dist=trainer.engine.dist,
-            interrupt=stopping and stopping.requested,
+            interrupt=stopping.requested if stopping else None,
         )
         metrics = result.total.report(EVAL_PREFIX)
     wrapped.train()

@@ -16,7 +16,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -84,8 +83,9 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     checkpoints = CheckpointWriter(folder, recipe, engine, encoder, manifest)
     deadline = deadline_of(recipe.train.time_limit, os.environ)
     stopping = Stopping(engine.dist.sum, functools.partial(_save_snapshot, folder, accelerator), deadline)
-    tracked = Tracker(folder, recipe.track, as_dict(recipe), ui) if main else nullcontext()
-    with stopping, tracked as tracker:  # before wandb starts, which would ignore signals that are held back
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stopping)  # before wandb starts, where signals would be held back, too
+        tracker = stack.enter_context(Tracker(folder, recipe.track, as_dict(recipe), ui)) if main else None
         mark_saves(folder, accelerator.process_index)
         metrics = train_loop(Trainer(recipe, engine), split, tracker, ui, checkpoints.save_best, stopping)
         ui.say("Saving the checkpoint")
