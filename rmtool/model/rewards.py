@@ -23,7 +23,7 @@ from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
 from rmtool.ui import Bar
 
 
-class InterruptError(Exception):
+class AbandonedError(Exception):
     """The computation was abandoned between two forwards, by all ranks."""
 
 
@@ -49,7 +49,7 @@ def compute_rewards(
         interrupt: asked before each forward whether to abandon the computation; the same answer on every rank.
 
     Raises:
-        InterruptError: when `interrupt` says so.
+        AbandonedError: when `interrupt` says so.
         RmtoolError: E0503 out of memory.
     """
     forward_module = model if forward_module is None else forward_module
@@ -59,7 +59,7 @@ def compute_rewards(
     rewards_N, done = np.zeros(len(responses.lengths)), 0
     for first in range(0, len(plan.packs), dist.world_size):
         if interrupt and interrupt():
-            raise InterruptError
+            raise AbandonedError
         # A rank without a pack in the last round runs the round's first one again: all must take part.
         own = first + dist.rank
         items = plan.packs[own if own < len(plan.packs) else first]

@@ -27,7 +27,7 @@ from rmtool.evaluation import evaluate as evaluation
 from rmtool.evaluation.metrics import EVAL_PREFIX, TRAIN_PREFIX, PairSums, describe
 from rmtool.model.loss import pair_losses
 from rmtool.model.reward_model import RewardModel
-from rmtool.model.rewards import InterruptError
+from rmtool.model.rewards import AbandonedError
 from rmtool.model.weights import merged_weights
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 from rmtool.training.best_checkpoint import BestCheckpoint
@@ -276,7 +276,7 @@ def run_eval(
 ) -> dict[str, float]:
     """Return the eval metrics; the ranks share the forward passes. Without any if the ranks are to stop."""
     wrapped, limit, metrics = trainer.engine.wrapped, trainer.recipe.train.tokens_per_pack, dict[str, float]()
-    with ui.progress(EVALUATION_BAR, len(held_out.metadata), "rows") as bar, contextlib.suppress(InterruptError):
+    with ui.progress(EVALUATION_BAR, len(held_out.metadata), "rows") as bar, contextlib.suppress(AbandonedError):
         result = evaluation.evaluate(
             *(trainer.model, held_out.metadata, held_out.groups, limit, bar),
             forward_module=wrapped,
