@@ -170,11 +170,8 @@ def _train(
         from rmtool.launch.run_folder import prepare_folder, refuse_finished
         from rmtool.planning.plan import make_plan
 
-        if recipe.hub.repo_id and not dry_run:
-            from rmtool.hub.push import check_ready
-
-            check_ready(recipe.hub.repo_id)
         if not dry_run:
+            _check_push(recipe)
             refuse_finished(output, overwrite)
         inputs = resolve_sources((*recipe.data.train, *recipe.data.eval))
         require_free(output / REJECTS_FILE, [source.path for source in inputs])
@@ -191,6 +188,14 @@ def _train(
         _finish(plan, output, as_json, ui)
     if (output / REJECTS_FILE).exists():
         raise SystemExit(ExitCode.PARTIAL)
+
+
+def _check_push(recipe: Recipe) -> None:
+    """Check before the training that its result can be pushed, if it is to be."""
+    if recipe.hub.repo_id:
+        from rmtool.hub.push import check_ready
+
+        check_ready(recipe.hub.repo_id)
 
 
 def _finish(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:

@@ -32,6 +32,11 @@ class BestCheckpoint:
         return better
 
     @property
+    def since_when(self) -> str:
+        """Why early stopping ends the run."""
+        return f"eval {self.train.metric_for_best} has not improved since step {self.step}"
+
+    @property
     def should_stop(self) -> bool:
         """Whether early stopping ends the run."""
         limit = self.train.early_stopping_patience

@@ -83,6 +83,16 @@ class Stopping:
         needed = 2 * self.save_seconds + RESERVE_S + self.step_seconds
         return self.deadline is not None and self.clock() + needed >= self.deadline
 
+    def after_step(self, step: int, total: int, seconds: float) -> None:
+        """Leave after this step, which took `seconds`, if any rank is to stop. All ranks must call it.
+
+        Raises:
+            Stopped: after a snapshot is saved.
+        """
+        self.step_seconds = seconds
+        if self.requested():
+            self.leave(step, total)
+
     def leave(self, step: int, total: int, pending: Mapping[str, float] | None = None) -> NoReturn:
         """Save a snapshot after `step`, and end this process. All ranks must call it, after `requested`.
 

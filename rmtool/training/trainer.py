@@ -219,9 +219,7 @@ def train_loop(
 
     Args:
         save: called after each evaluation that is the best so far, where the recipe keeps the best checkpoint.
-
-    Raises:
-        Stopped: when `stopping` is requested before the last step is complete, after it has saved a snapshot.
+        stopping: asked after each step and between the forwards of an evaluation; it saves and raises `Stopped`.
     """
     train, metadata, groups = trainer.recipe.train, split.train.metadata, split.train.groups
     pairs, best, metrics = count_pairs(metadata), BestCheckpoint(train), dict[str, float]()
@@ -246,13 +244,10 @@ def train_loop(
             if tracker:
                 tracker.log(numbers)
             if best.should_stop:
-                since = f"eval {train.metric_for_best} has not improved since step {best.step}"
-                ui.say(f"early stopping at step {step}: {since}")
+                ui.say(f"early stopping at step {step}: {best.since_when}")
                 break
-            if stopping:
-                stopping.step_seconds = numbers["step_seconds"]
-                if step < total and stopping.requested():
-                    stopping.leave(step, total)
+            if stopping and step < total:
+                stopping.after_step(step, total, numbers["step_seconds"])
     return best.metrics if train.keep == "best" else metrics
 
 

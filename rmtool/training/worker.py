@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -81,21 +82,26 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
 
     manifest = build_manifest(recipe, encoder, fingerprint, padded_reason)
     checkpoints = CheckpointWriter(folder, recipe, engine, encoder, manifest)
-    deadline = deadline_of(recipe.train.time_limit, os.environ)
-    stopping = Stopping(engine.dist.sum, functools.partial(_save_snapshot, folder, accelerator), deadline)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(stopping)  # before wandb starts, where signals would be held back, too
-        tracker = stack.enter_context(Tracker(folder, recipe.track, as_dict(recipe), ui)) if main else None
-        mark_saves(folder, accelerator.process_index)
+    with (
+        _open_stopping(folder, recipe, engine) as stopping,  # before wandb starts, where signals would be held back
+        Tracker(folder, recipe.track, as_dict(recipe), ui) if main else nullcontext() as tracker,
+    ):
         metrics = train_loop(Trainer(recipe, engine), split, tracker, ui, checkpoints.save_best, stopping)
         ui.say("Saving the checkpoint")
         checkpoints.finish(metrics)  # before the tracker is closed, which may take seconds
     if main:
-        try:
-            draw_curves(folder)
-        except OSError as error:  # the checkpoint is complete
-            ui.say(f"cannot draw the training curves: {error}")
+        _draw_curves(folder, ui)
     accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _open_stopping(folder: Path, recipe: Recipe, engine: Engine) -> Iterator[Stopping]:
+    """Receive signals, and tell the launcher that this rank now saves before it leaves."""
+    deadline = deadline_of(recipe.train.time_limit, os.environ)
+    save = functools.partial(_save_snapshot, folder, engine.accelerator)
+    with Stopping(engine.dist.sum, save, deadline) as stopping:
+        mark_saves(folder, engine.dist.rank)
+        yield stopping
 
 
 def _save_snapshot(folder: Path, accelerator: Accelerator, step: int, pending: Mapping[str, float] | None) -> None:
@@ -105,6 +111,13 @@ def _save_snapshot(folder: Path, accelerator: Accelerator, step: int, pending: M
         snapshot.mkdir(parents=True, exist_ok=True)
         (snapshot / "MANIFEST.json").write_text(json.dumps({"step": step, "pending": pending and dict(pending)}))
     accelerator.wait_for_everyone()
+
+
+def _draw_curves(folder: Path, ui: Ui) -> None:
+    try:
+        draw_curves(folder)
+    except OSError as error:  # the checkpoint is complete
+        ui.say(f"cannot draw the training curves: {error}")
 
 
 def _compile(model: RewardModel) -> str:
