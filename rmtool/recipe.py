@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 from rmtool.config import CONFLICT, RENAMED_KEYS, Recipe, Source
 from rmtool.config import as_source as as_source
 from rmtool.config import engine_of as engine_of
+from rmtool.config import seconds_of as seconds_of
 from rmtool.config import world_size as world_size
 from rmtool.errors import Place, RmtoolError, first_line
 

@@ -66,7 +66,7 @@ def evaluate(
         samples: number of rows whose rewards are returned.
 
     Raises:
-        Interrupted: when `interrupt` says so.
+        AbandonedError: when `interrupt` says so.
         RmtoolError: E0409 a reward is NaN or inf; E0503 out of memory.
     """
     rewards = compute_rewards(model, groups, max_tokens, bar, forward_module, dist, interrupt)

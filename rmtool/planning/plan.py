@@ -36,6 +36,7 @@ num_processes: 1
 machine_rank: 0
 use_cpu: false
 """
+WORKER = "rmtool.training.worker"  # the module of a training process
 ADDRESS = "$MASTER_ADDR"  # in place of the address of node 0, if it is not set
 PORT = 29500
 
@@ -258,7 +259,7 @@ def launch_command(recipe: Recipe, output: Path, node: int) -> list[str]:
         # Seconds until torch ends the other processes when one died; by then rmtool has seen which one it was.
         command += ["--monitor_interval", "1"]
     # RewardModel applies autocast itself; accelerate would add a second one.
-    return [*command, "--mixed_precision", "no", "--module", "rmtool.training.worker", str(folder)]
+    return [*command, "--mixed_precision", "no", "--module", WORKER, str(folder)]
 
 
 def _engine_arguments(engine: str) -> list[str]:

@@ -31,6 +31,9 @@ class Best:
             self.step, self.metrics = step, metrics
         return better
 
+    def since_when(self, train: TrainConfig) -> str:
+        return f"eval {train.metric_for_best} has not improved since step {self.step}"
+
     def should_stop(self, train: TrainConfig) -> bool:
         """Whether early stopping ends the run."""
         limit = train.early_stopping_patience

@@ -1,8 +1,8 @@
 """Leaving a run in time: a signal or the time limit ends it after a step, on all ranks together.
 
 In: signals to any rank, and the deadline of the run. Out: `Stopping.requested`, the same answer on every rank.
-The launcher holds the signals back in the processes that it starts (`launch/stop_request.py`), so one that arrives while
-a rank is starting up is received here, when the steps begin.
+The launcher holds the signals back in the processes that it starts (`launch/stop_request.py`), so one that arrives
+while a rank is starting up is received here, when the steps begin.
 Cost: one sum of four numbers over all ranks per call; 0.1 ms between two processes on a CPU, nothing for one.
 """
 
@@ -82,6 +82,16 @@ class Stopping:
     def _time_is_up(self) -> bool:
         needed = 2 * self.save_seconds + RESERVE_S + self.step_seconds
         return self.deadline is not None and self.clock() + needed >= self.deadline
+
+    def after_step(self, step: int, total: int, seconds: float) -> None:
+        """Leave after this step, which took `seconds`, if any rank is to stop. All ranks must call it.
+
+        Raises:
+            Stopped: after a snapshot is saved.
+        """
+        self.step_seconds = seconds
+        if self.requested():
+            self.leave(step, total)
 
     def leave(self, step: int, total: int, pending: Mapping[str, float] | None = None) -> NoReturn:
         """Save a snapshot after `step`, and end this process. All ranks must call it, after `requested`.

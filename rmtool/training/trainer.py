@@ -27,7 +27,7 @@ from rmtool.evaluation import evaluate as evaluation
 from rmtool.evaluation.metrics import EVAL_PREFIX, TRAIN_PREFIX, PairSums, describe
 from rmtool.model.loss import pair_losses
 from rmtool.model.reward_model import RewardModel
-from rmtool.model.rewards import Interrupted
+from rmtool.model.rewards import AbandonedError
 from rmtool.model.weights import merged_weights
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 from rmtool.training.engine import peak_memory
@@ -223,9 +223,7 @@ def train_loop(
         save: called after each evaluation that is the best so far, where the recipe keeps the best checkpoint.
         progress: where the run is, updated after each step; default: at its start.
         snapshot: called after each step but the last; returns the seconds that the last snapshot took.
-
-    Raises:
-        Stopped: when `stopping` is requested before the last step is complete, after it has saved a snapshot.
+        stopping: asked after each step and between the forwards of an evaluation; it saves and raises `Stopped`.
     """
     train, data, progress = trainer.recipe.train, split.train, progress or Progress()
     pairs = count_pairs(data.metadata)
@@ -277,17 +275,15 @@ class _AfterStep:
         if self.tracker:
             self.tracker.log(numbers)
         if progress.best.should_stop(train):
-            since = f"eval {train.metric_for_best} has not improved since step {progress.best.step}"
-            self.ui.say(f"early stopping at step {step}: {since}")
+            self.ui.say(f"early stopping at step {step}: {progress.best.since_when(train)}")
         return not progress.best.should_stop(train)
 
     def snapshot_or_stop(self, snapshot: Callable[[], float] | None, step_seconds: float) -> None:
         """Save a snapshot if one is due, and leave if that is requested."""
         save_seconds = snapshot() if snapshot else 0.0
         if self.stopping:
-            self.stopping.step_seconds, self.stopping.save_seconds = step_seconds, save_seconds
-            if self.stopping.requested():
-                self.stopping.leave(self.progress.step, self.total)
+            self.stopping.save_seconds = save_seconds
+            self.stopping.after_step(self.progress.step, self.total, step_seconds)
 
 
 def _timed_step(trainer: Trainer, batch: Sequence[BatchItem], step: int, total: int) -> dict[str, float]:
@@ -310,12 +306,12 @@ def run_eval(
 ) -> dict[str, float]:
     """Return the eval metrics; the ranks share the forward passes. Without any if the ranks are to stop."""
     wrapped, limit, metrics = trainer.engine.wrapped, trainer.recipe.train.tokens_per_pack, dict[str, float]()
-    with ui.progress(EVALUATION_BAR, len(held_out.metadata), "rows") as bar, contextlib.suppress(Interrupted):
+    with ui.progress(EVALUATION_BAR, len(held_out.metadata), "rows") as bar, contextlib.suppress(AbandonedError):
         result = evaluation.evaluate(
             *(trainer.model, held_out.metadata, held_out.groups, limit, bar),
             forward_module=wrapped,
             dist=trainer.engine.dist,
-            interrupt=stopping and stopping.requested,
+            interrupt=stopping.requested if stopping else None,
         )
         metrics = result.total.report(EVAL_PREFIX)
     wrapped.train()

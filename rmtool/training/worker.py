@@ -88,10 +88,7 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     saver.start()
     _train(Trainer(recipe, engine), split, saver, folder, ui, found is not None)
     if main:
-        try:
-            draw_curves(folder)
-        except OSError as error:  # the checkpoint is complete
-            ui.say(f"cannot draw the training curves: {error}")
+        _draw_curves(folder, ui)
     accelerator.wait_for_everyone()
 
 
@@ -131,19 +128,33 @@ def _prepare_engine(
 
 def _train(trainer: Trainer, split: Split, saver: Saver, folder: Path, ui: Ui, resumed: bool) -> None:
     """Take the steps that are left, and save the checkpoint."""
-    recipe, accelerator = trainer.recipe, trainer.engine.accelerator
-    deadline = deadline_of(recipe.train.time_limit, os.environ)
-    stopping = Stopping(trainer.engine.dist.sum, saver.save_before_stop, deadline)
-    settings = as_dict(recipe)
-    tracked = Tracker(folder, recipe.track, settings, ui, resumed) if accelerator.is_main_process else nullcontext()
-    with stopping, tracked as tracker:  # before wandb starts, which would ignore signals that are held back
-        mark_saves(folder, accelerator.process_index)
+    recipe, main = trainer.recipe, trainer.engine.accelerator.is_main_process
+    with (
+        _open_stopping(folder, saver) as stopping,  # before wandb starts, where signals would be held back
+        Tracker(folder, recipe.track, as_dict(recipe), ui, resumed) if main else nullcontext() as tracker,
+    ):
         saver.tracker = tracker
         save, progress, snapshot = saver.checkpoints.save_best, saver.progress, saver.save_if_due
         metrics = train_loop(trainer, split, tracker, ui, save, stopping, progress, snapshot)
         ui.say("Saving the checkpoint")
         saver.checkpoints.finish(metrics, progress.best)  # before the tracker is closed, which may take seconds
         saver.finish()
+
+
+@contextlib.contextmanager
+def _open_stopping(folder: Path, saver: Saver) -> Iterator[Stopping]:
+    """Receive signals, and tell the launcher that this rank now saves before it leaves."""
+    dist, deadline = saver.engine.dist, deadline_of(saver.train.time_limit, os.environ)
+    with Stopping(dist.sum, saver.save_before_stop, deadline) as stopping:
+        mark_saves(folder, dist.rank)
+        yield stopping
+
+
+def _draw_curves(folder: Path, ui: Ui) -> None:
+    try:
+        draw_curves(folder)
+    except OSError as error:  # the checkpoint is complete
+        ui.say(f"cannot draw the training curves: {error}")
 
 
 def _compile(model: RewardModel) -> str:
