@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rmtool.checkpoint import MANIFEST, Manifest, check_writable, read_manifest, resolve_checkpoint
+from rmtool.data.rejects import REJECTS_FILE
 from rmtool.dataset.report import LENGTHS_FILE, REPORT_FILE
 from rmtool.errors import RmtoolError
 from rmtool.planning.plan import Plan
@@ -102,10 +103,13 @@ def begin(plan: Plan, restart: bool, ui: Ui) -> None:
     Raises:
         RmtoolError: E0603 when the interrupted run is a different one.
     """
-    output = plan.output
+    if not plan.node:  # other nodes have only status files and logs
+        _keep_or_move(plan, restart, ui)
     clear_folder(plan.folder)
-    if plan.node:  # its folder has only status files and logs
-        return
+
+
+def _keep_or_move(plan: Plan, restart: bool, ui: Ui) -> None:
+    output = plan.output
     if is_finished(output) or restart:
         if (moved := move_to_previous(output, RESULTS, replace=True)) and restart:
             ui.say(f"starting at step 1; the earlier run was moved to {moved}")
@@ -121,7 +125,7 @@ def clear_folder(folder: Path) -> None:
     for temporary in folder.glob(".tmp-*"):
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
     ranks = (*folder.glob("rank-*.json"), *folder.glob("rank-*.log"))
-    for path in (*ranks, folder / DATA_READ_FILE):
+    for path in (*ranks, folder / DATA_READ_FILE, folder / REJECTS_FILE):
         path.unlink(missing_ok=True)
 
 
