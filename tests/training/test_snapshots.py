@@ -66,12 +66,17 @@ def make_saver(run: Path, engine: Engine, **train: Any) -> Saver:
 
 
 def take_steps(saver: Saver, count: int) -> None:
-    """Pretend to take steps, each with a row of metrics and a snapshot."""
+    """Pretend to take steps, each with a snapshot."""
     for _ in range(count):
-        saver.progress.step += 1
-        with open(saver.snapshots.run / METRICS, "ab", buffering=0) as file:
-            os.write(file.fileno(), b'{"step": %d}\n' % saver.progress.step)
+        take_step(saver)
         saver.save_if_due()
+
+
+def take_step(saver: Saver) -> None:
+    """Pretend to take a step; it has a row of metrics."""
+    saver.progress.step += 1
+    with open(saver.snapshots.run / METRICS, "a") as file:
+        file.write(json.dumps({"step": saver.progress.step}) + "\n")
 
 
 def add_best(saver: Saver, step: int) -> Path:
@@ -212,8 +217,9 @@ def in_a_child(action: Callable[[], None]) -> int:
 
 def calls_of_a_save(saver: Saver) -> int:
     with pytest.MonkeyPatch.context() as patch:
+        take_step(saver)
         faulty = Faulty(patch, 0, "count", saver.snapshots.run)
-        take_steps(saver, 1)
+        saver.save()
         return faulty.count
 
 
@@ -222,9 +228,9 @@ EVERY = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.s
 
 
 def failure_of(saver: Saver) -> RmtoolError | None:
-    """Take a step; return why its snapshot failed."""
+    """Save a snapshot; return why it failed."""
     try:
-        take_steps(saver, 1)
+        saver.save()
     except RmtoolError as error:
         return error
     return None
@@ -240,6 +246,7 @@ def test_a_failed_call_of_a_save_costs_no_snapshot(saver: Saver, kind: str | int
     for at in range(1, total + 1, every):
         before, trained = contents(saver.snapshots.folder_of(saver.progress.step)), weights(saver.engine)
         step = saver.progress.step
+        take_step(saver)
         with pytest.MonkeyPatch.context() as patch:
             Faulty(patch, at, kind, saver.snapshots.run)
             error = failure_of(saver)
@@ -272,8 +279,9 @@ def test_a_kill_at_each_call_of_a_save_costs_no_snapshot(saver: Saver, every: in
     for at in range(1, total + 1, every):
 
         def save(at: int = at) -> None:
+            take_step(saver)
             Faulty(pytest.MonkeyPatch(), at, "exit", saver.snapshots.run)
-            take_steps(saver, 1)
+            saver.save()
 
         killed += in_a_child(save) == 137
         found = Snapshots(saver.snapshots.run, 2).find(saver.ui.say)
