@@ -8,6 +8,7 @@ not stored in it.
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -47,6 +48,23 @@ BelowHalf = Annotated[float, Field(strict=True, ge=0, lt=0.5, allow_inf_nan=Fals
 Port = Annotated[StrictInt, Field(ge=1, le=65535)]
 
 
+_DURATION = re.compile("(?:([0-9]+)d)?(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)?")
+
+
+def seconds_of(duration: str) -> int:
+    """Return the seconds of a duration such as 3h55m; 0 if it is not one."""
+    found = _DURATION.fullmatch(duration)
+    parts = zip(found.groups(), (86_400, 3_600, 60, 1), strict=True) if found else ()
+    return sum(int(count or 0) * unit for count, unit in parts)
+
+
+def _require_duration(value: object) -> object:
+    if not isinstance(value, str) or not seconds_of(value):
+        raise PydanticCustomError("duration", "Input should be a duration above 0 such as 3h55m, 90m or 1d12h")
+    return value
+
+
+Duration = Annotated[str, BeforeValidator(_require_duration)]
 CONFLICT = "conflict"  # type of pydantic's error for values that are valid alone but not together
 
 
@@ -118,6 +136,7 @@ class TrainConfig:
     learning_rate: Positive  # peak learning rate, after warmup
     epochs: Count = 1  # passes over the training set
     max_steps: Count | None = None  # stop after this many optimizer steps
+    time_limit: Duration | None = None  # e.g. 3h55m: in time before it, save a snapshot and exit with 75
     seed: Size = 0  # random seed
     # max unique tokens per forward pass and device; limits memory, does not change results
     tokens_per_pack: Count = 8192
@@ -144,6 +163,10 @@ class TrainConfig:
     metric_for_best: Literal["accuracy", "loss"] = "accuracy"  # of eval/rm, for keep=best and early stopping
     early_stopping_patience: Count | None = None  # stop after this many evaluations without improvement
     save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights in the checkpoint
+    save_every: Count | None = None  # optimizer steps between snapshots, from which an interrupted run resumes
+    save_minutes: Positive | None = 15.0  # or minutes between snapshots; null: off
+    keep_snapshots: Count = 2  # number of snapshots to keep: the newest
+    delete_snapshots: StrictBool = True  # when the run is finished and its model is saved
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

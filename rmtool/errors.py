@@ -17,6 +17,7 @@ __all__ = [
     "ExitCode",
     "Place",
     "RmtoolError",
+    "Stopped",
     "first_line",
     "format_error",
     "out_of_memory",
@@ -36,7 +37,8 @@ class ExitCode(IntEnum):
     REMOTE = 7  # the Hub or the network failed
     TRAINING = 8  # training failed: NaN or inf, or a process died
     BUG = 70  # internal error: a bug in rmtool
-    INTERRUPTED = 130  # Ctrl-C
+    PREEMPTED = 75  # stopped early by a signal or the time limit, state saved: the same command resumes
+    INTERRUPTED = 130  # Ctrl-C; the state is saved as for 75
 
 
 # Every id, and what it means. The first two digits are the exit code.
@@ -88,9 +90,12 @@ ERRORS = {
     "E0503": "out of memory",
     "E0504": "torch.compile failed",
     "E0505": "4-bit weights need a CUDA device and bitsandbytes",
+    "E0506": "a node does not see the run folder of node 0",
     "E0570": "a file of the checkpoint cannot be read",
     "E0601": "output exists",
     "E0602": "another process is training in the run folder",
+    "E0603": "recipe, data, model, tokenizer or package versions changed since the snapshot",
+    "E0604": "the training state in a snapshot is of another model or other trainable parameters",
     "E0701": "model or dataset not found locally or on the Hub",
     "E0771": "the connection to the Hub failed",
     "E0772": "the Hub timed out",
@@ -176,6 +181,19 @@ class RmtoolError(Exception):
         place = Place(data["file"], data["line"], data["column"]) if data["file"] else None
         rows, more = tuple(data.get("rows", ())), data.get("more_rows", 0)
         return cls(data["code"], data["message"], data["hint"], place, data["found"], rows, more)
+
+
+class Stopped(BaseException):
+    """The end of a command that was asked to stop. Not an Exception: no library may take it for a failure.
+
+    Args:
+        text: one line for the user; empty if a training process has said it.
+        exit_code: of the command.
+    """
+
+    def __init__(self, text: str, exit_code: int):
+        super().__init__(text)
+        self.exit_code = int(exit_code)
 
 
 def format_error(error: RmtoolError) -> str:

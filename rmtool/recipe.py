@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 from rmtool.config import CONFLICT, RENAMED_KEYS, Recipe, Source
 from rmtool.config import as_source as as_source
 from rmtool.config import engine_of as engine_of
+from rmtool.config import seconds_of as seconds_of
 from rmtool.config import world_size as world_size
 from rmtool.errors import Place, RmtoolError, first_line
 
@@ -260,6 +261,7 @@ def recipe_hash(recipe: Recipe) -> str:
     """Hash all settings that decide what is learned: not those of where it runs or is shown."""
     plain = as_dict(recipe)
     learned = {name: plain[name] for name in ("model", "data", "train", "lora")}
+    del learned["train"]["time_limit"]
     return hashlib.sha256(json.dumps(learned, sort_keys=True).encode()).hexdigest()[:12]
 
 

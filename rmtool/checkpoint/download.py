@@ -23,11 +23,14 @@ from rmtool.ui import Ui
 WEIGHTS = "model.safetensors"
 # What transformers and rmtool read, by the names in the tokenizers' `vocab_files_names`; quantize_config.json and the
 # like are read to refuse such weights. Not a trainer's states and logs.
-NON_WEIGHT_FILES = (
-    *("config.json", "generation_config.json", "rmtool.json", ADAPTER, *QUANTIZATION_FILES),
+TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "chat_template*.json"),
     *("vocab*", "*merges*.txt", "*.model", "*.tiktoken", "tekken.json", "prophetnet.tokenizer", "bpe.codes"),
-    *("byte_maps.json", "emoji.json", "entity_vocab.json", "dict.txt", f"{WEIGHTS}.index.json"),
+    *("byte_maps.json", "emoji.json", "entity_vocab.json", "dict.txt"),
+)
+NON_WEIGHT_FILES = (
+    *("config.json", "generation_config.json", "rmtool.json", ADAPTER, *QUANTIZATION_FILES),
+    *(*TOKENIZER_FILES, f"{WEIGHTS}.index.json"),
 )
 TEMPLATES = "additional_chat_templates/"
 HEADS = ("*head*.safetensors", "*head*.bin")  # LLaMA-Factory's value_head; a pickled one is refused when it is loaded

@@ -27,7 +27,7 @@ from rmtool.cli.options import in_words_of
 from rmtool.cli.push import push
 from rmtool.cli.score import score
 from rmtool.cli.train import train
-from rmtool.errors import ExitCode, RmtoolError, first_line
+from rmtool.errors import ExitCode, RmtoolError, Stopped, first_line
 
 _TILDE = re.compile(r"^(--[a-z-]+=)?(~.*)", re.DOTALL)  # a shell leaves it in quotes, and in --option=~/path
 
@@ -65,7 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command. All errors are printed here, in one form."""
     arguments = [_TILDE.sub(_expand, each) for each in (sys.argv[1:] if arguments is None else arguments)]
     # As an exception, so that children are stopped and temporary files removed on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until `train` has its own handlers
+        signal.signal(number, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app(arguments, standalone_mode=True)
     except SystemExit as ended:
@@ -74,6 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise
     except RmtoolError as error:
         _show(error, arguments)
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n" if str(stopped) else "")
+        sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         sys.exit(ExitCode.INTERRUPTED)

@@ -19,6 +19,7 @@ from rmtool.errors import ExitCode, RmtoolError
 if TYPE_CHECKING:
     from rmtool.config import Recipe
     from rmtool.launch.launcher_env import LauncherEnv
+    from rmtool.launch.stop_request import StopRequest
     from rmtool.planning.plan import Plan
     from rmtool.ui import TerminalUi
 
@@ -51,6 +52,21 @@ def train(
             help="Reuse a run folder with a finished run, which is moved to previous/ (replacing the run there).",
         ),
     ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart",
+            help="Do not resume an interrupted run: move it to previous/ (replacing the run there), start at step 1.",
+        ),
+    ] = False,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION",
+            help="Stop in time before this is over, e.g. 3h55m: save a snapshot and exit with 75; the same command "
+            "resumes. Overrides train.time_limit.",
+        ),
+    ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes. Run the command once on each.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Number of GPUs (processes) per node.")] = None,
     node_rank: Annotated[int | None, typer.Option(min=0, help="Rank of this node, starting at 0.")] = None,
@@ -75,18 +91,24 @@ def train(
     or torchrun environment variables.
     """
     from rmtool.launch.launcher_env import detect_launcher_env, refuse_ambiguous_world_size
-    from rmtool.recipe import load_recipe, parse_set
+    from rmtool.launch.stop_request import StopRequest
+    from rmtool.recipe import load_recipe, parse_set, seconds_of
 
     env = detect_launcher_env(os.environ)
     if nodes is None:
         refuse_ambiguous_world_size(env, os.environ)
     overrides = _launch_overrides(env, nodes, gpus_per_node, main_address, main_port)
     overrides += _data_overrides(model, data, eval_data, on_bad_row)
+    overrides += [("train.time_limit", time_limit)] if time_limit is not None else []
     overrides += [parse_set(text) for text in set_ or []]  # last, so that --set takes precedence
-    resolved = load_recipe(recipe, overrides)
-    node = _node_rank(env, node_rank, resolved, dry_run)
-    launcher = env.source if (nodes, gpus_per_node) == (None, None) else ""
-    _train(resolved, output or RUNS / resolved.name, node, launcher, overwrite, dry_run, as_json)
+    with StopRequest() as request:
+        resolved = load_recipe(recipe, overrides)
+        node = _node_rank(env, node_rank, resolved, dry_run)
+        launcher = env.source if (nodes, gpus_per_node) == (None, None) else ""
+        folder, limit = output or RUNS / resolved.name, resolved.train.time_limit
+        request.limit(seconds_of(limit) if limit else None)
+        request.at_once(None if dry_run else folder)
+        _train(resolved, folder, node, launcher, request, overwrite, restart, dry_run, as_json)
 
 
 def _launch_overrides(
@@ -136,7 +158,15 @@ def _node_rank(env: LauncherEnv, node_rank: int | None, recipe: Recipe, dry_run:
 
 
 def _train(
-    recipe: Recipe, output: Path, node: int, launcher: str, overwrite: bool, dry_run: bool, as_json: bool
+    recipe: Recipe,
+    output: Path,
+    node: int,
+    launcher: str,
+    request: StopRequest,
+    overwrite: bool,
+    restart: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     from rmtool.data.rejects import REJECTS_FILE, require_free
     from rmtool.ui import SilentUi, redirect_output
@@ -148,11 +178,8 @@ def _train(
         from rmtool.launch.run_folder import prepare_folder, refuse_finished
         from rmtool.planning.plan import make_plan
 
-        if recipe.hub.repo_id and not dry_run:
-            from rmtool.hub.push import check_ready
-
-            check_ready(recipe.hub.repo_id)
         if not dry_run:
+            _check_push(recipe)
             refuse_finished(output, overwrite)
         inputs = resolve_sources((*recipe.data.train, *recipe.data.eval))
         require_free(output / REJECTS_FILE, [source.path for source in inputs])
@@ -162,13 +189,21 @@ def _train(
             return
         prepare_folder(output, overwrite)
         ui.facts(f"Plan: {recipe.name}", plan.rows())
-        supervise.run(plan, ui, overwrite)
+        supervise.run(plan, ui, request, overwrite, restart)
         if node:
             ui.say(f"node {node} is done; node 0 writes the checkpoint")
             return
         _finish(plan, output, as_json, ui)
     if (output / REJECTS_FILE).exists():
         raise SystemExit(ExitCode.PARTIAL)
+
+
+def _check_push(recipe: Recipe) -> None:
+    """Check before the training that its result can be pushed, if it is to be."""
+    if recipe.hub.repo_id:
+        from rmtool.hub.push import check_ready
+
+        check_ready(recipe.hub.repo_id)
 
 
 def _finish(plan: Plan, output: Path, as_json: bool, ui: TerminalUi) -> None:

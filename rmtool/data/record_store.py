@@ -43,12 +43,14 @@ class RecordWriter:
         options = pa.ipc.IpcWriteOptions(compression="lz4")  # 2.4 times smaller, 15% slower to parse and write
         self._file, self._folder, self._writer = file, folder, pa.ipc.new_file(file, self._schema, options=options)
         self._rows, self._digest = list[tuple[Any, ...]](), blake2b(digest_size=16)
+        self._labels = blake2b(digest_size=16)
 
     def append(self, record: Record) -> None:
         metadata, given = record.metadata(), (record.tools, record.template_kwargs)
         content = _json(record.prompt, record.responses, given, record.preferences)
         self._digest.update(blake2b(content, digest_size=16).digest())
         place, labels = record.place, _labels_json(record.preferences, record.margins, record.subset, record.weight)
+        self._labels.update(blake2b(labels, digest_size=16).digest())
         rest = _json(record.row, [(each.file, each.line, each.column) for each in record.places])
         file = place.file.encode("utf-8", "surrogatepass")
         self._add((content, rest, file, place.line, place.column, metadata.prompt_hash, labels))
@@ -72,7 +74,7 @@ class RecordWriter:
 
     def finish(self, **facts: str) -> None:
         """Complete the file; `facts` are what `RecordStore.facts` returns."""
-        self._flush({**facts, "digest": self._digest.hexdigest()})
+        self._flush({**facts, "digest": self._digest.hexdigest(), "labels": self._labels.hexdigest()})
         with cache_errors(self._folder):
             self._writer.close()
             self._file.flush()

@@ -39,7 +39,7 @@ _CLOCK_TICK_S = 0.02  # file systems give changes within a tick of the kernel's 
 @dataclass
 class SourceCount:
     """Counts of a source, for the data report; `format` is the one recognized by its first row, `unread` names the
-    fields that are not read, `dropped_pairs` are those of prompts with too many.
+    fields that are not read, `dropped_pairs` are those of prompts with too many; `digest` is a hash of all rows.
     """
 
     path: str
@@ -49,6 +49,7 @@ class SourceCount:
     counted: str = "rows"  # or prompts, where rows are grouped by prompt
     unread: list[str] = field(default_factory=list)
     dropped_pairs: int = 0
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ def load_source(
     facts, dropped = store.facts, int(store.facts["dropped_pairs"])
     count = SourceCount(path, facts["format"], len(metadata), counted=facts["counted"], dropped_pairs=dropped)
     count.unread = json.loads(facts["unread"])
+    count.digest = hashlib.sha256(f"{facts['digest']} {facts['labels']}".encode()).hexdigest()
     return LoadedSource(count, store, metadata)
 
 

@@ -7,6 +7,7 @@ Cost: one permutation per epoch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -46,15 +47,31 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def epoch_steps(
-    metadata: Sequence[PairMetadata], groups: Sequence[ResponseGroup], seed: int, epoch: int, batch_size: int
+def run_steps(
+    metadata: Sequence[PairMetadata], groups: Sequence[ResponseGroup], seed: int, batch_size: int, taken: int
 ) -> Iterator[list[BatchItem]]:
-    """Yield the batches of one epoch. The pairs of a record stay together unless a step boundary splits them."""
+    """Yield the batches of one epoch after the other, without those of the steps that were taken."""
+    epoch, skipped = divmod(taken, -(-count_pairs(metadata) // batch_size))
+    for number in itertools.count(epoch):
+        yield from epoch_steps(metadata, groups, seed, number, batch_size, skipped if number == epoch else 0)
+
+
+def epoch_steps(
+    metadata: Sequence[PairMetadata],
+    groups: Sequence[ResponseGroup],
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    skipped: int = 0,
+) -> Iterator[list[BatchItem]]:
+    """Yield the batches of one epoch, but not the first `skipped`. The pairs of a record stay together unless a step
+    boundary splits them.
+    """
     order = epoch_order(seed, epoch, len(metadata))
     sizes = np.fromiter((len(metadata[index].preferences) for index in order), dtype=np.int64, count=len(order))
     records = np.repeat(order, sizes)
     preferences = np.arange(len(records)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    for start in range(0, len(records), batch_size):
+    for start in range(skipped * batch_size, len(records), batch_size):
         step, chosen = slice(start, start + batch_size), dict[int, list[int]]()
         for index, preference in zip(records[step].tolist(), preferences[step].tolist(), strict=True):
             chosen.setdefault(index, []).append(preference)

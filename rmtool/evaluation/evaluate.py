@@ -8,7 +8,7 @@ Cost: one forward pass over the unique tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,7 @@ def evaluate(
     seed: int = 0,
     forward_module: nn.Module | None = None,
     dist: DistInfo = SINGLE_PROCESS,
+    interrupt: Callable[[], bool] | None = None,
 ) -> EvalResult:
     """Compute the eval metrics of all pairs; arguments as of `compute_rewards`.
 
@@ -65,9 +66,10 @@ def evaluate(
         samples: number of rows whose rewards are returned.
 
     Raises:
+        AbandonedError: when `interrupt` says so.
         RmtoolError: E0409 a reward is NaN or inf; E0503 out of memory.
     """
-    rewards = compute_rewards(model, groups, max_tokens, bar, forward_module, dist)
+    rewards = compute_rewards(model, groups, max_tokens, bar, forward_module, dist, interrupt)
     total, subsets = PairSums(), dict[str, PairSums]()
     for each, values in zip(metadata, rewards, strict=True):
         _require_finite(each, values)

@@ -8,25 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from rmtool.checkpoint import HELD_OUT_FILE, MANIFEST, Manifest, check_writable, read_manifest
+from rmtool.checkpoint import MANIFEST, Manifest, check_writable, read_manifest, resolve_checkpoint
 from rmtool.data.rejects import REJECTS_FILE
 from rmtool.dataset.report import LENGTHS_FILE, REPORT_FILE
 from rmtool.errors import RmtoolError
-from rmtool.recipe import CONFIG_FILE
-from rmtool.training.tracking import CURVES_FILE, METRICS_FILE, read_metrics
-from rmtool.training.worker_status import BEST_PREFIX, DATA_READ_FILE
-
-LOG_FILE = "train.log"  # output of `accelerate launch`; each rank has its own log
-LOCK_FILE = ".lock"  # stays, and marks the folder as rmtool's
-PREVIOUS = "previous"
-RESULTS = (
-    *("model", HELD_OUT_FILE, REJECTS_FILE, CONFIG_FILE, LOG_FILE),
-    *(METRICS_FILE, CURVES_FILE, REPORT_FILE, LENGTHS_FILE),
+from rmtool.planning.plan import Plan
+from rmtool.recipe import resolve
+from rmtool.training.resume import identity, require_unchanged
+from rmtool.training.run_files import (
+    LOG_FILE,
+    PREVIOUS,
+    PROGRESS_FILE,
+    RESULTS,
+    SNAPSHOTS,
+    move_to_previous,
+    step_folders,
+    step_of,
 )
+from rmtool.training.tracking import METRICS_FILE, read_metrics
+from rmtool.training.worker_status import BEST_PREFIX, DATA_READ_FILE
+from rmtool.ui import SilentUi, Ui
+
+LOCK_FILE = ".lock"  # stays, and marks the folder as rmtool's
 
 
 def prepare_folder(output: Path, overwrite: bool) -> None:
@@ -89,27 +97,59 @@ def lock_folder(output: Path) -> Iterator[None]:
         yield
 
 
-def clear_folder(output: Path) -> None:
-    """Move the results of an earlier run to `previous/` and delete its status files and logs.
+def begin(plan: Plan, restart: bool, ui: Ui) -> None:
+    """Make the run folder ready: for the run that was interrupted in it, or without the files of an earlier one.
 
-    Results are moved together: an old model next to this run's held-out pairs would be evaluated on its training set.
+    Raises:
+        RmtoolError: E0603 when the interrupted run is a different one.
     """
-    previous = output / PREVIOUS
-    if (output / "model").exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        previous.mkdir()
-        for name in RESULTS:
-            if (output / name).exists():
-                (output / name).rename(previous / name)
-    for best in output.glob(f"{BEST_PREFIX}*"):  # from an interrupted run: hours of training
-        previous.mkdir(exist_ok=True)
-        shutil.rmtree(previous / best.name, ignore_errors=True)
-        best.rename(previous / best.name)
-    for temporary in output.glob(".tmp-*"):
-        shutil.rmtree(temporary)
-    ranks = (*output.glob("rank-*.json"), *output.glob("rank-*.log"))
-    for path in (*ranks, output / DATA_READ_FILE, output / REJECTS_FILE):
+    if not plan.node:  # other nodes have only status files and logs
+        _keep_or_move(plan, restart, ui)
+    clear_folder(plan.folder)
+
+
+def _keep_or_move(plan: Plan, restart: bool, ui: Ui) -> None:
+    output = plan.output
+    if is_finished(output) or restart:
+        if (moved := move_to_previous(output, RESULTS, replace=True)) and restart:
+            ui.say(f"starting at step 1; the earlier run was moved to {moved}")
+    elif found := step_folders(output / SNAPSHOTS):
+        _require_same_run(plan, found[0])
+    elif _was_interrupted(output):
+        moved = move_to_previous(output, RESULTS, replace=False)
+        ui.say(f"the interrupted run has no snapshot: starting at step 1; its files were moved to {moved}")
+
+
+def clear_folder(folder: Path) -> None:
+    """Delete the status files and logs of an earlier run."""
+    for temporary in folder.glob(".tmp-*"):
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+    ranks = (*folder.glob("rank-*.json"), *folder.glob("rank-*.log"))
+    for path in (*ranks, folder / DATA_READ_FILE, folder / REJECTS_FILE):
         path.unlink(missing_ok=True)
+
+
+def _was_interrupted(output: Path) -> bool:
+    """Whether the folder has steps of an unfinished run."""
+    metrics = output / METRICS_FILE
+    steps = metrics.exists() and metrics.stat().st_size > 0
+    return steps or (output / SNAPSHOTS).exists() or any(output.glob(f"{BEST_PREFIX}*"))
+
+
+def _require_same_run(plan: Plan, snapshot: Path) -> None:
+    """Compare what is known before any process starts; the training processes compare all of it.
+
+    Raises:
+        RmtoolError: E0603 when the snapshot is of a different run.
+    """
+    try:
+        old = json.loads((snapshot / PROGRESS_FILE).read_bytes())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: the training processes use an earlier one
+        return
+    base = plan.recipe.model
+    local = Path(resolve(base.path)).is_dir()
+    model = resolve_checkpoint(resolve(base.path), base.revision, SilentUi(), weights=False) if local else None
+    require_unchanged(old, identity(plan.recipe, plan.sources, model), step_of(snapshot))
 
 
 def final_manifest(output: Path) -> Manifest:

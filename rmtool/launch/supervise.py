@@ -8,7 +8,6 @@ Cost: `accelerate launch` imports its libraries for a few seconds before it star
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import selectors
@@ -16,16 +15,19 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from rmtool.errors import ExitCode, RmtoolError
-from rmtool.launch.run_folder import LOG_FILE, clear_folder, lock_folder, refuse_finished
-from rmtool.launch.watch import Failure, FailureMonitor, find_workers, read_statuses
-from rmtool.planning.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, Plan, launch_command
+from rmtool.errors import ExitCode, RmtoolError, Stopped
+from rmtool.launch.run_folder import begin, lock_folder, refuse_finished
+from rmtool.launch.stop_request import StopRequest, hold_back_signals
+from rmtool.launch.watch import Failure, FailureMonitor, Position, find_workers, read_statuses
+from rmtool.planning.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, WORKER, Plan, launch_command
 from rmtool.recipe import CONFIG_FILE, dump_recipe, engine_of
-from rmtool.training.worker_status import LAUNCHER, Status, die_with_parent, log_file
+from rmtool.training.run_files import LOG_FILE
+from rmtool.training.worker_status import DEADLINE, LAUNCHER, Status, log_file
 from rmtool.ui import Replay, TerminalUi
 
 EVENTS_FILE = ".events"
@@ -37,19 +39,22 @@ FOREIGN_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PET_", "PMI_", "OM
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def run(plan: Plan, ui: TerminalUi, overwrite: bool = False) -> None:
+def run(plan: Plan, ui: TerminalUi, request: StopRequest, overwrite: bool = False, restart: bool = False) -> None:
     """Write the run's config, start its processes, show their progress, and wait for them.
 
     Raises:
+        Stopped: on `request`, or when a process got a signal by itself.
         RmtoolError: the error of the first process that failed; E0801 when it died without one, E7001 when it met a
-            bug; E0207, E0601 or E0602 before any process starts.
+            bug; E0207, E0601 to E0603 before any process starts.
     """
     _check_devices(plan)
     plan.folder.mkdir(exist_ok=True)
     with lock_folder(plan.folder):
         refuse_finished(plan.output, overwrite)  # again: another run may have finished before the lock
-        clear_folder(plan.folder)
-        _run_processes(plan, ui)
+        begin(plan, restart, ui)
+        request.defer()
+        _run_processes(plan, ui, request)
+        request.at_once(plan.output)
 
 
 def _check_devices(plan: Plan) -> None:
@@ -68,7 +73,7 @@ def _check_devices(plan: Plan) -> None:
         raise RmtoolError("E0207", "the address of node 0 is not set", "pass --main-address, or set MASTER_ADDR")
 
 
-def _run_processes(plan: Plan, ui: TerminalUi) -> None:
+def _run_processes(plan: Plan, ui: TerminalUi, request: StopRequest) -> None:
     output = plan.folder
     (output / CONFIG_FILE).write_text(dump_recipe(plan.recipe), encoding="utf-8")
     (output / ACCELERATE_FILE).write_text(ACCELERATE_CONFIG, encoding="utf-8")
@@ -78,20 +83,22 @@ def _run_processes(plan: Plan, ui: TerminalUi) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=_environment(plan),
+            env=_environment(plan, request),
             start_new_session=True,
-            preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
+            preexec_fn=hold_back_signals,
         )
-        monitor = FailureMonitor(output, plan.recipe.launch.gpus_per_node)
+        ranks = Ranks(plan, child, FailureMonitor(output, plan.recipe.launch.gpus_per_node), request, ui)
         try:
-            _follow(child, pipe, Replay(ui), monitor)
+            _follow(ranks, pipe)
             code = child.poll()
         finally:
             _stop(child)
-    _raise_failure(plan, monitor.poll(), code)
+    failure = ranks.monitor.poll()
+    _raise_stopped(plan, failure, request)
+    _raise_failure(plan, failure, code)
 
 
-def _environment(plan: Plan) -> dict[str, str]:
+def _environment(plan: Plan, request: StopRequest) -> dict[str, str]:
     import torch
 
     environment = {
@@ -102,6 +109,8 @@ def _environment(plan: Plan) -> dict[str, str]:
     environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
     if not torch.cuda.is_available() and engine_of(plan.recipe.launch) == "ddp":
         environment["ACCELERATE_USE_CPU"] = "true"
+    if request.deadline is not None:
+        environment[DEADLINE] = str(request.deadline)
     return environment | {"RMTOOL_EVENTS": str(plan.folder / EVENTS_FILE), LAUNCHER: str(os.getpid())}
 
 
@@ -119,16 +128,54 @@ def _events_pipe(output: Path) -> Iterator[int]:
         path.unlink(missing_ok=True)
 
 
-def _follow(child: subprocess.Popen[bytes], pipe: int, replay: Replay, monitor: FailureMonitor) -> None:
-    """Show events until the child has exited and the pipe is empty, or PATIENCE_S after a failure."""
-    buffer = b""
+@dataclass
+class Ranks:
+    """The processes that `_follow` follows, and who may ask them to stop."""
+
+    plan: Plan
+    child: subprocess.Popen[bytes]
+    monitor: FailureMonitor
+    request: StopRequest
+    ui: TerminalUi
+    position: Position = field(default_factory=Position)
+    asked: bool = False
+
+    def stop_if_requested(self) -> None:
+        """Pass a request on to ranks that save; end those that have nothing to save, and all on a second request.
+
+        Raises:
+            Stopped: when they are not to be waited for.
+        """
+        statuses = read_statuses(self.plan.folder)
+        saving = [status.saves or status.exit is not None for status in statuses]
+        may_wait = len(saving) == self.plan.recipe.launch.gpus_per_node and all(saving)
+        if not self.request.poll(may_wait):
+            return
+        if self.request.again or not may_wait:
+            raise self.request.stopped()
+        self.request.pass_on(statuses)
+        if not self.asked:
+            self.asked = True
+            self.ui.say(f"{self.request.name}: {self.position.last_actions()} (send it again to stop at once)")
+
+
+def _follow(ranks: Ranks, pipe: int) -> None:
+    """Show events until the child has exited and the pipe is empty, or PATIENCE_S after a failure.
+
+    Raises:
+        Stopped: on a request, if the ranks have nothing to save.
+    """
+    buffer, replay, child, monitor = b"", Replay(ranks.ui), ranks.child, ranks.monitor
     with selectors.DefaultSelector() as selector, contextlib.closing(replay):
         selector.register(pipe, selectors.EVENT_READ)
         while True:
             exited = child.poll() is not None
+            if not exited:
+                ranks.stop_if_requested()
             if selector.select(0 if exited else 0.2):
                 *lines, buffer = (buffer + os.read(pipe, 1 << 16)).split(b"\n")
                 for line in lines:
+                    ranks.position.line(line)
                     replay.line(line.decode())
             elif exited:
                 return
@@ -138,14 +185,31 @@ def _follow(child: subprocess.Popen[bytes], pipe: int, replay: Replay, monitor: 
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """End every process that was started: some lead their own process groups, some have lost their parent."""
+    """End every process that was started: some lead their own process groups, some have lost their parent.
+
+    Ranks and `accelerate launch` hold SIGTERM back; what they started gets the time to end by itself.
+    """
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in find_workers():
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+                process.send_signal(signal.SIGKILL if WORKER in process.cmdline() else number)
         end = time.monotonic() + GRACE_S
         while (child.poll() is None or find_workers()) and time.monotonic() < end:
             time.sleep(0.1)
+
+
+def _raise_stopped(plan: Plan, failure: Failure | None, request: StopRequest) -> None:
+    """Raise if the ranks have saved and left, or if those of other nodes have left before there was something to save.
+
+    Raises:
+        Stopped: without a text, as the main process has said it.
+    """
+    status = failure.status if failure else None
+    if status and status.exit in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
+        raise Stopped("", status.exit)
+    lost = status and status.error and status.error["code"] == "E0805"
+    if request.name and lost and plan.recipe.launch.nodes > 1:
+        raise request.stopped()
 
 
 def _raise_failure(plan: Plan, failure: Failure | None, code: int | None) -> None:

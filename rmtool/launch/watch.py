@@ -6,6 +6,7 @@ Cost: one small file per rank and poll; once a second a list of child processes 
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import dataclass
@@ -13,7 +14,15 @@ from pathlib import Path
 
 import psutil
 
-from rmtool.training.worker_status import LAUNCHER, Status, process_state, read_status, status_file
+from rmtool.training.worker_status import (
+    EVALUATION_BAR,
+    LAUNCHER,
+    TRAINING_BAR,
+    Status,
+    process_state,
+    read_status,
+    status_file,
+)
 
 # Without this check, 2 ranks of which one was stopped ended after 1,814 seconds (torch's collective timeout), with an
 # error that named the other rank; with it, after 21 seconds.
@@ -71,6 +80,37 @@ class FailureMonitor:
         self.stopped_since = {pid: self.stopped_since.get(pid, now) for pid in stopped}
         hanging = [pid for pid, since in self.stopped_since.items() if now - since > HANG_S]
         return Failure(ranks.get(hanging[0]), now, stopped=True) if hanging else None
+
+
+class Position:
+    """Where the run is: from the progress bars that the main process opens, advances and closes.
+
+    In: its events, one line of JSON each. Out: what is left to do when it is asked to stop.
+    """
+
+    def __init__(self) -> None:
+        self.open: dict[int, str] = {}  # key and label of each bar
+        self.step: int | None = None  # the last complete one
+        self.finished = False
+
+    def line(self, line: bytes) -> None:
+        """Follow one event."""
+        event = json.loads(line)
+        if "start" in event:
+            self.open[event["start"]] = event["label"]
+        elif "advance" in event and self.open[event["advance"]] == TRAINING_BAR:
+            self.step = (self.step or 0) + event["count"]
+        elif "end" in event:
+            self.finished |= self.open.pop(event["end"]) == TRAINING_BAR
+
+    def last_actions(self) -> str:
+        """What the ranks do before they leave."""
+        if self.finished:
+            return "saving the checkpoint, which completes the run"
+        if EVALUATION_BAR in self.open.values():
+            return "abandoning the evaluation, then saving a snapshot"
+        step = "the step" if self.step is None else f"step {self.step + 1}"
+        return f"finishing {step}, then saving a snapshot"
 
 
 def read_statuses(folder: Path) -> list[Status]:

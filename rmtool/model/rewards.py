@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
 from rmtool.ui import Bar
 
 
+class AbandonedError(Exception):
+    """The computation was abandoned between two forwards, by all ranks."""
+
+
 @torch.no_grad()
 def compute_rewards(
     model: RewardModel,
@@ -31,6 +35,7 @@ def compute_rewards(
     bar: Bar,
     forward_module: nn.Module | None = None,
     dist: DistInfo = SINGLE_PROCESS,
+    interrupt: Callable[[], bool] | None = None,
 ) -> list[list[float]]:
     """Compute the reward of every response of every group, in the order given; the same on every rank.
 
@@ -41,8 +46,10 @@ def compute_rewards(
         max_tokens: most unique tokens of a pack.
         forward_module: what to call for a forward: the model, or the engine that wraps it.
         dist: the processes that divide the packs. All call this with the same groups, and run equally many forwards.
+        interrupt: asked before each forward whether to abandon the computation; the same answer on every rank.
 
     Raises:
+        AbandonedError: when `interrupt` says so.
         RmtoolError: E0503 out of memory.
     """
     forward_module = model if forward_module is None else forward_module
@@ -50,20 +57,33 @@ def compute_rewards(
     responses = _Responses(groups)
     plan = plan_inference_packs(responses.window, responses.lengths, max_tokens, not model.shares_prompts)
     rewards_N, done = np.zeros(len(responses.lengths)), 0
-    for first in range(0, len(plan.packs), dist.world_size):
+    for first in _rounds(len(plan.packs), dist.world_size, interrupt):
         # A rank without a pack in the last round runs the round's first one again: all must take part.
         own = first + dist.rank
         items = plan.packs[own if own < len(plan.packs) else first]
-        try:
-            rewards = forward_module(model.collate([responses.as_group(item) for item in items])).cpu()
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory("train.tokens_per_pack") from error
+        rewards = _forward(forward_module, model, [responses.as_group(item) for item in items])
         if own < len(plan.packs):
             rewards_N[items] = rewards
         before, done = done, min(first + dist.world_size, len(plan.packs))
         bar.advance(len(groups) * done // len(plan.packs) - len(groups) * before // len(plan.packs))
     rewards_N = dist.sum(torch.from_numpy(rewards_N)).numpy()[plan.representative]
     return [rewards_N[start:end].tolist() for start, end in itertools.pairwise(responses.starts)]
+
+
+def _forward(forward_module: nn.Module, model: RewardModel, pack: list[ResponseGroup]) -> torch.Tensor:
+    try:
+        rewards: torch.Tensor = forward_module(model.collate(pack)).cpu()
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory("train.tokens_per_pack") from error
+    return rewards
+
+
+def _rounds(packs: int, world_size: int, interrupt: Callable[[], bool] | None) -> Iterator[int]:
+    """Yield the first pack of each round, one pack per rank, until it is interrupted."""
+    for first in range(0, packs, world_size):
+        if interrupt and interrupt():
+            raise AbandonedError
+        yield first
 
 
 class _Responses:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rmtool.config import Recipe, Source
+from rmtool.config import Recipe, Source, TrainConfig
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import is_hub_source
-from rmtool.data.sources import draw_share, load_source
+from rmtool.data.sources import SourceCount, draw_share, load_source
 from rmtool.dataset.batches import count_pairs
 from rmtool.dataset.split import none_held_out, resolve_sources, row_options
 from rmtool.errors import RmtoolError
@@ -36,6 +36,7 @@ num_processes: 1
 machine_rank: 0
 use_cpu: false
 """
+WORKER = "rmtool.training.worker"  # the module of a training process
 ADDRESS = "$MASTER_ADDR"  # in place of the address of node 0, if it is not set
 PORT = 29500
 
@@ -52,6 +53,7 @@ class Plan:
     commands: tuple[str, ...]  # one per node
     node: int = 0  # the rank of this node
     launcher: str = ""  # which launcher's variables set the number of nodes, if not the recipe
+    sources: tuple[SourceCount | None, ...] = ()  # of the training data, then of the eval data; None on the Hub
 
     @property
     def steps(self) -> int | None:
@@ -119,6 +121,7 @@ class Plan:
         rows = [("checkpoint", f"{self.output / 'model'} ({step}, {train.save_dtype})")]
         if train.early_stopping_patience:
             rows.append(("early stopping", f"after {train.early_stopping_patience} evaluations without improvement"))
+        rows.append(("snapshots", _describe_snapshots(train)))
         if recipe.hub.repo_id:
             rows.append(("push to", recipe.hub.repo_id))
         tracking = f"wandb project {wandb_project(recipe.track)}" if recipe.track.wandb else "metrics.jsonl only"
@@ -148,7 +151,7 @@ def make_plan(recipe: Recipe, output: Path, node: int = 0, launcher: str = "", u
     if node >= launch.nodes:
         hint = f"set --node-rank to 0 to {launch.nodes - 1}, or set --nodes"
         raise RmtoolError("E0207", f"node rank {node} is out of range for {launch.nodes} nodes", hint)
-    schedule, pairs = None, _count_training_pairs(recipe, ui or SilentUi())
+    schedule, (pairs, sources) = None, _count_training_pairs(recipe, ui or SilentUi())
     if pairs is not None:
         held_out = holdout if isinstance(holdout, int) else int(holdout * pairs)
         if held_out >= pairs:
@@ -162,7 +165,7 @@ def make_plan(recipe: Recipe, output: Path, node: int = 0, launcher: str = "", u
     if known:
         require_reachable(train, known)
     commands = tuple(_shell_line(launch_command(recipe, output, number)) for number in range(launch.nodes))
-    return Plan(recipe, output, world_size(launch), pairs, schedule, commands, node, launcher)
+    return Plan(recipe, output, world_size(launch), pairs, schedule, commands, node, launcher, sources)
 
 
 def node_folder(output: Path, node: int) -> Path:
@@ -180,6 +183,13 @@ def _describe_source(item: str | Source) -> str:
     return share + source.path
 
 
+def _describe_snapshots(train: TrainConfig) -> str:
+    every = [f"every {train.save_every:,} steps"] if train.save_every else []
+    every += [f"every {train.save_minutes:g} minutes"] if train.save_minutes else []
+    deleted = ", deleted when the run is finished" if train.delete_snapshots else ""
+    return f"{' and '.join(every)} (the last {train.keep_snapshots} are kept{deleted})" if every else "off"
+
+
 def _amount(holdout: int | float) -> str:
     return f"{holdout:,} pairs" if isinstance(holdout, int) else f"{holdout:.3g} of the pairs"
 
@@ -195,8 +205,8 @@ def _precision_tip(precision: str) -> str:
     return f" (bf16 is several times faster on {device}: --set train.precision=bf16)" if device else ""
 
 
-def _count_training_pairs(recipe: Recipe, ui: Ui) -> int | None:
-    """Count the pairs before any is held out; None if a source is on the Hub.
+def _count_training_pairs(recipe: Recipe, ui: Ui) -> tuple[int | None, tuple[SourceCount | None, ...]]:
+    """Count the pairs before any is held out, None if a source is on the Hub; return what each source has, too.
 
     Local sources are parsed here already, into the cache: a mistake shows before the large libraries are imported.
 
@@ -205,7 +215,7 @@ def _count_training_pairs(recipe: Recipe, ui: Ui) -> int | None:
     """
     data = recipe.data
     with Rejects(Path(os.devnull) if data.on_bad_row == "skip" else None) as rejects:
-        counts, _ = (
+        train, held_out = (
             [
                 _count_source(source, number, recipe, rejects, ui)
                 for number, source in enumerate(resolve_sources(sources))
@@ -213,18 +223,24 @@ def _count_training_pairs(recipe: Recipe, ui: Ui) -> int | None:
             for sources in (data.train, data.eval)
         )
         rejects.raise_if_any()
-    return None if None in counts else sum(count or 0 for count in counts)
+    counts = [pairs for pairs, _ in train]
+    sources = tuple(source for _, source in (*train, *held_out))
+    return None if None in counts else sum(pairs or 0 for pairs in counts), sources
 
 
-def _count_source(source: Source, number: int, recipe: Recipe, rejects: Rejects, ui: Ui) -> int | None:
+def _count_source(
+    source: Source, number: int, recipe: Recipe, rejects: Rejects, ui: Ui
+) -> tuple[int | None, SourceCount | None]:
     if is_hub_source(source.path):
-        return None
+        return None, None
     with ui.progress(f"Reading {Path(source.path).name}", None, "rows") as bar:
         loaded = load_source(
             *(source.path, row_options(recipe.data), rejects, bar.advance, ui.say), use_cache=recipe.data.cache
         )
     metadata = loaded.metadata
-    return count_pairs(metadata[index] for index in draw_share(source, len(metadata), recipe.train.seed, number))
+    drawn = draw_share(source, len(metadata), recipe.train.seed, number)
+    loaded.count.taken = len(drawn)
+    return count_pairs(metadata[index] for index in drawn), loaded.count
 
 
 def launch_command(recipe: Recipe, output: Path, node: int) -> list[str]:
@@ -243,7 +259,7 @@ def launch_command(recipe: Recipe, output: Path, node: int) -> list[str]:
         # Seconds until torch ends the other processes when one died; by then rmtool has seen which one it was.
         command += ["--monitor_interval", "1"]
     # RewardModel applies autocast itself; accelerate would add a second one.
-    return [*command, "--mixed_precision", "no", "--module", "rmtool.training.worker", str(folder)]
+    return [*command, "--mixed_precision", "no", "--module", WORKER, str(folder)]
 
 
 def _engine_arguments(engine: str) -> list[str]:

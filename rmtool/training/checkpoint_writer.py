@@ -8,7 +8,7 @@ Cost per checkpoint: one `Engine.full_state_dict` and one write of the model.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -18,11 +18,12 @@ from rmtool.model.precision import PRECISIONS, compute_precision
 from rmtool.model.weights import meta_copy
 from rmtool.recipe import as_dict, as_source
 from rmtool.tokenization.encoder import Encoder
-from rmtool.training.trainer import BestCheckpoint, Engine
+from rmtool.training.progress import Best
+from rmtool.training.trainer import Engine
 from rmtool.training.worker_status import BEST_PREFIX
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckpointWriter:
     """Writer of a run's checkpoints. All ranks must call its methods; the main process writes.
 
@@ -34,22 +35,33 @@ class CheckpointWriter:
     engine: Engine
     encoder: Encoder
     manifest: Manifest  # without metrics
+    kept: set[str] = field(default_factory=set)  # names of the best checkpoints that snapshots need
 
-    def save_best(self, best: BestCheckpoint) -> None:
-        """Write the best checkpoint so far, and delete the one before."""
-        name = f"{BEST_PREFIX}{best.step}"
-        self._save(name, best.metrics)
+    def best_folder(self, best: Best) -> Path:
+        """Return the folder of the best checkpoint so far; until the first one, it does not exist."""
+        return self.folder / f"{BEST_PREFIX}{best.step}"
+
+    def save_best(self, best: Best) -> None:
+        """Write the best checkpoint so far, and delete the one before, unless a snapshot needs it."""
+        folder = self.best_folder(best)
+        self._save(folder.name, best.metrics)
         if self.engine.accelerator.is_main_process:
-            for old in set(self.folder.glob(f"{BEST_PREFIX}*")) - {self.folder / name}:
-                shutil.rmtree(old)
+            self.delete_best_but({*self.kept, folder.name})
 
-    def finish(self, metrics: dict[str, float]) -> None:
+    def delete_best_but(self, names: set[str]) -> None:
+        """Delete the other best checkpoints."""
+        for folder in self.folder.glob(f"{BEST_PREFIX}*"):
+            if folder.name not in names:
+                shutil.rmtree(folder)
+
+    def finish(self, metrics: dict[str, float], best: Best) -> None:
         """Write `model/`: the weights of the last step, or the best checkpoint where the recipe keeps that."""
         if self.recipe.train.keep == "last":
             self._save("model", metrics)
         elif self.engine.accelerator.is_main_process:
-            [best] = self.folder.glob(f"{BEST_PREFIX}*")
-            best.rename(self.folder / "model")
+            self.best_folder(best).rename(self.folder / "model")
+        if self.engine.accelerator.is_main_process:
+            self.delete_best_but(set())
 
     def _save(self, name: str, metrics: dict[str, float]) -> None:
         dtype = PRECISIONS[self.recipe.train.save_dtype]

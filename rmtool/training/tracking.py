@@ -40,12 +40,13 @@ def wandb_project(track: TrackConfig) -> str:
 class Tracker:
     """Writer of metrics to metrics.jsonl, which wandb follows.
 
-    In: one dictionary of metrics per step. Out: one line of metrics.jsonl each, and one wandb step.
+    In: one dictionary of metrics per step; `resumed`: whether the file has earlier ones. Out: one line of metrics.jsonl
+    each, and one wandb step.
     """
 
-    def __init__(self, folder: Path, track: TrackConfig, config: Mapping[str, Any], ui: Ui):
-        self.ui = ui
-        self.file = open(folder / METRICS_FILE, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+    def __init__(self, folder: Path, track: TrackConfig, config: Mapping[str, Any], ui: Ui, resumed: bool = False):
+        self.ui, self.unwritten, self.failed = ui, b"", False
+        self.file = open(folder / METRICS_FILE, "ab" if resumed else "wb", buffering=0)  # noqa: SIM115 - closed by close()
         self.wandb = None
         if track.wandb:
             name = track.name or os.environ.get("WANDB_NAME") or config["name"]
@@ -63,21 +64,30 @@ class Tracker:
 
     def log(self, numbers: Mapping[str, float | int]) -> None:
         """Log the metrics of one optimizer step; `numbers["step"]` is its number."""
-        line = json.dumps(dict(numbers), allow_nan=False) + "\n"
+        self.unwritten += json.dumps(dict(numbers), allow_nan=False).encode() + b"\n"
         try:
-            self.file.write(line)
-            self.file.flush()
-        except OSError as error:  # the disk may have space again when the checkpoint is saved
-            self.ui.say(f"cannot write {METRICS_FILE}, the run continues without it: {error.strerror}")
-            with contextlib.suppress(OSError):
-                self.file.close()
-            self.file = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            self.flush()
+        except OSError as error:
+            if not self.failed:
+                self.ui.say(f"cannot write {METRICS_FILE}, trying again after each step: {error.strerror}")
+            self.failed = True
         if self.wandb:
             self.wandb.show_notices()
 
+    def flush(self) -> None:
+        """Write what is not yet in metrics.jsonl.
+
+        Raises:
+            OSError: the disk is full, or has failed; what it did not take is written by a later call.
+        """
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+
     def close(self, outcome: str = "completed") -> None:
         """Close the file and finish the wandb run; waits at most WANDB_FINISH_S seconds, and not if the run failed."""
-        self.file.close()
+        with contextlib.suppress(OSError):  # it has been reported
+            self.flush()
+            self.file.close()
         if self.wandb:
             self.wandb.finish(outcome)
 

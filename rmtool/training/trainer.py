@@ -12,14 +12,14 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from rmtool.config import Recipe, TrainConfig
-from rmtool.dataset.batches import BatchItem, count_pairs, epoch_steps, plan_steps
+from rmtool.config import Recipe
+from rmtool.dataset.batches import BatchItem, count_pairs, plan_steps, run_steps
 from rmtool.dataset.split import Split
 from rmtool.dist import DistInfo
 from rmtool.errors import RmtoolError
@@ -27,11 +27,15 @@ from rmtool.evaluation import evaluate as evaluation
 from rmtool.evaluation.metrics import EVAL_PREFIX, TRAIN_PREFIX, PairSums, describe
 from rmtool.model.loss import pair_losses
 from rmtool.model.reward_model import RewardModel
+from rmtool.model.rewards import AbandonedError
 from rmtool.model.weights import merged_weights
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 from rmtool.training.engine import peak_memory
+from rmtool.training.progress import Best, Progress
 from rmtool.training.schedule import lr_multiplier
+from rmtool.training.stopping import Stopping
 from rmtool.training.tracking import Tracker
+from rmtool.training.worker_status import EVALUATION_BAR, TRAINING_BAR
 from rmtool.ui import Ui
 
 
@@ -202,70 +206,84 @@ class Engine:
         return weights if main else None
 
 
-@dataclass
-class BestCheckpoint:
-    """The best evaluation so far, and the number of evaluations since."""
-
-    train: TrainConfig
-    metrics: dict[str, float] = field(default_factory=dict)
-    step: int = 0
-    since: int = 0
-
-    def update(self, step: int, metrics: dict[str, float]) -> bool:
-        """Return whether these metrics are better than all before; equal ones are not."""
-        name = f"{EVAL_PREFIX}/{self.train.metric_for_best}"
-        sign = 1 if self.train.metric_for_best == "accuracy" else -1
-        better = not self.metrics or sign * metrics[name] > sign * self.metrics[name]
-        self.since = 0 if better else self.since + 1
-        if better:
-            self.step, self.metrics = step, metrics
-        return better
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether early stopping ends the run."""
-        limit = self.train.early_stopping_patience
-        return limit is not None and self.since >= limit
-
-
 def train_loop(
     trainer: Trainer,
     split: Split,
     tracker: Tracker | None,
     ui: Ui,
-    save: Callable[[BestCheckpoint], None] | None = None,
+    save: Callable[[Best], None] | None = None,
+    stopping: Stopping | None = None,
+    progress: Progress | None = None,
+    snapshot: Callable[[], float] | None = None,
 ) -> dict[str, float]:
     """Train for all epochs, or until early stopping; return the metrics of the last evaluation, or of the best one
     where the recipe keeps the best checkpoint (empty without eval pairs).
 
     Args:
         save: called after each evaluation that is the best so far, where the recipe keeps the best checkpoint.
+        progress: where the run is, updated after each step; default: at its start.
+        snapshot: called after each step but the last; returns the seconds that the last snapshot took.
+        stopping: asked after each step and between the forwards of an evaluation; it saves and raises `Stopped`.
     """
-    train, metadata, groups = trainer.recipe.train, split.train.metadata, split.train.groups
-    pairs, best, metrics = count_pairs(metadata), BestCheckpoint(train), dict[str, float]()
+    train, data, progress = trainer.recipe.train, split.train, progress or Progress()
+    pairs = count_pairs(data.metadata)
     total = plan_steps(train.epochs, train.max_steps, pairs, train.batch_size)
-    epochs = (epoch_steps(metadata, groups, train.seed, epoch, train.batch_size) for epoch in range(train.epochs))
+    after = _AfterStep(trainer, split, tracker, ui, save, stopping, progress, total)
     trainer.engine.wrapped.train()
-    episode = 0
-    with ui.progress("Training", total, "steps") as bar:
-        for step, batch in zip(range(1, total + 1), itertools.chain.from_iterable(epochs), strict=False):
+    pending, progress.pending = progress.pending, None
+    ended = pending is not None and not after.complete(pending)
+    batches = run_steps(data.metadata, data.groups, train.seed, train.batch_size, progress.step)
+    with ui.progress(TRAINING_BAR, total - progress.step, "steps") as bar:
+        while progress.step < total and not ended:
+            batch = next(batches)
+            step = progress.step + 1
             numbers = _timed_step(trainer, batch, step, total)
-            episode += count_pairs(batch)
-            numbers = {"step": step, "episode": episode, "epoch": episode / pairs, **numbers}
+            progress.step, progress.episode = step, progress.episode + count_pairs(batch)
+            numbers = {"step": step, "episode": progress.episode, "epoch": progress.episode / pairs, **numbers}
             bar.advance(1, f"loss {numbers['train/rm/loss']:.3f} acc {numbers['train/rm/accuracy']:.2f}")
-            if split.eval.metadata and (step == total or (train.eval_every and step % train.eval_every == 0)):
-                metrics = run_eval(trainer, split.eval, ui)
-                ui.say(f"step {step}, {EVAL_PREFIX}: {describe(metrics)}")
-                numbers |= metrics
-                if best.update(step, metrics) and train.keep == "best" and save:
-                    save(best)
-            if tracker:
-                tracker.log(numbers)
-            if best.should_stop:
-                since = f"eval {train.metric_for_best} has not improved since step {best.step}"
-                ui.say(f"early stopping at step {step}: {since}")
-                break
-    return best.metrics if train.keep == "best" else metrics
+            ended = not after.complete(numbers) or step == total
+            if not ended:
+                after.snapshot_or_stop(snapshot, numbers["step_seconds"])
+    return progress.best.metrics if train.keep == "best" else progress.metrics
+
+
+@dataclass(frozen=True)
+class _AfterStep:
+    """What follows an optimizer step; the fields are arguments of `train_loop`."""
+
+    trainer: Trainer
+    split: Split
+    tracker: Tracker | None
+    ui: Ui
+    save: Callable[[Best], None] | None
+    stopping: Stopping | None
+    progress: Progress
+    total: int
+
+    def complete(self, numbers: dict[str, float]) -> bool:
+        """Evaluate if it is time, and log the step; return whether to go on, without early stopping."""
+        train, progress, step = self.trainer.recipe.train, self.progress, self.progress.step
+        due = step == self.total or (train.eval_every and step % train.eval_every == 0)
+        if self.split.eval.metadata and due:
+            metrics = run_eval(self.trainer, self.split.eval, self.ui, self.stopping)
+            if not metrics and self.stopping:
+                self.stopping.leave(step, self.total, numbers)
+            self.ui.say(f"step {step}, {EVAL_PREFIX}: {describe(metrics)}")
+            numbers, progress.metrics = numbers | metrics, metrics
+            if progress.best.update(train, step, metrics) and train.keep == "best" and self.save:
+                self.save(progress.best)
+        if self.tracker:
+            self.tracker.log(numbers)
+        if progress.best.should_stop(train):
+            self.ui.say(f"early stopping at step {step}: {progress.best.since_when(train)}")
+        return not progress.best.should_stop(train)
+
+    def snapshot_or_stop(self, snapshot: Callable[[], float] | None, step_seconds: float) -> None:
+        """Save a snapshot if one is due, and leave if that is requested."""
+        save_seconds = snapshot() if snapshot else 0.0
+        if self.stopping:
+            self.stopping.save_seconds = save_seconds
+            self.stopping.after_step(self.progress.step, self.total, step_seconds)
 
 
 def _timed_step(trainer: Trainer, batch: Sequence[BatchItem], step: int, total: int) -> dict[str, float]:
@@ -283,14 +301,18 @@ def _timed_step(trainer: Trainer, batch: Sequence[BatchItem], step: int, total: 
     }
 
 
-def run_eval(trainer: Trainer, held_out: TokenizedDataset, ui: Ui) -> dict[str, float]:
-    """Return the eval metrics; the ranks share the forward passes."""
-    wrapped, limit = trainer.engine.wrapped, trainer.recipe.train.tokens_per_pack
-    with ui.progress("Evaluating", len(held_out.metadata), "rows") as bar:
+def run_eval(
+    trainer: Trainer, held_out: TokenizedDataset, ui: Ui, stopping: Stopping | None = None
+) -> dict[str, float]:
+    """Return the eval metrics; the ranks share the forward passes. Without any if the ranks are to stop."""
+    wrapped, limit, metrics = trainer.engine.wrapped, trainer.recipe.train.tokens_per_pack, dict[str, float]()
+    with ui.progress(EVALUATION_BAR, len(held_out.metadata), "rows") as bar, contextlib.suppress(AbandonedError):
         result = evaluation.evaluate(
             *(trainer.model, held_out.metadata, held_out.groups, limit, bar),
             forward_module=wrapped,
             dist=trainer.engine.dist,
+            interrupt=stopping.requested if stopping else None,
         )
+        metrics = result.total.report(EVAL_PREFIX)
     wrapped.train()
-    return result.total.report(EVAL_PREFIX)
+    return metrics

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,7 @@ from rmtool.data.rejects import REJECTS_FILE, Rejects
 from rmtool.dataset.batches import count_pairs
 from rmtool.dataset.report import build_report, example, write_report
 from rmtool.dataset.split import Split, load_split, write_held_out
-from rmtool.errors import ExitCode, RmtoolError, first_line, out_of_memory
+from rmtool.errors import ExitCode, RmtoolError, Stopped, first_line, out_of_memory
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import training_encoder, training_model
 from rmtool.model.precision import compute_precision
@@ -39,10 +39,15 @@ from rmtool.tokenization.encoder import Encoder
 from rmtool.training.checkpoint_writer import CheckpointWriter, build_manifest
 from rmtool.training.engine import require_agreement, start_accelerator
 from rmtool.training.optim import build_optimizer
+from rmtool.training.resume import identity, require_unchanged
+from rmtool.training.run_files import WRITTEN, move_to_previous
+from rmtool.training.saver import Saver, read_progress
 from rmtool.training.schedule import Schedule, require_reachable, schedule_rows
+from rmtool.training.snapshots import Snapshot, Snapshots
+from rmtool.training.stopping import Stopping, deadline_of
 from rmtool.training.tracking import Tracker, draw_curves
 from rmtool.training.trainer import Engine, Trainer, train_loop
-from rmtool.training.worker_status import DATA_READ_FILE, mark_exited, mark_started
+from rmtool.training.worker_status import DATA_READ_FILE, mark_exited, mark_saves, mark_started
 from rmtool.ui import Ui, worker_ui
 
 # gloo raises a plain RuntimeError with one of these.
@@ -50,24 +55,66 @@ CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Bro
 
 
 def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
-    """Train a reward model as the recipe says; the main process writes the results to `folder`. All ranks must call it.
+    """Train a reward model as the recipe says, from the newest snapshot if there is one; the main process writes the
+    results to `folder`. All ranks must call it.
 
     Raises:
-        RmtoolError: E02xx to E05xx for a recipe, data, model or machine that does not work, E0802 for NaN or inf.
+        RmtoolError: E02xx to E05xx for a recipe, data, model or machine that does not work, E0603 when the snapshot is
+            of a different run, E0802 for NaN or inf.
+        Stopped: when a signal or the time limit ended it.
     """
     main, base = accelerator.is_main_process, recipe.model
+    snapshots = _open_snapshots(recipe, folder, accelerator)
+    found = _find_snapshot(snapshots, ui)
     source = resolve_checkpoint(resolve(base.path), base.revision, ui, base.weights != "random")
     encoder, notices = training_encoder(recipe, source)
-    fingerprint = encoder.fingerprint()
     with _local_main_first(recipe, folder, accelerator):
         split = _load_data(recipe, folder, encoder, main, ui)
     schedule = Schedule(recipe, count_pairs(split.train.metadata))  # of the pairs that are left
     require_reachable(recipe.train, schedule.steps)
     ui.facts("Schedule", schedule_rows(recipe, schedule))
-    require_agreement(_rank_fingerprint(recipe, source, fingerprint, split))
+    ranks = _rank_fingerprint(recipe, source, encoder.fingerprint(), split)
+    require_agreement(ranks)
+    known = snapshots.on_main(lambda: identity(recipe, split.sources, source, ranks["data"]))
+    if found:
+        require_unchanged(read_progress(found.folder)["identity"], known, found.step)
     if main:
         write_held_out(folder / HELD_OUT_FILE, split)
+    engine, padded_reason = _prepare_engine(recipe, source, encoder, accelerator, notices, ui)
+    manifest = build_manifest(recipe, encoder, encoder.fingerprint(), padded_reason)
+    saver = Saver(snapshots, CheckpointWriter(folder, recipe, engine, encoder, manifest), known, ui)
+    if found:
+        saver.resume(found, schedule.steps)
+    saver.start()
+    _train(Trainer(recipe, engine), split, saver, folder, ui, found is not None)
+    if main:
+        _draw_curves(folder, ui)
+    accelerator.wait_for_everyone()
 
+
+def _open_snapshots(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Snapshots:
+    """Return the snapshots in the run folder, which is that of node 0."""
+    run_folder = folder.parent if int(os.environ.get("GROUP_RANK", 0)) else folder
+    return Snapshots(run_folder, recipe.train.keep_snapshots, accelerator.process_index, accelerator.num_processes)
+
+
+def _find_snapshot(snapshots: Snapshots, ui: Ui) -> Snapshot | None:
+    """Return the snapshot to resume from. If none of those there is valid, move what the run has written."""
+    found = snapshots.find(ui.say)
+    if found is None:
+        run = snapshots.run
+        moved = snapshots.on_main(lambda: snapshots.folder.exists() and move_to_previous(run, WRITTEN, replace=False))
+        if moved:
+            ui.say(
+                f"no valid snapshot found: starting at step 1; the files of the interrupted run were moved to {moved}"
+            )
+    return found
+
+
+def _prepare_engine(
+    recipe: Recipe, source: Path, encoder: Encoder, accelerator: Accelerator, notices: Sequence[str], ui: Ui
+) -> tuple[Engine, str | None]:
+    """Load the model and prepare it with its optimizer; return why batches are padded, too."""
     model, more = training_model(recipe, source, encoder)
     engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
     padded_reason = choose_layout(model, engine.wrapped, encoder.max_length).reason
@@ -76,19 +123,38 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     for notice in (*notices, *more):
         ui.say(notice)
     ui.facts("Plan: model", [("prefix sharing", describe_sharing(padded_reason))])
+    return engine, padded_reason
 
-    manifest = build_manifest(recipe, encoder, fingerprint, padded_reason)
-    checkpoints = CheckpointWriter(folder, recipe, engine, encoder, manifest)
-    with Tracker(folder, recipe.track, as_dict(recipe), ui) if main else nullcontext() as tracker:
-        metrics = train_loop(Trainer(recipe, engine), split, tracker, ui, checkpoints.save_best)
+
+def _train(trainer: Trainer, split: Split, saver: Saver, folder: Path, ui: Ui, resumed: bool) -> None:
+    """Take the steps that are left, and save the checkpoint."""
+    recipe, main = trainer.recipe, trainer.engine.accelerator.is_main_process
+    with (
+        _open_stopping(folder, saver) as stopping,  # before wandb starts, where signals would be held back
+        Tracker(folder, recipe.track, as_dict(recipe), ui, resumed) if main else nullcontext() as tracker,
+    ):
+        saver.tracker = tracker
+        save, progress, snapshot = saver.checkpoints.save_best, saver.progress, saver.save_if_due
+        metrics = train_loop(trainer, split, tracker, ui, save, stopping, progress, snapshot)
         ui.say("Saving the checkpoint")
-        checkpoints.finish(metrics)  # before the tracker is closed, which may take seconds
-    if main:
-        try:
-            draw_curves(folder)
-        except OSError as error:  # the checkpoint is complete
-            ui.say(f"cannot draw the training curves: {error}")
-    accelerator.wait_for_everyone()
+        saver.checkpoints.finish(metrics, progress.best)  # before the tracker is closed, which may take seconds
+        saver.finish()
+
+
+@contextlib.contextmanager
+def _open_stopping(folder: Path, saver: Saver) -> Iterator[Stopping]:
+    """Receive signals, and tell the launcher that this rank now saves before it leaves."""
+    dist, deadline = saver.engine.dist, deadline_of(saver.train.time_limit, os.environ)
+    with Stopping(dist.sum, saver.save_before_stop, deadline) as stopping:
+        mark_saves(folder, dist.rank)
+        yield stopping
+
+
+def _draw_curves(folder: Path, ui: Ui) -> None:
+    try:
+        draw_curves(folder)
+    except OSError as error:  # the checkpoint is complete
+        ui.say(f"cannot draw the training curves: {error}")
 
 
 def _compile(model: RewardModel) -> str:
@@ -167,11 +233,16 @@ def main() -> None:
     """Run a training process: `python -m rmtool.training.worker RUN_FOLDER`."""
     folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", 0))
     mark_started(folder, rank)
-    code, failure = ExitCode.OK, None
+    code, failure, ui = int(ExitCode.OK), None, None
     try:
         recipe = load_recipe(str(folder / CONFIG_FILE))
         accelerator = start_accelerator(recipe)
-        run(recipe, folder, accelerator, worker_ui(accelerator.is_main_process))
+        ui = worker_ui(accelerator.is_main_process)
+        run(recipe, folder, accelerator, ui)
+    except Stopped as stopped:
+        code = stopped.exit_code
+        if ui:
+            ui.say(str(stopped))
     except RmtoolError as error:
         code, failure = error.exit_code, error
     except Exception as error:  # noqa: BLE001 - the launcher shows it, the log has the traceback

@@ -21,18 +21,25 @@ import psutil
 
 DATA_READ_FILE = ".data-read"  # the first process of a node has tokenized the data
 BEST_PREFIX = "best-step-"  # the best checkpoint so far, until the run ends
+TRAINING_BAR, EVALUATION_BAR = "Training", "Evaluating"  # labels of their progress
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: Slurm's early warning
+DEADLINE = "RMTOOL_DEADLINE"  # environment variable: end of the time limit, in time.monotonic of this host
 LAUNCHER = "RMTOOL_LAUNCHER"  # environment variable: process id of the rmtool command, which no process outlives
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Status:
-    """State of a rank: `exit` is None while it runs, `error` is an `RmtoolError.as_dict`."""
+    """State of a rank: `exit` is None while it runs, `error` is an `RmtoolError.as_dict`.
+
+    saves: whether a signal makes it save before it leaves; before, nothing is lost if it is killed
+    """
 
     rank: int
     pid: int
     exit: int | None = None
     error: dict[str, Any] | None = None
+    saves: bool = False
 
 
 def mark_started(folder: Path, rank: int) -> None:
@@ -49,6 +56,11 @@ def mark_started(folder: Path, rank: int) -> None:
     os.close(log)
     faulthandler.enable()  # a crash in native code leaves a Python traceback in the log
     _write(folder, Status(rank, os.getpid()))
+
+
+def mark_saves(folder: Path, rank: int) -> None:
+    """Write that signals are now received by `Stopping`."""
+    _write(folder, Status(rank, os.getpid(), saves=True))
 
 
 def mark_exited(folder: Path, rank: int, exit_code: int, error: dict[str, Any] | None) -> None:

@@ -93,16 +93,20 @@ def test_a_node_rank_out_of_range_names_its_source(rmtool: Any, monkeypatch: pyt
     assert "node rank 1 (from Slurm) is out of range for 1 nodes" in shown.err
 
 
-def commands_of(script: str, tmp_path: Path, *, environment: dict[str, str]) -> list[list[str]]:
-    """The commands a script runs; `srun`, `rmtool` and `scontrol` are programs that write down their arguments."""
+def commands_of(script: str, tmp_path: Path, *, environment: dict[str, str], code: int = 0) -> list[list[str]]:
+    """The commands a script runs; `srun`, `rmtool` and `scontrol` are programs that write down their arguments.
+
+    `srun` exits with `code`, which must be the script's, too.
+    """
     log = tmp_path / "commands"
     for name in ("srun", "rmtool", "scontrol"):
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
-        program.write_text(f'#!/bin/sh\necho {name} "$@" >> {log}\n')
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >> {log}\nexit {code if name == "srun" else 0}\n')
         program.chmod(0o755)
     path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
-    subprocess.run(["bash", ROOT / script], check=True, env={"PATH": path, **environment}, cwd=tmp_path)
+    shown = subprocess.run(["bash", ROOT / script], env={"PATH": path, **environment}, cwd=tmp_path)
+    assert shown.returncode == code
     return [shlex.split(line) for line in log.read_text().splitlines()]
 
 
@@ -125,6 +129,20 @@ def test_the_slurm_script_leads_to_64_processes(tmp_path: Path, rmtool: Any, mon
     for name, value in step.items():
         monkeypatch.setenv(name, value)
     check_64(launch_commands(command[command.index("rmtool") + 1 :], rmtool), "gpu03")
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (8, False), (75, True), (130, False), (143, False)])
+def test_the_slurm_script_requeues_itself_after_75_only(code: int, requeued: bool, tmp_path: Path) -> None:
+    environment = {"SLURM_JOB_ID": "17"}
+    _, *after = commands_of("scripts/train/tulu3_8b.sbatch", tmp_path, environment=environment, code=code)
+    assert after == ([["scontrol", "requeue", "17"]] if requeued else [])
+
+
+def test_slurm_warns_only_the_steps_of_a_job_that_may_be_requeued() -> None:
+    """A signal to the batch shell would end it before it could requeue the job."""
+    text = (ROOT / "scripts/train/tulu3_8b.sbatch").read_text()
+    assert re.search(r"^#SBATCH --signal=USR1@\d+$", text, re.MULTILINE)
+    assert re.search(r"^#SBATCH --requeue$", text, re.MULTILINE)
 
 
 def test_the_shell_script_leads_to_64_processes(tmp_path: Path, rmtool: Any) -> None:

@@ -19,10 +19,11 @@ from rmtool import checkpoint, recipe
 from rmtool.data import rejects
 from rmtool.dataset import report
 from rmtool.launch import supervise as launch
-from rmtool.launch.run_folder import LOG_FILE, clear_folder
+from rmtool.launch.run_folder import clear_folder
 from rmtool.launch.watch import FailureMonitor, find_workers
 from rmtool.training import tracking
 from rmtool.training import worker_status as status
+from rmtool.training.run_files import LOG_FILE, RESULTS, move_to_previous
 from rmtool.training.worker_status import Status
 
 
@@ -114,7 +115,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.parametrize(
     ("number", "code"),
     [
-        (signal.SIGTERM, 143),
+        (signal.SIGTERM, 75),
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
     ],
@@ -207,17 +208,18 @@ def test_all_files_of_a_finished_run_are_moved(tmp_path: Path) -> None:
     for name in ("model/model.safetensors", *files, "mine.txt", "previous/old"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    clear_folder(tmp_path)
+    move_to_previous(tmp_path, RESULTS, replace=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "previous"]
     moved = tmp_path / "previous"
     assert sorted(path.name for path in moved.iterdir()) == sorted(["model", *files])
     assert all((moved / name).read_text() == name for name in files)
     (tmp_path / rejects.REJECTS_FILE).write_text("of a run that failed")
     (tmp_path / "best-step-7").mkdir()
-    clear_folder(tmp_path)
-    assert (moved / "best-step-7").is_dir()  # of a run that was interrupted: days may have gone into it
+    assert move_to_previous(tmp_path, RESULTS, replace=False) == tmp_path / "previous-2"
+    assert (tmp_path / "previous-2" / "best-step-7").is_dir()  # days may have gone into it
     assert not (tmp_path / rejects.REJECTS_FILE).exists()
     assert (moved / rejects.REJECTS_FILE).read_text() == rejects.REJECTS_FILE
+    assert move_to_previous(tmp_path, RESULTS, replace=False) is None
 
 
 def test_the_run_folder_is_checked_without_torch() -> None:

@@ -191,19 +191,23 @@ def test_a_host_that_cannot_be_reached_does_not_delay_the_end(track: Any, monkey
     assert track(finish_s=1) == ["wandb did not start within 1 s of the end of the run, metrics.jsonl only"]
 
 
-def test_a_disk_without_space_for_metrics_does_not_end_the_run(tmp_path: Path) -> None:
+def test_a_disk_without_space_for_metrics_costs_no_row(tmp_path: Path) -> None:
+    """The run goes on, the failure is said once, and the rows are written when there is space again."""
     err = io.StringIO()
     tracker = Tracker(tmp_path, TrackConfig(), {"name": "x"}, TerminalUi(io.StringIO(), err))
     tracker.log(ROWS[0])
-    tracker.file.close()
-    tracker.file = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115 - closed by the tracker
-    for row in ROWS[1:]:
-        tracker.log(row)
-    tracker.close()
-    assert err.getvalue() == "cannot write metrics.jsonl, the run continues without it: No space left on device\n"
-    with open(tmp_path / tracking.METRICS_FILE, "a") as file:
-        file.write(json.dumps(ROWS[1])[:9])
+    file, tracker.file = tracker.file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - closed below
+    tracker.log(ROWS[1])
+    tracker.log(ROWS[2])
+    assert err.getvalue() == "cannot write metrics.jsonl, trying again after each step: No space left on device\n"
+    with open(tmp_path / tracking.METRICS_FILE, "a") as torn:
+        torn.write(json.dumps(ROWS[1])[:9])
     assert read_metrics(tmp_path) == ROWS[:1]
+    os.truncate(tmp_path / tracking.METRICS_FILE, file.tell())
+    tracker.file.close()
+    tracker.file = file
+    tracker.close()
+    assert read_metrics(tmp_path) == ROWS
 
 
 def test_curves_are_drawn_with_any_backend_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,434 @@
+"""Snapshots: complete and verified, or not there, whatever the disk, a kill or a flipped bit does."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from rmtool.checkpoint import Manifest
+from rmtool.config import Recipe
+from rmtool.errors import RmtoolError
+from rmtool.recipe import load_recipe
+from rmtool.training import snapshots as module
+from rmtool.training.checkpoint_writer import CheckpointWriter
+from rmtool.training.optim import build_optimizer
+from rmtool.training.progress import Best
+from rmtool.training.saver import Saver
+from rmtool.training.snapshots import Snapshots
+from rmtool.training.trainer import Engine
+from rmtool.ui import SilentUi
+
+METRICS = "metrics.jsonl"
+
+
+def make_engine(seed: int = 0) -> Engine:
+    """An engine after one step; of a model with one tensor, so that a save has few calls."""
+    torch.manual_seed(seed)
+    model: Any = torch.nn.Linear(3, 1, bias=False)
+    engine = Engine.prepare(Accelerator(cpu=True), model, build_optimizer(model, settings().train), None)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    engine.update(1e-3, lambda norm: None)
+    return engine
+
+
+def settings(**train: Any) -> Recipe:
+    given = [(f"train.{name}", value) for name, value in train.items()]
+    return load_recipe("debug", given)
+
+
+class Lines(SilentUi):
+    """What is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def make_saver(run: Path, engine: Engine, **train: Any) -> Saver:
+    recipe = settings(**{"save_every": 1, **train})
+    manifest = Manifest("", 1, "fp32", "error", "error", "debug", "base", [])
+    checkpoints = CheckpointWriter(run, recipe, engine, None, manifest)  # type: ignore[arg-type]
+    (run / METRICS).touch()
+    return Saver(Snapshots(run, recipe.train.keep_snapshots), checkpoints, {"train.seed": "0"}, Lines())
+
+
+def take_steps(saver: Saver, count: int) -> None:
+    """Pretend to take steps, each with a snapshot."""
+    for _ in range(count):
+        take_step(saver)
+        saver.save_if_due()
+
+
+def take_step(saver: Saver) -> None:
+    """Pretend to take a step; it has a row of metrics."""
+    saver.progress.step += 1
+    with open(saver.snapshots.run / METRICS, "a") as file:
+        file.write(json.dumps({"step": saver.progress.step}) + "\n")
+
+
+def add_best(saver: Saver, step: int) -> Path:
+    """Pretend that an evaluation was the best so far."""
+    saver.progress.best = Best({"eval/rm/accuracy": 0.5}, step)
+    folder = saver.checkpoints.best_folder(saver.progress.best)
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(os.urandom(99))
+    saver.checkpoints.delete_best_but({*saver.checkpoints.kept, folder.name})
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def weights(engine: Engine) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in engine.model.parameters()]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return make_engine()
+
+
+@pytest.fixture
+def saver(engine: Engine, tmp_path: Path) -> Saver:
+    """A run with snapshots of steps 1 and 2, and a best checkpoint."""
+    saver = make_saver(tmp_path, engine)
+    take_steps(saver, 1)
+    add_best(saver, 1)
+    take_steps(saver, 1)
+    return saver
+
+
+def test_a_snapshot_holds_what_a_run_needs(saver: Saver) -> None:
+    found = saver.snapshots.find(saver.ui.say)
+    assert found
+    assert (found.step, found.folder.name) == (2, "step-00000002")
+    names = set(contents(found.folder))
+    assert names >= {"MANIFEST.json", "progress.json", "rng-0.json", METRICS, "state/.metadata"}
+    manifest = json.loads((found.folder / "MANIFEST.json").read_text())
+    assert manifest["files"].keys() == names - {"MANIFEST.json"} | {"../../best-step-1/model.safetensors"}
+    assert found.size == sum(each["size"] for each in manifest["files"].values())
+
+
+def test_the_newest_are_kept_with_the_best_checkpoints_that_they_name(saver: Saver) -> None:
+    run = saver.snapshots.run
+    add_best(saver, 3)
+    assert (run / "best-step-1").exists()  # named by snapshot 2
+    take_steps(saver, 1)
+    assert saver.snapshots.steps() == [3, 2]
+    assert (run / "best-step-1").exists()
+    take_steps(saver, 1)
+    assert saver.snapshots.steps() == [4, 3]
+    assert not (run / "best-step-1").exists()
+    assert (run / "best-step-3").exists()
+    assert sorted(path.name for path in saver.snapshots.folder.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+# Every I/O call of a save.
+
+
+class Faulty:
+    """Counts calls of the operating system that change something; the one with number `at` fails.
+
+    kind: "count", an errno, "exit" (as by SIGKILL), or "short" (a write takes half of the bytes)
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, kind: str | int, under: Path):
+        self.at, self.kind, self.count, self.under = at, kind, 0, str(under)
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # it would take most of the time
+        for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "open"):
+            monkeypatch.setattr(os, name, self.wrapped(getattr(os, name)))
+        for owner in (io, __import__("builtins")):
+            monkeypatch.setattr(owner, "open", self.opened(owner.open))
+
+    def hit(self, size: int = 0) -> int:
+        """Count a call; return how many bytes of a write are taken."""
+        self.count += 1
+        if self.count != self.at or self.kind == "count":
+            return size
+        if self.kind == "exit":
+            os._exit(137)
+        if isinstance(self.kind, int):
+            raise OSError(self.kind, os.strerror(self.kind))
+        return size // 2 if size > 1 else size
+
+    def wrapped(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.hit()
+            return call(*arguments, **named)
+
+        return counted
+
+    def opened(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(file: Any, mode: str = "r", *arguments: Any, **named: Any) -> Any:
+            ours = str(file).startswith(self.under)
+            if ours and set(mode) & set("wax+"):
+                self.hit()
+            opened = call(file, mode, *arguments, **named)
+            return _File(opened, self) if ours and set(mode) & set("wax+") else opened
+
+        return counted
+
+
+class _File:
+    def __init__(self, file: Any, faulty: Faulty):
+        self._file, self._faulty = file, faulty
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: Any) -> int:
+        taken = self._faulty.hit(len(data))
+        return int(self._file.write(memoryview(data)[:taken]) if taken < len(data) else self._file.write(data))
+
+
+def in_a_child(action: Callable[[], None]) -> int:
+    """Run in a fork; return its exit code."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def calls_of_a_save(saver: Saver) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        take_step(saver)
+        faulty = Faulty(patch, 0, "count", saver.snapshots.run)
+        saver.save()
+        return faulty.count
+
+
+# Most calls are the small writes of torch.save.
+EVERY = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+
+
+def failure_of(saver: Saver) -> RmtoolError | None:
+    """Save a snapshot; return why it failed."""
+    try:
+        saver.save()
+    except RmtoolError as error:
+        return error
+    return None
+
+
+@EVERY
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EIO, "short"], ids=["ENOSPC", "EIO", "short write"])
+def test_a_failed_call_of_a_save_costs_no_snapshot(saver: Saver, kind: str | int, every: int) -> None:
+    """Each call in turn: the save fails and leaves nothing, or it passes; then the run goes on."""
+    total = calls_of_a_save(saver)
+    assert total > 30
+    failed = 0
+    for at in range(1, total + 1, every):
+        before, trained = contents(saver.snapshots.folder_of(saver.progress.step)), weights(saver.engine)
+        step = saver.progress.step
+        take_step(saver)
+        with pytest.MonkeyPatch.context() as patch:
+            Faulty(patch, at, kind, saver.snapshots.run)
+            error = failure_of(saver)
+        if error:
+            failed += 1
+            assert (error.id, error.exit_code) == ("E0502", 5)
+            assert "bytes needed" in (error.found or "")
+            assert "bytes free" in (error.found or "")
+        found = saver.snapshots.find(saver.ui.say)
+        assert found
+        assert found.step in (step, step + 1)
+        assert not list(saver.snapshots.folder.glob(".tmp-*"))
+        if found.step == step:
+            assert contents(found.folder) == before
+        assert all(torch.equal(one, two) for one, two in zip(trained, weights(saver.engine), strict=True))
+        if saver.progress.step != found.step:
+            saver.save()
+        assert saver.snapshots.steps()[0] == saver.progress.step
+    assert not any("corrupted" in line for line in saver.ui.lines)  # type: ignore[attr-defined]
+    if kind != "short":
+        assert failed > 0.8 * total / every
+
+
+@EVERY
+def test_a_kill_at_each_call_of_a_save_costs_no_snapshot(saver: Saver, every: int) -> None:
+    total, step = calls_of_a_save(saver), saver.progress.step
+    good = saver.snapshots.folder_of(step)
+    before = contents(good)
+    killed = 0
+    for at in range(1, total + 1, every):
+
+        def save(at: int = at) -> None:
+            take_step(saver)
+            Faulty(pytest.MonkeyPatch(), at, "exit", saver.snapshots.run)
+            saver.save()
+
+        killed += in_a_child(save) == 137
+        found = Snapshots(saver.snapshots.run, 2).find(saver.ui.say)
+        assert found
+        assert found.step in (step, step + 1)
+        assert not list(saver.snapshots.folder.glob(".tmp-*"))
+        assert contents(good) == before
+        if found.step != step:
+            shutil.rmtree(found.folder)
+    assert killed == len(range(1, total + 1, every))
+    assert not any("corrupted" in line for line in saver.ui.lines)  # type: ignore[attr-defined]
+
+
+# Damage.
+
+DAMAGES: dict[str, Callable[[Path, Path], Any]] = {
+    "missing": lambda path, other: path.unlink(),
+    "empty": lambda path, other: path.write_bytes(b""),
+    "half": lambda path, other: os.truncate(path, path.stat().st_size // 2),
+    "flipped": lambda path, other: path.write_bytes(flipped(path.read_bytes())),
+    "of another step": lambda path, other: shutil.copy(other, path),
+}
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+FILES = (
+    *("MANIFEST.json", "progress.json", "rng-0.json", METRICS, "state/.metadata", "state/__0_0.distcp"),
+    "../../best-step-2/model.safetensors",
+)
+
+
+@pytest.fixture(scope="module")
+def two(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two snapshots that differ in every file."""
+    saver = make_saver(tmp_path_factory.mktemp("two"), engine)
+    for step in (1, 2):
+        add_best(saver, step)
+        torch.manual_seed(step)
+        engine.update(1e-3, lambda norm: None) if step == 1 else [p.data.add_(1) for p in engine.model.parameters()]
+        take_steps(saver, 1)
+    return saver.snapshots.run
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_found_and_the_snapshot_before_is_used(
+    two: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    run = shutil.copytree(two, tmp_path / "run")
+    assert {*contents(run / "snapshots/step-00000002"), FILES[-1]} == set(FILES)
+    other = run / "snapshots/step-00000001" / name.replace("best-step-2", "best-step-1")
+    DAMAGES[damage](run / "snapshots/step-00000002" / name, other)
+    ui = Lines()
+    found = Snapshots(run, 2).find(ui.say)
+    assert found
+    assert found.step == 1
+    assert len(ui.lines) == 1
+    assert "step-00000002 is corrupted" in ui.lines[0]
+    assert name in ui.lines[0] or name == "MANIFEST.json"  # a bit of its hashes: what they are of
+    assert (run / "snapshots/damaged-step-00000002").is_dir()
+
+
+def test_without_a_valid_snapshot_there_is_none(two: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(two, tmp_path / "run")
+    for path in run.glob("snapshots/*/progress.json"):
+        path.unlink()
+    ui = Lines()
+    assert Snapshots(run, 2).find(ui.say) is None
+    assert len(ui.lines) == 2
+
+
+# Room, and folders that do not work.
+
+
+def test_the_disk_is_asked_for_room_before_the_first_step(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = make_saver(tmp_path, engine)
+    saver.start()
+    one = saver.snapshots.size
+    monkeypatch.setattr(module, "free_bytes", lambda folder: 3 * one - 1)
+    with pytest.raises(RmtoolError) as caught:
+        saver.start()
+    assert caught.value.id == "E0502"
+    assert f"{3 * one:,} bytes" in caught.value.what  # two that are kept, and the next one
+    assert f"{3 * one - 1:,} bytes" in caught.value.what
+    make_saver(tmp_path, engine, keep_snapshots=1).start()
+    make_saver(tmp_path, engine, save_every=None, save_minutes=None).start()  # off
+    monkeypatch.undo()
+    take_steps(saver, 2)
+    monkeypatch.setattr(module, "free_bytes", lambda folder: one)
+    saver.start()  # those that are there have their room
+
+
+def test_a_run_folder_that_vanished_is_an_error(saver: Saver) -> None:
+    shutil.rmtree(saver.snapshots.folder)
+    saver.save()  # made again
+    shutil.rmtree(saver.snapshots.run)
+    with pytest.raises(RmtoolError) as caught:
+        saver.save()
+    assert (caught.value.id, caught.value.exit_code) == ("E0502", 5)
+
+
+def test_a_node_that_does_not_see_the_run_folder_is_an_error(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver.snapshots.require_shared()
+    monkeypatch.setattr(module, "gather_object", lambda values: [*values, False if values == [True] else values[0]])
+    with pytest.raises(RmtoolError) as caught:
+        saver.snapshots.require_shared()
+    assert caught.value.id == "E0506"
+    assert "rank 1" in caught.value.what
+    assert "train.save_minutes=null" in caught.value.hint
+
+
+def test_a_snapshot_is_due_by_steps_or_by_the_clock(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("rmtool.training.saver.time.monotonic", lambda: now)
+    saver = make_saver(tmp_path, engine, save_every=4, save_minutes=10, keep_snapshots=9)
+    for _ in range(9):
+        now += 200
+        take_steps(saver, 1)
+    assert saver.snapshots.steps() == [
+        8,
+        7,
+        4,
+        3,
+    ]  # the clock starts again with each snapshot: at 600, 800, 1400, 1600 s
+    off = make_saver(tmp_path, engine, save_every=None, save_minutes=None)
+    off.progress.step = 20
+    now += 10**6
+    assert off.save_if_due() == 0
+    assert 20 not in off.snapshots.steps()
+
+
+def test_what_snapshots_cost_is_said_and_they_go_at_the_end(saver: Saver) -> None:
+    said = saver.ui.lines  # type: ignore[attr-defined]
+    assert said[-1].startswith("snapshot of step 2: ")
+    assert all(words in said[-1] for words in ("bytes in", "% of the run's time"))
+    saver.finish()
+    assert said[-1].startswith("snapshots: 2 written in ")
+    assert not saver.snapshots.folder.exists()
+    keeps = make_saver(saver.snapshots.run, saver.engine, delete_snapshots=False)
+    take_steps(keeps, 1)
+    keeps.finish()
+    assert keeps.snapshots.steps() == [1]
