@@ -214,24 +214,26 @@ def train_loop(
     save: Callable[[BestCheckpoint], None] | None = None,
     stopping: Stopping | None = None,
 ) -> dict[str, float]:
-    """Train for all epochs, or until early stopping; return the metrics of the last evaluation, or of the best one
-    where the recipe keeps the best checkpoint (empty without eval pairs).
+    """Train for all epochs, or until early stopping; return the last eval metrics, or the best where that is kept.
 
     Args:
         save: called after each evaluation that is the best so far, where the recipe keeps the best checkpoint.
         stopping: asked after each step and between the forwards of an evaluation; it saves and raises `Stopped`.
     """
     train, metadata, groups = trainer.recipe.train, split.train.metadata, split.train.groups
-    pairs, best, metrics = count_pairs(metadata), BestCheckpoint(train), dict[str, float]()
+    pairs, best, metrics, episode = count_pairs(metadata), BestCheckpoint(train), dict[str, float](), 0
     total = plan_steps(train.epochs, train.max_steps, pairs, train.batch_size)
     epochs = (epoch_steps(metadata, groups, train.seed, epoch, train.batch_size) for epoch in range(train.epochs))
     trainer.engine.wrapped.train()
-    episode = 0
     with ui.progress(TRAINING_BAR, total, "steps") as bar:
         for step, batch in zip(range(1, total + 1), itertools.chain.from_iterable(epochs), strict=False):
-            numbers = _timed_step(trainer, batch, step, total)
             episode += count_pairs(batch)
-            numbers = {"step": step, "episode": episode, "epoch": episode / pairs, **numbers}
+            numbers = {
+                "step": step,
+                "episode": episode,
+                "epoch": episode / pairs,
+                **_timed_step(trainer, batch, step, total),
+            }
             bar.advance(1, f"loss {numbers['train/rm/loss']:.3f} acc {numbers['train/rm/accuracy']:.2f}")
             if split.eval.metadata and (step == total or (train.eval_every and step % train.eval_every == 0)):
                 metrics = run_eval(trainer, split.eval, ui, stopping)
