@@ -218,7 +218,6 @@ def train_loop(
 
     Args:
         save: called after each evaluation that is the best so far, where the recipe keeps the best checkpoint.
-        stopping: asked after each step and between the forwards of an evaluation; it saves and raises `Stopped`.
     """
     train, metadata, groups = trainer.recipe.train, split.train.metadata, split.train.groups
     pairs, best, metrics, episode = count_pairs(metadata), BestCheckpoint(train), dict[str, float](), 0
@@ -228,12 +227,8 @@ def train_loop(
     with ui.progress(TRAINING_BAR, total, "steps") as bar:
         for step, batch in zip(range(1, total + 1), itertools.chain.from_iterable(epochs), strict=False):
             episode += count_pairs(batch)
-            numbers = {
-                "step": step,
-                "episode": episode,
-                "epoch": episode / pairs,
-                **_timed_step(trainer, batch, step, total),
-            }
+            numbers = {"step": step, "episode": episode, "epoch": episode / pairs}
+            numbers |= _timed_step(trainer, batch, step, total)
             bar.advance(1, f"loss {numbers['train/rm/loss']:.3f} acc {numbers['train/rm/accuracy']:.2f}")
             if split.eval.metadata and (step == total or (train.eval_every and step % train.eval_every == 0)):
                 metrics = run_eval(trainer, split.eval, ui, stopping)
