@@ -263,8 +263,10 @@ def test_a_signal_to_one_rank_stops_all(rank: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_evaluation_is_abandoned_and_pending(processes: int, tmp_path: Path) -> None:
-    """One forward per response makes it long: most of the time is spent in evaluations."""
-    with Run(tmp_path, *OFTEN, "--set", "train.tokens_per_pack=40", processes=processes) as run:
+    """Steps of two pairs, and 200 held out in small packs: nearly all of the time is spent in evaluations."""
+    with Run(
+        tmp_path, *OFTEN, "--set", "train.batch_size=2", "--set", "train.tokens_per_pack=200", processes=processes
+    ) as run:
         until(lambda: evaluating(run), START_S)
         time.sleep(1)
         run.process.send_signal(signal.SIGTERM)
