@@ -27,7 +27,7 @@ def test_every_id_is_raised_and_every_raised_id_is_registered() -> None:
 
 def test_every_id_starts_with_an_exit_code() -> None:
     assert {ExitCode(int(id[1:3])) for id in ERRORS} == set(ExitCode) - {
-        ExitCode.OK, ExitCode.PARTIAL, ExitCode.INTERRUPTED
+        ExitCode.OK, ExitCode.PARTIAL, ExitCode.PREEMPTED, ExitCode.INTERRUPTED
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rmtool.config import RENAMED_KEYS
 from rmtool.errors import Place, RmtoolError, format_error
-from rmtool.recipe import as_dict, dump_recipe, load_recipe, parse_set, recipes_folder
+from rmtool.recipe import as_dict, dump_recipe, load_recipe, parse_set, recipe_hash, recipes_folder, seconds_of
 
 BUNDLED = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 MINIMAL = "model: {path: m}\ndata: {train: [x.jsonl]}\ntrain: {batch_size: 4, learning_rate: 1e-4}\n"
@@ -125,6 +125,31 @@ def test_values_that_exclude_each_other_are_refused(tmp_path: Path, settings: st
         load_recipe(write(tmp_path, MINIMAL), [parse_set(text) for text in settings.split()])
     assert caught.value.id == "E0205"
     assert words in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("3h55m", 14_100), ("90m", 5_400), ("1d12h", 129_600), ("45s", 45), ("1d2h3m4s", 93_784), ("0100m", 6_000)],
+)
+def test_a_time_limit_is_a_duration(text: str, seconds: int, tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    recipe = load_recipe(path, [parse_set(f"train.time_limit={text}")])
+    assert recipe.train.time_limit == text
+    assert seconds_of(text) == seconds
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(str(tmp_path / "again.yaml")) == recipe
+    assert recipe_hash(recipe) == recipe_hash(load_recipe(path))  # it does not change what is learned
+
+
+@pytest.mark.parametrize(
+    "value", ["4", "4:00:00", "'4:00:00'", "3 hours", "55m3h", "0s", "-1h", "1.5h", "true", "''", "[1h]"]
+)
+def test_another_time_limit_is_refused(value: str, tmp_path: Path) -> None:
+    with pytest.raises(RmtoolError) as caught:
+        load_recipe(write(tmp_path, MINIMAL), [parse_set(f"train.time_limit={value}")])
+    assert caught.value.id == "E0205"
+    assert caught.value.what == "train.time_limit must be a duration above 0 such as 3h55m, 90m or 1d12h"
+    assert "--set train.time_limit=" in caught.value.hint
 
 
 def test_an_error_names_the_key_the_value_and_how_to_set_it(tmp_path: Path) -> None:

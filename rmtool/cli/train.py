@@ -90,18 +90,19 @@ def train(
     Bradley-Terry. On several nodes, run it once on each; node count, rank and address are options, or come from Slurm
     or torchrun environment variables.
     """
-    from rmtool.launch.launcher_env import detect_launcher_env, refuse_ambiguous_world_size
     from rmtool.launch.stop_request import StopRequest
-    from rmtool.recipe import load_recipe, parse_set, seconds_of
 
-    env = detect_launcher_env(os.environ)
-    if nodes is None:
-        refuse_ambiguous_world_size(env, os.environ)
-    overrides = _launch_overrides(env, nodes, gpus_per_node, main_address, main_port)
-    overrides += _data_overrides(model, data, eval_data, on_bad_row)
-    overrides += [("train.time_limit", time_limit)] if time_limit is not None else []
-    overrides += [parse_set(text) for text in set_ or []]  # last, so that --set takes precedence
-    with StopRequest() as request:
+    with StopRequest() as request:  # before the slower imports: a signal waits until the run folder is known
+        from rmtool.launch.launcher_env import detect_launcher_env, refuse_ambiguous_world_size
+        from rmtool.recipe import load_recipe, parse_set, seconds_of
+
+        env = detect_launcher_env(os.environ)
+        if nodes is None:
+            refuse_ambiguous_world_size(env, os.environ)
+        overrides = _launch_overrides(env, nodes, gpus_per_node, main_address, main_port)
+        overrides += _data_overrides(model, data, eval_data, on_bad_row)
+        overrides += [("train.time_limit", time_limit)] if time_limit is not None else []
+        overrides += [parse_set(text) for text in set_ or []]  # last, so that --set takes precedence
         resolved = load_recipe(recipe, overrides)
         node = _node_rank(env, node_rank, resolved, dry_run)
         launcher = env.source if (nodes, gpus_per_node) == (None, None) else ""

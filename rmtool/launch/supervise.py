@@ -54,7 +54,8 @@ def run(plan: Plan, ui: TerminalUi, request: StopRequest, overwrite: bool = Fals
         begin(plan, restart, ui)
         request.defer()
         _run_processes(plan, ui, request)
-        request.at_once(plan.output)
+        if plan.recipe.hub.repo_id:  # the push may take minutes; without one, the run is complete
+            request.at_once(plan.output)
 
 
 def _check_devices(plan: Plan) -> None:

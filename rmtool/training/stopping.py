@@ -3,7 +3,8 @@
 In: signals to any rank, and the deadline of the run. Out: `Stopping.requested`, the same answer on every rank.
 The launcher holds the signals back in the processes that it starts (`launch/stop_request.py`), so one that arrives
 while a rank is starting up is received here, when the steps begin.
-Cost: one sum of four numbers over all ranks per call; 0.1 ms between two processes on a CPU, nothing for one.
+Cost: one sum of four numbers over all ranks per call; between two processes with gloo on two busy cores 0.2 ms at best,
+0.65 ms in the median of 2,000 calls (2026-11-28), 0.1 ms for one process.
 """
 
 from __future__ import annotations

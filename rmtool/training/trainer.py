@@ -216,8 +216,7 @@ def train_loop(
     progress: Progress | None = None,
     snapshot: Callable[[], float] | None = None,
 ) -> dict[str, float]:
-    """Train for all epochs, or until early stopping; return the metrics of the last evaluation, or of the best one
-    where the recipe keeps the best checkpoint (empty without eval pairs).
+    """Train for all epochs, or until early stopping; return the last eval metrics, or the best where that is kept.
 
     Args:
         save: called after each evaluation that is the best so far, where the recipe keeps the best checkpoint.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,15 +10,20 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from helpers import pair_rows, write_jsonl
 
 from rmtool.errors import ExitCode, Stopped
 from rmtool.launch.stop_request import hold_back_signals
-from rmtool.training import stopping
+from rmtool.recipe import load_recipe
+from rmtool.training import stopping, worker
 from rmtool.training.stopping import Stopping, deadline_of
 from rmtool.training.worker_status import DEADLINE, STOP_SIGNALS
+from rmtool.ui import SilentUi
 
 
 class Ranks:
@@ -193,3 +199,45 @@ def test_the_deadline_is_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deadline_of("3h55m", {DEADLINE: "17.5"}) == 17.5
     assert deadline_of("3h55m", {}) == 50 + 3 * 3600 + 55 * 60
     assert deadline_of(None, {DEADLINE: "17.5"}) is None
+
+
+RECIPE = """\
+name: stopped
+model: {{path: {model}}}
+data: {{train: {data}, holdout: 4, cache: false}}
+train: {{batch_size: 4, learning_rate: 1e-3, max_steps: 3, eval_every: 2, tokens_per_pack: 60}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "step", "pending", "logged"),
+    [
+        (1, 1, False, 1),  # after the first step
+        (2, 2, True, 1),  # before the first forward of the evaluation after the second one
+        (3, 2, True, 1),  # between two of its forwards
+    ],
+)
+def test_a_run_leaves_after_a_step_or_between_forwards(
+    answer: int, step: int, pending: bool, logged: int, causal_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.yaml"
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(16))
+    path.write_text(RECIPE.format(model=causal_lm, data=data))
+    asked, requested = [0], Stopping.requested
+
+    def signal_at_answer(self: Stopping) -> bool:
+        asked[0] += 1
+        if asked[0] == answer:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return requested(self)
+
+    monkeypatch.setattr(Stopping, "requested", signal_at_answer)
+    with pytest.raises(Stopped) as stopped:
+        worker.run(load_recipe(str(path)), tmp_path, Accelerator(cpu=True), SilentUi())
+    assert str(stopped.value) == f"stopped at step {step} of 3 (SIGTERM); the same command resumes"
+    [manifest] = tmp_path.glob("snapshots/*/MANIFEST.json")
+    saved_state = json.loads(manifest.read_text())
+    assert saved_state["step"] == step
+    assert (saved_state["pending"] is not None) == pending
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == logged
+    assert asked[0] == answer
