@@ -18,14 +18,14 @@ from rmtool.dataset.report import LENGTHS_FILE, REPORT_FILE
 from rmtool.errors import RmtoolError
 from rmtool.recipe import CONFIG_FILE
 from rmtool.training.tracking import CURVES_FILE, METRICS_FILE, read_metrics
-from rmtool.training.worker_status import BEST_PREFIX, DATA_READ_FILE
+from rmtool.training.worker_status import BEST_PREFIX, DATA_READ_FILE, PACK_BUDGET_FILE
 
 LOG_FILE = "train.log"  # output of `accelerate launch`; each rank has its own log
 LOCK_FILE = ".lock"  # stays, and marks the folder as rmtool's
 PREVIOUS = "previous"
 RESULTS = (
     *("model", HELD_OUT_FILE, REJECTS_FILE, CONFIG_FILE, LOG_FILE),
-    *(METRICS_FILE, CURVES_FILE, REPORT_FILE, LENGTHS_FILE),
+    *(METRICS_FILE, CURVES_FILE, REPORT_FILE, LENGTHS_FILE, PACK_BUDGET_FILE),
 )
 
 
