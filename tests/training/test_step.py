@@ -11,10 +11,12 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import PROGRAM, group_members, pair_rows, until, write_jsonl
 from step_ranks import start, state, take
 
@@ -24,9 +26,13 @@ from rmtool.dataset.split import load_split
 from rmtool.errors import ExitCode, RmtoolError
 from rmtool.model.loading import training_encoder
 from rmtool.model.out_of_memory import is_out_of_memory
+from rmtool.model.reward_model import RewardModel
+from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
+from rmtool.training import worker
 from rmtool.training.nonfinite import SkippedStep, stop_or_skip
 from rmtool.training.pack_budget import read_pack_budget, write_pack_budget
 from rmtool.training.step import Trainer, training_step
+from rmtool.training.tracking import read_metrics
 from rmtool.training.trainer import run_eval
 from rmtool.ui import SilentUi
 
@@ -108,6 +114,31 @@ def test_more_skips_than_allowed_stop_the_run() -> None:
     assert "step 9: the loss is NaN or inf, and 2 steps before it were skipped" in caught.value.what
     with pytest.raises(RmtoolError):
         stop_or_skip(TrainConfig(8, 1e-3), skipped[:1])
+
+
+def test_a_run_reports_the_steps_that_it_skipped(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = RewardModel.forward, list[bool]()
+
+    def forward(self: RewardModel, batch: Any) -> torch.Tensor:
+        calls.append(self.training and torch.is_grad_enabled() and batch.input_ids.numel() > 1)
+        return plain(self, batch) * (float("nan") if sum(calls) == 2 and calls[-1] else 1.0)
+
+    monkeypatch.setattr(RewardModel, "forward", forward)
+    monkeypatch.setattr("rmtool.training.worker.choose_layout", lambda model, *_: shared(model))
+    (tmp_path / CONFIG_FILE).write_text(dump_recipe(load_recipe(str(recipe), [("train.tokens_per_pack", 10**6)])))
+    worker.run(load_recipe(str(tmp_path / CONFIG_FILE)), tmp_path, Accelerator(cpu=True), said := Said())
+    rows = read_metrics(tmp_path)
+    assert [row.get("skipped", False) for row in rows] == [False, True, False, False]
+    assert not [name for name in rows[1] if name.startswith("train/rm/") and name != "train/rm/lr"]
+    assert "grad_norm" not in rows[1]
+    (skipped,) = json.loads((tmp_path / "report.json").read_text())["skipped_steps"]
+    assert (skipped["step"], skipped["what"], len(skipped["rows"])) == (2, "loss", 8)
+    assert [line for line in said.lines if line.startswith("skipped step 2: the loss is NaN or inf in ")]
+
+
+def shared(model: RewardModel) -> Any:
+    model.share_prompts(True)
+    return SimpleNamespace(reason=None)
 
 
 def free_port() -> str:
