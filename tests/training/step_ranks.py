@@ -98,7 +98,9 @@ class Fault:
             if group is self.item.group:
                 factor[at : at + len(group.responses)] = value
             at += len(group.responses)
-        return rewards * factor if self.kind in ("forward", "stop") else _Gradient.apply(rewards, factor)
+        if self.kind in ("forward", "stop"):
+            return torch.where(factor.isnan(), factor, rewards)  # without a gradient of NaN
+        return _Gradient.apply(rewards, factor)
 
     def remove(self) -> None:
         self.hook.remove()
