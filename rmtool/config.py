@@ -162,6 +162,8 @@ class TrainConfig:
     keep: Literal["last", "best"] = "last"  # checkpoint to save: of the last step, or of the best evaluation
     metric_for_best: Literal["accuracy", "loss"] = "accuracy"  # of eval/rm, for keep=best and early stopping
     early_stopping_patience: Count | None = None  # stop after this many evaluations without improvement
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # loss or gradient norm of NaN or inf; skip: go on without the step
+    max_skips: Count = 10  # steps that train.on_nonfinite=skip may skip before the run stops
     save_dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights in the checkpoint
     save_every: Count | None = None  # optimizer steps between snapshots, from which an interrupted run resumes
     save_minutes: Positive | None = 15.0  # or minutes between snapshots; null: off

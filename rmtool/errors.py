@@ -20,7 +20,6 @@ __all__ = [
     "Stopped",
     "first_line",
     "format_error",
-    "out_of_memory",
 ]
 
 
@@ -213,11 +212,6 @@ def format_error(error: RmtoolError) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its class name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def out_of_memory(setting: str) -> RmtoolError:
-    """Return the error for a full device; `setting` is what limits the memory."""
-    return RmtoolError("E0503", "out of memory in a forward pass", f"lower {setting}")
 
 
 def error_table() -> str:

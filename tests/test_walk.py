@@ -17,8 +17,9 @@ from rmtool.dataset.batches import epoch_steps
 from rmtool.dataset.split import load_split
 from rmtool.model.loading import training_encoder, training_model
 from rmtool.recipe import load_recipe
+from rmtool.training.engine import Engine
 from rmtool.training.optim import build_optimizer
-from rmtool.training.trainer import Engine, Trainer, training_step
+from rmtool.training.step import Trainer, training_step
 from rmtool.ui import SilentUi
 
 MOST_FILES = 14
@@ -72,7 +73,7 @@ def test_contributing_lists_the_files_that_a_pair_goes_through(causal_lm: Path, 
     try:
         split = load_split(recipe, encoder, Rejects(), SilentUi())
         batch = next(epoch_steps(split.train.metadata, split.train.groups, 0, 0, 4))
-        training_step(Trainer(recipe, engine), batch, 1e-3, 1)
+        training_step(Trainer.start(recipe, engine, SilentUi(), tmp_path), batch, 1e-3, 1)
     finally:
         sys.setprofile(None)
         threading.setprofile(None)

@@ -193,6 +193,15 @@ def write_report(report: DataReport, tokenized: TokenizedDataset, folder: Path) 
     draw_lengths(tokenized, folder / LENGTHS_FILE)
 
 
+def add_skipped_steps(folder: Path, steps: Sequence[dict[str, Any]]) -> None:
+    """Add the steps that training skipped, with their rows, to report.json."""
+    if not steps:
+        return
+    report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    report["skipped_steps"] = list(steps)
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
 def new_figure(width: float, height: float) -> Any:
     """Return an empty figure for a PNG, with the size in inches."""
     os.environ["MPLBACKEND"] = "agg"  # one that matplotlib does not know would make its import fail

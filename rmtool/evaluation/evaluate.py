@@ -21,6 +21,7 @@ from rmtool.dist import SINGLE_PROCESS, DistInfo
 from rmtool.errors import RmtoolError
 from rmtool.evaluation.metrics import EVAL_PREFIX, PairSums
 from rmtool.model.loss import bradley_terry
+from rmtool.model.out_of_memory import PackOutOfMemoryError, row_out_of_memory
 from rmtool.model.reward_model import RewardModel
 from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.response_group import ResponseGroup
@@ -67,9 +68,14 @@ def evaluate(
 
     Raises:
         AbandonedError: when `interrupt` says so.
-        RmtoolError: E0409 a reward is NaN or inf; E0503 out of memory.
+        RmtoolError: E0409 a reward is NaN or inf; E0503 out of memory, a `PackOutOfMemoryError` if smaller packs help.
     """
-    rewards = compute_rewards(model, groups, max_tokens, bar, forward_module, dist, interrupt)
+    try:
+        rewards = compute_rewards(model, groups, max_tokens, bar, forward_module, dist, interrupt)
+    except PackOutOfMemoryError as error:
+        if len(error.indices) > 1:
+            raise
+        raise row_out_of_memory(metadata[error.indices[0]].place, error.tokens) from None
     total, subsets = PairSums(), dict[str, PairSums]()
     for each, values in zip(metadata, rewards, strict=True):
         _require_finite(each, values)

@@ -6,6 +6,7 @@ Sums are float64 and are divided last: a mean over batches is never averaged.
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple, dataclass
 
 import torch
@@ -49,6 +50,11 @@ class PairSums:
 
     def __add__(self, other: PairSums) -> PairSums:
         return PairSums(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def finite(self) -> bool:
+        """Whether no reward and no loss is NaN or inf."""
+        return all(math.isfinite(value) for value in astuple(self))
 
     def reduce(self, dist: DistInfo) -> PairSums:
         """Sum over all ranks, which must all call this."""

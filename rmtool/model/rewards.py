@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rmtool.dist import SINGLE_PROCESS, DistInfo
-from rmtool.errors import out_of_memory
+from rmtool.model.out_of_memory import PackOutOfMemoryError, unless_out_of_memory
 from rmtool.model.reward_model import RewardModel
 from rmtool.tokenization.pack_plan import plan_inference_packs
 from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
@@ -61,7 +61,10 @@ def compute_rewards(
         # A rank without a pack in the last round runs the round's first one again: all must take part.
         own = first + dist.rank
         items = plan.packs[own if own < len(plan.packs) else first]
-        rewards = _forward(forward_module, model, [responses.as_group(item) for item in items])
+        forward = functools.partial(_forward, model, forward_module, [responses.as_group(item) for item in items])
+        rewards = unless_out_of_memory(forward)
+        if rewards is None:
+            raise PackOutOfMemoryError([responses.group_index(item) for item in items], responses.tokens(items))
         if own < len(plan.packs):
             rewards_N[items] = rewards
         before, done = done, min(first + dist.world_size, len(plan.packs))
@@ -70,20 +73,16 @@ def compute_rewards(
     return [rewards_N[start:end].tolist() for start, end in itertools.pairwise(responses.starts)]
 
 
-def _forward(forward_module: nn.Module, model: RewardModel, pack: list[ResponseGroup]) -> torch.Tensor:
-    try:
-        rewards: torch.Tensor = forward_module(model.collate(pack)).cpu()
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory("train.tokens_per_pack") from error
-    return rewards
-
-
 def _rounds(packs: int, world_size: int, interrupt: Callable[[], bool] | None) -> Iterator[int]:
     """Yield the first pack of each round, one pack per rank, until it is interrupted."""
     for first in range(0, packs, world_size):
         if interrupt and interrupt():
             raise AbandonedError
         yield first
+
+
+def _forward(model: RewardModel, module: nn.Module, groups: Sequence[ResponseGroup]) -> torch.Tensor:
+    return module(model.collate(groups)).cpu()
 
 
 class _Responses:
@@ -108,3 +107,10 @@ class _Responses:
 
     def as_group(self, item: int) -> ResponseGroup:
         return build_group([self.window(item, 0, self.lengths[item])])
+
+    def tokens(self, items: Sequence[int]) -> int:
+        """The tokens of these responses, each with its prompt."""
+        return sum(self.lengths[item] for item in items)
+
+    def group_index(self, item: int) -> int:
+        return self._group_index[item]

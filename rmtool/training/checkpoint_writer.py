@@ -18,8 +18,8 @@ from rmtool.model.precision import PRECISIONS, compute_precision
 from rmtool.model.weights import meta_copy
 from rmtool.recipe import as_dict, as_source
 from rmtool.tokenization.encoder import Encoder
+from rmtool.training.engine import Engine
 from rmtool.training.progress import Best
-from rmtool.training.trainer import Engine
 from rmtool.training.worker_status import BEST_PREFIX
 
 

@@ -1,14 +1,19 @@
-"""The process group of a training run, and DeepSpeed's settings.
+"""The engine of a training run: process group, DeepSpeed's settings, and the model and optimizer that it wraps.
 
 In: a recipe, and the launcher's environment variables. Out: accelerate's `Accelerator` for one process, DDP, ZeRO-2 or
-ZeRO-3. Weights, gradients and optimizer states are fp32 on every engine, and autocast is the model's own: an engine
-changes no step. Under ZeRO with bf16, weights and gradients are sent in bf16, except those of the score head.
+ZeRO-3, and an `Engine` with the same calls on each. Weights, gradients and optimizer states are fp32 on every engine,
+and autocast is the model's own: an engine changes no step. Under ZeRO with bf16, weights and gradients are sent in
+bf16, except those of the score head.
 Cost: one collective call per check.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import math
 import resource
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +21,11 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 
 from rmtool.config import Recipe
+from rmtool.dist import DistInfo
 from rmtool.errors import RmtoolError
 from rmtool.model.precision import compute_precision
+from rmtool.model.reward_model import RewardModel
+from rmtool.model.weights import merged_weights
 from rmtool.recipe import engine_of
 
 # Sizes in elements. DeepSpeed's defaults take about 8 GB of GPU memory; a matrix larger than a bucket is sent alone.
@@ -82,6 +90,101 @@ def _disable_shared_memory_op() -> None:
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+
+
+@dataclass
+class Engine:
+    """A model and its optimizer, prepared by accelerate.
+
+    In: a model (`model`; `wrapped` is what accelerate made of it). Out: gradients, updates, sums over all ranks and the
+    full state dict, with the same calls on every engine.
+    """
+
+    accelerator: Accelerator
+    model: RewardModel
+    wrapped: Any
+    optimizer: Any
+    max_grad_norm: float | None
+
+    @classmethod
+    def prepare(
+        cls, accelerator: Accelerator, model: RewardModel, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+    ) -> Engine:
+        """Wrap the model and its optimizer for the engine of this process group."""
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        return cls(accelerator, model, wrapped, optimizer, max_grad_norm)
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether the engine is DeepSpeed's."""
+        return hasattr(self.wrapped, "set_gradient_accumulation_boundary")
+
+    @property
+    def dist(self) -> DistInfo:
+        """Rank, world size and sum, for code that divides work over ranks."""
+        return DistInfo(self.accelerator.process_index, self.accelerator.num_processes, self.sum)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks; the result is on the CPU."""
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Accumulate the gradients of this loss; after the `last` loss of a step, average them over all ranks."""
+        if self.deepspeed:
+            self.wrapped.set_gradient_accumulation_boundary(last)
+            self.wrapped.backward(loss)
+        else:
+            self.accelerator.backward(loss)
+
+    def accumulating(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Context for forward and backward: DDP reduces gradients only in the `last` pack of a step."""
+        no_sync = not last and not self.deepspeed
+        return self.accelerator.no_sync(self.wrapped) if no_sync else contextlib.nullcontext()
+
+    def update(self, rate: float) -> float:
+        """Clip the gradients, step the optimizer at this learning rate, clear them; return the norm before clipping.
+
+        If the norm is NaN or inf, weights and the optimizer's state stay as they are, on all ranks: they have the same.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.deepspeed:
+            self.wrapped.step()  # which checks the norm, too
+            norm = float(self.wrapped.get_global_grad_norm())
+            assert self.wrapped.was_step_applied() == math.isfinite(norm), "DeepSpeed has used a gradient of NaN or inf"
+            return norm
+        norm = self.clip()
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    @property
+    def can_retry(self) -> bool:
+        """Whether a step that failed halfway can be taken again in this process: no other rank or engine has a part."""
+        return self.accelerator.num_processes == 1 and not self.deepspeed
+
+    def discard_gradients(self) -> None:
+        """Free the gradients of a step that failed, and what the failed pack has left; not for DeepSpeed."""
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()  # autograd's graph may be in a cycle
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def clip(self) -> float:
+        """Clip the gradients and return their norm before; not for DeepSpeed, which clips in its step."""
+        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf))
+
+    def full_state_dict(self, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+        """Gather the classifier's state dict in `dtype` on the CPU of the main process; None on the others.
+
+        All ranks must call it.
+        """
+        main, weights = self.accelerator.is_main_process, dict[str, torch.Tensor]()
+        for name, value in merged_weights(self.model.classifier, dtype):
+            if main:
+                weights[name] = value
+        return weights if main else None
 
 
 def peak_memory(device: torch.device) -> int:

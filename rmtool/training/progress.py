@@ -11,6 +11,7 @@ from typing import Any
 
 from rmtool.config import TrainConfig
 from rmtool.evaluation.metrics import EVAL_PREFIX
+from rmtool.training.nonfinite import SkippedStep
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Progress:
     episode: pairs in them
     metrics: of the last evaluation
     pending: metrics of the last step whose evaluation was interrupted: it is evaluated and logged first
+    skipped: steps that were not taken because of NaN or inf
     seconds: time of the run in the steps, evaluations and snapshots so far, over all its interruptions
     snapshots, snapshot_seconds: how many were written so far, and the time that took
     """
@@ -57,6 +59,7 @@ class Progress:
     best: Best = field(default_factory=Best)
     metrics: dict[str, float] = field(default_factory=dict)
     pending: dict[str, float] | None = None
+    skipped: list[SkippedStep] = field(default_factory=list)
     seconds: float = 0.0
     snapshots: int = 0
     snapshot_seconds: float = 0.0
@@ -66,4 +69,5 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Progress:
-        return cls(**{**values, "best": Best(**values["best"])})
+        skipped = [SkippedStep(**{**each, "rows": tuple(each["rows"])}) for each in values["skipped"]]
+        return cls(**{**values, "best": Best(**values["best"]), "skipped": skipped})

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from rmtool.errors import RmtoolError, first_line
-from rmtool.training.trainer import Engine
+from rmtool.training.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEPS = "optimizer_steps"  # one float per trainable parameter, in the order of their sorted names

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -25,11 +26,12 @@ from rmtool.checkpoint import HELD_OUT_FILE, resolve_checkpoint
 from rmtool.config import Recipe
 from rmtool.data.rejects import REJECTS_FILE, Rejects
 from rmtool.dataset.batches import count_pairs
-from rmtool.dataset.report import build_report, example, write_report
+from rmtool.dataset.report import add_skipped_steps, build_report, example, write_report
 from rmtool.dataset.split import Split, load_split, write_held_out
-from rmtool.errors import ExitCode, RmtoolError, Stopped, first_line, out_of_memory
+from rmtool.errors import ExitCode, RmtoolError, Stopped, first_line
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import training_encoder, training_model
+from rmtool.model.out_of_memory import is_out_of_memory
 from rmtool.model.precision import compute_precision
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing.layers import compile_layers
@@ -37,16 +39,17 @@ from rmtool.packing.prefix_sharing import describe_sharing
 from rmtool.recipe import CONFIG_FILE, as_dict, engine_of, load_recipe, recipe_hash, resolve
 from rmtool.tokenization.encoder import Encoder
 from rmtool.training.checkpoint_writer import CheckpointWriter, build_manifest
-from rmtool.training.engine import require_agreement, start_accelerator
+from rmtool.training.engine import Engine, require_agreement, start_accelerator
 from rmtool.training.optim import build_optimizer
 from rmtool.training.resume import identity, require_unchanged
 from rmtool.training.run_files import WRITTEN, move_to_previous
 from rmtool.training.saver import Saver, read_progress
 from rmtool.training.schedule import Schedule, require_reachable, schedule_rows
 from rmtool.training.snapshots import Snapshot, Snapshots
+from rmtool.training.step import Trainer
 from rmtool.training.stopping import Stopping, deadline_of
 from rmtool.training.tracking import Tracker, draw_curves
-from rmtool.training.trainer import Engine, Trainer, train_loop
+from rmtool.training.trainer import train_loop
 from rmtool.training.worker_status import DATA_READ_FILE, mark_exited, mark_saves, mark_started
 from rmtool.ui import Ui, worker_ui
 
@@ -86,8 +89,10 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     if found:
         saver.resume(found, schedule.steps)
     saver.start()
-    _train(Trainer(recipe, engine), split, saver, folder, ui, found is not None)
+    trainer = Trainer.start(recipe, engine, ui, folder, saver.progress.skipped)
+    _train(trainer, split, saver, folder, ui, found is not None)
     if main:
+        add_skipped_steps(folder, [asdict(skipped) for skipped in trainer.skipped])
         _draw_curves(folder, ui)
     accelerator.wait_for_everyone()
 
@@ -217,8 +222,9 @@ def _rank_fingerprint(recipe: Recipe, source: Path, fingerprint: str, split: Spl
 def _known_error(error: Exception) -> RmtoolError | None:
     """The user's error behind an exception of torch; None for a bug in rmtool."""
     message = first_line(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return out_of_memory("train.tokens_per_pack, or set train.gradient_checkpointing=true")
+    if is_out_of_memory(error):  # outside of a pack
+        hint = "lower train.tokens_per_pack, or set train.gradient_checkpointing=true"
+        return RmtoolError("E0503", "out of memory", hint, found=message)
     if isinstance(error, torch._dynamo.exc.TorchDynamoException):
         hint = "set train.compile=false, or install a C++ compiler and Triton"
         return RmtoolError("E0504", f"torch.compile failed: {message}", hint)

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+PACK_BUDGET_FILE = "pack-budget.json"  # a smaller one, after the device was out of memory
 DATA_READ_FILE = ".data-read"  # the first process of a node has tokenized the data
 BEST_PREFIX = "best-step-"  # the best checkpoint so far, until the run ends
 TRAINING_BAR, EVALUATION_BAR = "Training", "Evaluating"  # labels of their progress

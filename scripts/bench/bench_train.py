@@ -381,8 +381,10 @@ def train_with_rmtool(spec: Event) -> None:
     from rmtool.dataset.split import Split, load_split
     from rmtool.model.loading import training_encoder, training_model
     from rmtool.tokenization.tokenized_dataset import TokenizedDataset
+    from rmtool.training.engine import Engine
     from rmtool.training.optim import build_optimizer
-    from rmtool.training.trainer import Engine, Trainer, train_loop
+    from rmtool.training.step import Trainer
+    from rmtool.training.trainer import train_loop
     from rmtool.ui import SilentUi
 
     folder = Path(spec["folder"])
@@ -408,7 +410,7 @@ def train_with_rmtool(spec: Event) -> None:
     engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
     if reason := choose_layout(model, engine.wrapped, encoder.max_length).reason:
         emit("padded", reason=reason)
-    trainer = Trainer(recipe, engine)
+    trainer = Trainer.start(recipe, engine, SilentUi(), folder)
     tracker: Any = Tracker(clock, model)
     clock.start()
     train_loop(trainer, Split(split.train, TokenizedDataset()), tracker, SilentUi())

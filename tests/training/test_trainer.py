@@ -30,9 +30,9 @@ from rmtool.model.loss import bradley_terry
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.tokenization.tokenized_dataset import tokenize_records
 from rmtool.training import worker as train
-from rmtool.training.engine import deepspeed_config
+from rmtool.training.engine import Engine, deepspeed_config
 from rmtool.training.optim import build_optimizer
-from rmtool.training.trainer import Engine, Trainer, training_step
+from rmtool.training.step import Trainer, training_step
 from rmtool.ui import SilentUi
 
 TRAIN_NAMES = {
@@ -145,13 +145,15 @@ def trainer(recipe: Recipe, source: Path) -> tuple[Trainer, Any]:
     model, _ = training_model(recipe, source, encoder)
     model.share_prompts(True)
     optimizer = build_optimizer(model, recipe.train)
-    return Trainer(recipe, Engine.prepare(Accelerator(cpu=True), model, optimizer, recipe.train.max_grad_norm)), split
+    engine = Engine.prepare(Accelerator(cpu=True), model, optimizer, recipe.train.max_grad_norm)
+    return Trainer.start(recipe, engine, SilentUi(), source), split
 
 
 def backward(mine: Trainer, units: Any) -> tuple[Any, float]:
     """A step without its update: the sums, and the norm of the gradients, which are left clipped."""
-    mine.engine.update = lambda lr, require: mine.engine.clip()  # type: ignore[method-assign]
-    return training_step(mine, units, 0.0, 1)
+    mine.engine.update = lambda lr: mine.engine.clip()  # type: ignore[method-assign]
+    result = training_step(mine, units, 0.0, 1)
+    return result.sums, result.grad_norm
 
 
 class HalfProducts(TorchDispatchMode):
@@ -387,7 +389,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(recipe:
         run(set_(recipe, learning_rate=1e30, max_grad_norm=None), folder)
     error = caught.value
     assert (error.id, error.exit_code) == ("E0802", 8)
-    assert "pairs.jsonl:" in (error.found or "")
+    assert "pairs.jsonl:" in error.rows[0]
     assert "step " in error.what
     assert not (folder / "model").exists()
 

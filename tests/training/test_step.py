@@ -1,0 +1,344 @@
+"""Steps that go wrong: NaN and inf never reach the weights, and a device without memory gets smaller packs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import PROGRAM, group_members, pair_rows, until, write_jsonl
+from step_ranks import start, state, take
+
+from rmtool.config import TrainConfig
+from rmtool.data.rejects import Rejects
+from rmtool.dataset.split import load_split
+from rmtool.errors import ExitCode, RmtoolError
+from rmtool.launch import supervise
+from rmtool.model.loading import training_encoder
+from rmtool.model.out_of_memory import is_out_of_memory
+from rmtool.model.reward_model import RewardModel
+from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
+from rmtool.training import worker
+from rmtool.training.nonfinite import SkippedStep, stop_or_skip
+from rmtool.training.pack_budget import read_pack_budget, write_pack_budget
+from rmtool.training.step import Trainer, training_step
+from rmtool.training.tracking import read_metrics
+from rmtool.training.trainer import run_eval
+from rmtool.ui import SilentUi
+
+HERE = Path(__file__).parent
+
+
+class Said(SilentUi):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture
+def recipe(causal_lm: Path, tmp_path: Path) -> Path:
+    return write_recipe(causal_lm, tmp_path)
+
+
+def write_recipe(causal_lm: Path, folder: Path, engine: str = "single", processes: int = 1, more: str = "") -> Path:
+    write_jsonl(folder / "pairs.jsonl", pair_rows(32))
+    path = folder / "tiny.yaml"
+    path.write_text(
+        f"model: {{path: {causal_lm}}}\n"
+        f"data: {{train: [{folder / 'pairs.jsonl'}], max_length: 256, cache: false}}\n"
+        "train: {batch_size: 8, learning_rate: 1e-3, tokens_per_pack: 240, precision: fp32, "
+        f"on_nonfinite: skip, max_skips: 3, liger: off{more}}}\n"
+        f"launch: {{engine: {engine}, gpus_per_node: {processes}}}\n"
+    )
+    return path
+
+
+# NaN and inf
+
+
+@pytest.mark.parametrize("kind", ["forward", "gradient", "norm"])
+@pytest.mark.parametrize("loss", ["bradley_terry", "hinge"])
+@pytest.mark.parametrize("tokens", [1, 10**6])
+def test_a_skipped_step_leaves_no_trace_and_names_its_row(kind: str, loss: str, tokens: int, recipe: Path) -> None:
+    trainer, batches = start(str(recipe), [("train.loss", loss), ("train.tokens_per_pack", tokens)])
+    other, _ = start(str(recipe), [("train.loss", loss), ("train.tokens_per_pack", tokens)])
+    take(trainer, batches[0], 1, "none")
+    found = take(trainer, batches[1], 2, kind)
+    assert (found["same"], found["rows"]) == (True, (found["place"],))
+    last = take(trainer, batches[2], 3, "none")
+    take(other, batches[0], 1, "none")
+    assert take(other, batches[2], 3, "none")["state"] == last["state"]
+    assert not last["same"]
+
+
+def test_a_weight_of_inf_stops_the_run_and_moves_no_weight(recipe: Path) -> None:
+    trainer, batches = start(str(recipe), [("train.on_nonfinite", "stop")])
+    take(trainer, batches[0], 1, "none")
+    with torch.no_grad():
+        next(trainer.model.backbone.layers[0].parameters()).view(-1)[0] = torch.inf
+    found = take(trainer, batches[1], 2, "none")
+    assert found["same"]
+    assert found["error"] == "step 2: the loss is NaN or inf"
+    assert found["place"] in str(sorted({str(item.metadata.place) for item in batches[1]}))
+    assert set(found["rows"]) <= {str(item.metadata.place) for item in batches[1]}
+
+
+def test_a_gradient_without_a_single_cause_names_all_rows(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, batches = start(str(recipe))
+    monkeypatch.setattr(trainer.engine, "update", lambda rate: float("inf"))
+    result = training_step(trainer, batches[0], 1e-3, 1)
+    assert result.skipped
+    assert sorted(result.skipped.rows) == sorted(str(item.metadata.place) for item in batches[0])
+    assert result.metrics() == {"skipped": True}
+
+
+def test_more_skips_than_allowed_stop_the_run() -> None:
+    train = TrainConfig(8, 1e-3, on_nonfinite="skip", max_skips=2)
+    skipped = [SkippedStep(step, "loss", (f"a:{step}",)) for step in (3, 5, 9)]
+    stop_or_skip(train, skipped[:2])
+    with pytest.raises(RmtoolError) as caught:
+        stop_or_skip(train, skipped)
+    assert (caught.value.id, caught.value.exit_code, caught.value.rows) == ("E0802", ExitCode.TRAINING, ("a:9",))
+    assert "step 9: the loss is NaN or inf, and 2 steps before it were skipped" in caught.value.what
+    with pytest.raises(RmtoolError):
+        stop_or_skip(TrainConfig(8, 1e-3), skipped[:1])
+
+
+def test_a_run_reports_the_steps_that_it_skipped(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = RewardModel.forward, list[bool]()
+
+    def forward(self: RewardModel, batch: Any) -> torch.Tensor:
+        calls.append(self.training and torch.is_grad_enabled() and batch.input_ids.numel() > 1)
+        return plain(self, batch) * (float("nan") if sum(calls) == 2 and calls[-1] else 1.0)
+
+    monkeypatch.setattr(RewardModel, "forward", forward)
+    monkeypatch.setattr("rmtool.training.worker.choose_layout", lambda model, *_: shared(model))
+    (tmp_path / CONFIG_FILE).write_text(dump_recipe(load_recipe(str(recipe), [("train.tokens_per_pack", 10**6)])))
+    worker.run(load_recipe(str(tmp_path / CONFIG_FILE)), tmp_path, Accelerator(cpu=True), said := Said())
+    rows = read_metrics(tmp_path)
+    assert [row.get("skipped", False) for row in rows] == [False, True, False, False]
+    assert not [name for name in rows[1] if name.startswith("train/rm/") and name != "train/rm/lr"]
+    assert "grad_norm" not in rows[1]
+    (skipped,) = json.loads((tmp_path / "report.json").read_text())["skipped_steps"]
+    assert (skipped["step"], skipped["what"], len(skipped["rows"])) == (2, "loss", 8)
+    assert [line for line in said.lines if line.startswith("skipped step 2: the loss is NaN or inf in ")]
+
+
+def shared(model: RewardModel) -> Any:
+    model.share_prompts(True)
+    return SimpleNamespace(reason=None)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def on_ranks(recipe: Path, count: int, *faults: str) -> list[list[dict[str, Any]]]:
+    """What each rank reports of each step."""
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    if "ddp" in recipe.read_text():
+        common["ACCELERATE_USE_CPU"] = "true"
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "step_ranks.py"), str(recipe), *faults],
+            env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in map(str, range(count))
+    ]  # fmt: skip
+    try:
+        shown = [process.communicate(timeout=200) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * count, shown
+    return [[json.loads(line) for line in out.splitlines() if line.startswith('{"kind"')] for out, _ in shown]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "more"),
+    [("ddp", ""), ("zero2", ""), ("zero3", ""), ("zero2", ", offload"), ("zero2", ", max_grad_norm: null"),
+     ("zero3", ", max_grad_norm: null, gradient_checkpointing: true")],
+)  # fmt: skip
+def test_two_ranks_skip_and_stop_together(engine: str, more: str, causal_lm: Path, tmp_path: Path) -> None:
+    """Goes red if DeepSpeed no longer keeps a gradient of NaN or inf from weights and moments."""
+    recipe = write_recipe(causal_lm, tmp_path, engine, 2, more.replace(", offload", ""))
+    if "offload" in more:
+        recipe.write_text(recipe.read_text().replace("gpus_per_node: 2", "gpus_per_node: 2, offload_optimizer: true"))
+    kinds = ("none", "forward", "gradient", "norm", "none", "stop")
+    ranks, plain = on_ranks(recipe, 2, *kinds), on_ranks(recipe, 2, "none", "none")
+    assert [[step["kind"] for step in steps] for steps in ranks] == [list(kinds)] * 2
+    for one, two in zip(*ranks, strict=True):
+        assert one["rows"] == two["rows"]
+        assert one["same"] == two["same"] == (one["kind"] != "none")
+        if one["kind"] != "none":
+            assert len(one["rows"]) == 1
+            assert re.fullmatch(re.escape(one["place"]) + r" \(rank [01]\)", one["rows"][0])
+        assert bool(one["error"]) == bool(two["error"]) == (one["kind"] == "stop")
+    for steps, expected in zip(ranks, plain, strict=True):
+        assert steps[4]["state"] == expected[1]["state"]
+
+
+# out of memory
+
+
+class FakeMemory:
+    """A device that is full in the forward or backward of some packs, and what is left of them then."""
+
+    def __init__(self, trainer: Trainer, full: Any, where: str = "forward"):
+        self.full, self.where, self.left = full, where, list[Any]()
+        self.sizes = list[int]()
+        trainer.model.register_forward_hook(self.run)
+        trainer.model.backbone.layers[0].register_forward_hook(lambda *args: self.left.append(weakref.ref(args[2])))
+        discard = trainer.engine.discard_gradients
+
+        def check() -> None:
+            discard()
+            assert all(parameter.grad is None for parameter in trainer.model.parameters())
+            assert not [each for each in self.left if each() is not None], "activations of the failed pack are held"
+
+        trainer.engine.discard_gradients = check  # type: ignore[method-assign]
+
+    def run(self, module: Any, args: Any, rewards: torch.Tensor) -> None:
+        self.sizes.append(args[0].input_ids.numel())
+        if self.full(self.sizes):
+            if self.where == "forward":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            if rewards.requires_grad:
+                rewards.register_hook(self.fail)
+
+    def fail(self, gradient: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_step_out_of_memory_is_taken_again_with_smaller_packs(where: str, recipe: Path) -> None:
+    """Bit-identical to a run whose budget was halved at that step; the second pack fails, after the first one."""
+    trainer, batches = start(str(recipe))
+    trainer.ui = said = Said()
+    take(trainer, batches[0], 1, "none")
+    memory = FakeMemory(trainer, lambda sizes: len(sizes) == 2, where)
+    found = [training_step(trainer, batch, 1e-3, step) for step, batch in enumerate(batches[1:3], 2)]
+    assert trainer.tokens_per_pack == 120
+    assert said.lines == ["out of memory at 240 tokens per pack: continuing with 120 (the steps stay the same)"]
+    assert max(memory.sizes[2:]) <= 120 < max(memory.sizes[:2])
+
+    other, _ = start(str(recipe))
+    take(other, batches[0], 1, "none")
+    other.tokens_per_pack = 120
+    assert [training_step(other, batch, 1e-3, step) for step, batch in enumerate(batches[1:3], 2)] == found
+    assert state(other.engine) == state(trainer.engine)
+
+
+def test_a_small_device_halves_until_the_packs_fit(recipe: Path) -> None:
+    trainer, batches = start(str(recipe), [("train.tokens_per_pack", 10**6)])
+    trainer.ui = said = Said()
+    FakeMemory(trainer, lambda sizes: sizes[-1] > 100)
+    training_step(trainer, batches[0], 1e-3, 1)
+    tokens = sum(item.group.unique_tokens for item in batches[0])
+    assert len(said.lines) <= 3  # a budget that makes no other packs is not tried
+    assert trainer.tokens_per_pack < tokens
+
+
+def test_a_row_that_alone_is_too_much_is_named(recipe: Path) -> None:
+    trainer, batches = start(str(recipe))
+    longest = max(batches[0], key=lambda item: item.group.unique_tokens)
+    limit = longest.group.unique_tokens - 1
+    FakeMemory(trainer, lambda sizes: sizes[-1] > limit)
+    before = state(trainer.engine)
+    with pytest.raises(RmtoolError) as caught:
+        training_step(trainer, batches[0], 1e-3, 1)
+    error = caught.value
+    assert (error.id, error.exit_code) == ("E0503", ExitCode.MACHINE)
+    places = {str(item.metadata.place): item.group.unique_tokens for item in batches[0]}
+    assert error.what == f"out of memory in a row of {places[str(error.place)]:,} tokens"
+    assert places[str(error.place)] > limit
+    assert state(trainer.engine) == before
+
+
+def test_an_evaluation_out_of_memory_is_run_again_with_smaller_packs(recipe: Path) -> None:
+    trainer, _ = start(str(recipe))
+    trainer.ui = said = Said()
+    data = load_split(
+        trainer.recipe, training_encoder(trainer.recipe, Path(trainer.recipe.model.path))[0], Rejects(), said
+    )
+    plain = run_eval(trainer, data.train, said)
+    said.lines.clear()
+    memory = FakeMemory(trainer, lambda sizes: sizes[-1] > 120)
+    assert run_eval(trainer, data.train, said) == pytest.approx(plain, abs=1e-6)
+    assert said.lines == ["out of memory at 240 tokens per pack: continuing with 120 (the steps stay the same)"]
+    memory.full = lambda sizes: True
+    with pytest.raises(RmtoolError) as caught:
+        run_eval(trainer, data.train, said)
+    assert caught.value.id == "E0503"
+    assert "pairs.jsonl:" in str(caught.value.place)
+    assert "out of memory in a row of" in caught.value.what
+
+
+def test_what_torch_raises_without_memory() -> None:
+    with pytest.raises(RuntimeError) as cpu:
+        torch.empty(10**14)
+    assert is_out_of_memory(cpu.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("a DefaultCPUAllocator: can't allocate memory in a sentence"))
+    assert not is_out_of_memory(ValueError(str(cpu.value)))
+
+
+def test_a_smaller_budget_is_for_the_same_recipe(tmp_path: Path) -> None:
+    assert read_pack_budget(tmp_path, 8192) == 8192
+    write_pack_budget(tmp_path, 8192, 4096)
+    assert (read_pack_budget(tmp_path, 8192), read_pack_budget(tmp_path, 6000)) == (4096, 6000)
+    assert [path.name for path in tmp_path.iterdir()] == ["pack-budget.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_a_rank_out_of_memory_ends_all_and_the_next_start_has_smaller_packs(
+    engine: str, causal_lm: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(causal_lm, tmp_path, engine, 2, ", max_steps: 3")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK') == '1' and 'rmtool.training.worker' in ' '.join(sys.orig_argv):\n"
+        "    import torch\n"
+        "    from rmtool.model.reward_model import RewardModel\n"
+        "    plain = RewardModel.forward\n"
+        "    def forward(self, batch):\n"
+        "        if batch.input_ids.numel() > 120 and self.training:\n"
+        "            raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "        return plain(self, batch)\n"
+        "    RewardModel.forward = forward\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    words = [PROGRAM, "train", "--recipe", str(recipe), "--output", str(tmp_path / "run")]
+    first = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    until(lambda: (tmp_path / "run" / "pack-budget.json").exists(), 200)
+    statuses = [json.loads(path.read_text()) for path in (tmp_path / "run").glob("rank-*.json")]
+    shown = first.communicate(timeout=60)[1].decode()
+    # README's ten seconds, without the time that a loaded machine takes to end processes.
+    assert supervise.PATIENCE_S + supervise.GRACE_S <= 10
+    assert first.returncode == ExitCode.MACHINE
+    assert "rank 1 of 2: out of memory at 240 tokens per pack" in shown
+    assert "run the same command again" in shown
+    assert "120 tokens per pack" in shown
+    assert len(statuses) == 2
+    assert not any(group_members(status["pid"]) for status in statuses)
+    again = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "an earlier run was out of memory: 120 tokens per pack instead of 240" in again.stderr
