@@ -156,6 +156,7 @@ NOT_FOLLOWED = {
     "E0506": "needs two nodes: tests/training/test_snapshots.py",
     "E0602": "needs a second process: tests/launch/test_supervise.py",
     "E0603": "needs an interrupted run: tests/training/test_resume.py",
+    "E0604": "refused as E0603 before: tests/training/test_training_state.py",
     "E0701": "needs a Hub: tests/test_checkpoint.py",
     "E0801": "needs a process that dies: tests/launch/test_supervise.py",
     "E0802": "needs a run of NaN: tests/training/test_trainer.py",

@@ -102,19 +102,19 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, causal_lm: Path) -> Path:
-    """A recipe, an uninterrupted run of it (alone), and one that was killed after step 5 (killed)."""
+    """A recipe, an uninterrupted run of it (alone), and one that was killed after step 7 (killed)."""
     root = tmp_path_factory.mktemp("resume")
     recipe = load_recipe(str(make_inputs(root, causal_lm)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RMTOOL_CACHE", str(root / "cache"))
         train(recipe, root / "alone")
-        train_until(recipe, root / "killed", 5)
+        train_until(recipe, root / "killed", 7)  # in the middle of the second epoch
     return root
 
 
 @pytest.fixture
 def killed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of all that may be changed: `lm`, `pairs.jsonl`, the recipe, and `run`, which was killed after step 5."""
+    """A copy of all that may be changed: `lm`, `pairs.jsonl`, the recipe, and `run`, which was killed after step 7."""
     for name in ("lm", "killed"):
         shutil.copytree(root / name, tmp_path / name)
     (tmp_path / "killed").rename(tmp_path / "run")
@@ -131,12 +131,12 @@ def load(place: Path, *overrides: tuple[str, Any]) -> Recipe:
 def test_a_killed_run_goes_on_bit_for_bit(killed: Path, root: Path) -> None:
     """From other folders than before: what is in the files is compared."""
     with open(killed / "run/metrics.jsonl", "a") as file:
-        file.write('{"step": 6}\n{"st')  # steps after the snapshot, and a torn line
+        file.write('{"step": 8}\n{"st')  # steps after the snapshot, and a torn line
     (killed / "run/best-step-99").mkdir()  # of a step that is taken again
     said = train(load(killed), killed / "run")
     assert_same_run(killed / "run", root / "alone")
     line = next(line for line in said if "resuming" in line)
-    assert line.startswith("resuming from step 5 of 10 (snapshot verified: ")
+    assert line.startswith("resuming from step 7 of 10 (snapshot verified: ")
     assert line.endswith("data, recipe, model, tokenizer and versions unchanged)")
 
 
@@ -147,10 +147,10 @@ def test_a_lost_metrics_file_is_restored_from_the_snapshot(killed: Path, root: P
 
 
 def test_a_damaged_snapshot_costs_one_step(killed: Path, root: Path) -> None:
-    (killed / "run/snapshots/step-00000005/state/.metadata").write_bytes(b"not a pickle")
+    (killed / "run/snapshots/step-00000007/state/.metadata").write_bytes(b"not a pickle")
     said = train(load(killed), killed / "run")
-    assert "step-00000005 is corrupted (state/.metadata has 12 bytes instead of " in said[0]
-    assert any("resuming from step 4" in line for line in said)
+    assert "step-00000007 is corrupted (state/.metadata has 12 bytes instead of " in said[0]
+    assert any("resuming from step 6" in line for line in said)
     assert_same_run(killed / "run", root / "alone")
 
 

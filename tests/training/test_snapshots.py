@@ -21,9 +21,10 @@ from rmtool.errors import RmtoolError
 from rmtool.recipe import load_recipe
 from rmtool.training import snapshots as module
 from rmtool.training.checkpoint_writer import CheckpointWriter
+from rmtool.training.durable import write_file
 from rmtool.training.optim import build_optimizer
 from rmtool.training.progress import Best
-from rmtool.training.saver import Saver
+from rmtool.training.saver import Saver, read_progress
 from rmtool.training.snapshots import Snapshots
 from rmtool.training.trainer import Engine
 from rmtool.ui import SilentUi
@@ -227,6 +228,12 @@ def calls_of_a_save(saver: Saver) -> int:
 EVERY = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 
 
+def test_a_disk_that_takes_half_of_a_write_gets_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Faulty(monkeypatch, 2, "short", tmp_path)  # after the call that opens it
+    write_file(tmp_path / "a", bytes(range(100)))
+    assert (tmp_path / "a").read_bytes() == bytes(range(100))
+
+
 def failure_of(saver: Saver) -> RmtoolError | None:
     """Save a snapshot; return why it failed."""
     try:
@@ -252,6 +259,7 @@ def test_a_failed_call_of_a_save_costs_no_snapshot(saver: Saver, kind: str | int
             error = failure_of(saver)
         if error:
             failed += 1
+            assert not list(saver.snapshots.folder.glob(".tmp-*"))  # its room is free again
             assert (error.id, error.exit_code) == ("E0502", 5)
             assert "bytes needed" in (error.found or "")
             assert "bytes free" in (error.found or "")
@@ -259,6 +267,7 @@ def test_a_failed_call_of_a_save_costs_no_snapshot(saver: Saver, kind: str | int
         assert found
         assert found.step in (step, step + 1)
         assert not list(saver.snapshots.folder.glob(".tmp-*"))
+        assert read_progress(found.folder)["progress"]["step"] == found.step
         if found.step == step:
             assert contents(found.folder) == before
         assert all(torch.equal(one, two) for one, two in zip(trained, weights(saver.engine), strict=True))
@@ -346,6 +355,17 @@ def test_a_damaged_file_is_found_and_the_snapshot_before_is_used(
     assert "step-00000002 is corrupted" in ui.lines[0]
     assert name in ui.lines[0] or name == "MANIFEST.json"  # a bit of its hashes: what they are of
     assert (run / "snapshots/damaged-step-00000002").is_dir()
+
+
+def test_a_folder_that_has_the_name_of_another_step_is_damaged(two: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(two, tmp_path / "run")
+    shutil.rmtree(run / "snapshots/step-00000002")
+    shutil.copytree(run / "snapshots/step-00000001", run / "snapshots/step-00000002")
+    ui = Lines()
+    found = Snapshots(run, 2).find(ui.say)
+    assert found
+    assert found.step == 1
+    assert "MANIFEST.json: of step 1" in ui.lines[0]
 
 
 def test_without_a_valid_snapshot_there_is_none(two: Path, tmp_path: Path) -> None:
