@@ -26,7 +26,8 @@ from rmtool.launch.watch import Failure, FailureMonitor, find_workers, read_stat
 from rmtool.planning.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, Plan, launch_command
 from rmtool.recipe import CONFIG_FILE, dump_recipe, engine_of
 from rmtool.training.worker_status import LAUNCHER, Status, die_with_parent, log_file
-from rmtool.ui import Replay, TerminalUi
+from rmtool.ui import TerminalUi
+from rmtool.ui.pipe import Replay
 
 EVENTS_FILE = ".events"
 GRACE_S = 4.0  # from SIGTERM to SIGKILL

@@ -247,15 +247,16 @@ def train_loop(
     epochs = (epoch_steps(metadata, groups, train.seed, epoch, train.batch_size) for epoch in range(train.epochs))
     trainer.engine.wrapped.train()
     episode = 0
-    with ui.progress("Training", total, "steps") as bar:
+    with ui.training(trainer.recipe.name, total, ()) as board:
         for step, batch in zip(range(1, total + 1), itertools.chain.from_iterable(epochs), strict=False):
             numbers = _timed_step(trainer, batch, step, total)
             episode += count_pairs(batch)
             numbers = {"step": step, "episode": episode, "epoch": episode / pairs, **numbers}
-            bar.advance(1, f"loss {numbers['train/rm/loss']:.3f} acc {numbers['train/rm/accuracy']:.2f}")
+            board.step(numbers)
             if split.eval.metadata and (step == total or (train.eval_every and step % train.eval_every == 0)):
                 metrics = run_eval(trainer, split.eval, ui)
                 ui.say(f"step {step}, {EVAL_PREFIX}: {describe(metrics)}")
+                board.event("evaluation", f"step {step}: {describe(metrics)}")
                 numbers |= metrics
                 if best.update(step, metrics) and train.keep == "best" and save:
                     save(best)
@@ -279,6 +280,7 @@ def _timed_step(trainer: Trainer, batch: Sequence[BatchItem], step: int, total: 
         "grad_norm": grad_norm,
         "step_seconds": time.monotonic() - started,
         "unique_tokens": sum(item.group.unique_tokens for item in batch),
+        "tokens": sum(item.group.tokens for item in batch),  # without prefix sharing
         "peak_memory": peak_memory(trainer.model.device),  # bytes
     }
 

@@ -43,7 +43,8 @@ from rmtool.training.schedule import Schedule, require_reachable, schedule_rows
 from rmtool.training.tracking import Tracker, draw_curves
 from rmtool.training.trainer import Engine, Trainer, train_loop
 from rmtool.training.worker_status import DATA_READ_FILE, mark_exited, mark_started
-from rmtool.ui import Ui, worker_ui
+from rmtool.ui import Ui
+from rmtool.ui.pipe import worker_ui
 
 # gloo raises a plain RuntimeError with one of these.
 CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
