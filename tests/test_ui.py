@@ -12,7 +12,8 @@ import pytest
 from rmtool.config import TrackConfig
 from rmtool.errors import ExitCode, Place, RmtoolError, format_error
 from rmtool.training.tracking import Tracker, draw_curves, read_metrics
-from rmtool.ui import PipeUi, Replay, SilentUi, TerminalUi
+from rmtool.ui import SilentUi, TerminalUi
+from rmtool.ui.pipe import PipeUi, Replay
 
 
 def plain() -> tuple[TerminalUi, io.StringIO]:

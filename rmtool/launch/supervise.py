@@ -28,7 +28,8 @@ from rmtool.planning.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, WORKER, Pla
 from rmtool.recipe import CONFIG_FILE, dump_recipe, engine_of
 from rmtool.training.run_files import LOG_FILE
 from rmtool.training.worker_status import DEADLINE, LAUNCHER, Status, log_file
-from rmtool.ui import Replay, TerminalUi
+from rmtool.ui import TerminalUi
+from rmtool.ui.pipe import Replay
 
 EVENTS_FILE = ".events"
 GRACE_S = 4.0  # from SIGTERM to SIGKILL

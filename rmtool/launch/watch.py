@@ -17,7 +17,6 @@ import psutil
 from rmtool.training.worker_status import (
     EVALUATION_BAR,
     LAUNCHER,
-    TRAINING_BAR,
     Status,
     process_state,
     read_status,
@@ -28,6 +27,7 @@ from rmtool.training.worker_status import (
 # error that named the other rank; with it, after 21 seconds.
 HANG_S = 10.0  # how long a process may be stopped
 STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+_TRAINING = "training"
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ class FailureMonitor:
 
 
 class Position:
-    """Where the run is: from the progress bars that the main process opens, advances and closes.
+    """Where the run is: from the progress that the main process shows.
 
     In: its events, one line of JSON each. Out: what is left to do when it is asked to stop.
     """
 
     def __init__(self) -> None:
-        self.open: dict[int, str] = {}  # key and label of each bar
+        self.open: dict[int, str] = {}  # key and label of each bar and view
         self.step: int | None = None  # the last complete one
         self.finished = False
 
@@ -98,10 +98,12 @@ class Position:
         event = json.loads(line)
         if "start" in event:
             self.open[event["start"]] = event["label"]
-        elif "advance" in event and self.open[event["advance"]] == TRAINING_BAR:
-            self.step = (self.step or 0) + event["count"]
+        elif "training" in event:
+            self.open[event["training"]] = _TRAINING
+        elif "step" in event:
+            self.step = event["numbers"]["step"]
         elif "end" in event:
-            self.finished |= self.open.pop(event["end"]) == TRAINING_BAR
+            self.finished |= self.open.pop(event["end"]) == _TRAINING
 
     def last_actions(self) -> str:
         """What the ranks do before they leave."""

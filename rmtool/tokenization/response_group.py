@@ -44,6 +44,11 @@ class ResponseGroup:
         return len(self.prompt) + sum(len(response) for response in self.responses)
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all sequences, with the prompt in each."""
+        return self.unique_tokens + len(self.prompt) * (len(self.responses) - 1)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest sequence, prompt and response."""
         return len(self.prompt) + max(len(response) for response in self.responses)

@@ -6,6 +6,7 @@ and index, so the step's number is the position in it.
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,6 +51,7 @@ class Progress:
     metrics: of the last evaluation
     pending: metrics of the last step whose evaluation was interrupted: it is evaluated and logged first
     skipped: steps that were not taken because of NaN or inf
+    tracker_id: id of the wandb run, which goes on after a resume
     seconds: time of the run in the steps, evaluations and snapshots so far, over all its interruptions
     snapshots, snapshot_seconds: how many were written so far, and the time that took
     """
@@ -60,6 +62,7 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
     pending: dict[str, float] | None = None
     skipped: list[SkippedStep] = field(default_factory=list)
+    tracker_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     seconds: float = 0.0
     snapshots: int = 0
     snapshot_seconds: float = 0.0

@@ -89,11 +89,10 @@ class Saver:
         for name, old, new in changes(read_progress(found.folder)["identity"], self.identity, harmless=True):
             self.ui.say(f"changed since the snapshot: {name} from {old} to {new}")
 
-    def save_if_due(self) -> float:
-        """Write a snapshot if it is time for one; return the seconds of the last one."""
-        if self._due():
-            self.save()
-        return self.last_seconds
+    def save_if_due(self) -> tuple[float, str]:
+        """Write a snapshot if it is time for one; return the seconds of the last one, and what was written now."""
+        written = self.save() if self._due() else ""
+        return self.last_seconds, written
 
     def save_before_stop(self, step: int, pending: Mapping[str, float] | None) -> None:
         """Write a snapshot of the run that ends now.
@@ -113,8 +112,8 @@ class Saver:
         if step not in self.snapshots.steps():
             self.save()
 
-    def save(self) -> None:
-        """Write a snapshot.
+    def save(self) -> str:
+        """Write a snapshot; return what it cost.
 
         Raises:
             RmtoolError: E0502 as `Snapshots.write`.
@@ -128,8 +127,9 @@ class Saver:
         self.last_seconds = self.saved - started
         progress.snapshot_seconds += self.last_seconds
         progress.seconds += self.last_seconds
-        took = f"{written.size:,} bytes in {self.last_seconds:.1f} s"
-        self.ui.say(f"snapshot of step {progress.step}: {took}, {self._share()}")
+        took = f"step {progress.step}: {written.size:,} bytes in {self.last_seconds:.1f} s, {self._share()}"
+        self.ui.say(f"snapshot of {took}")
+        return took
 
     def finish(self) -> None:
         """Say what the snapshots cost, and delete them if the recipe says so; the model is saved."""

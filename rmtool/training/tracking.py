@@ -40,19 +40,29 @@ def wandb_project(track: TrackConfig) -> str:
 class Tracker:
     """Writer of metrics to metrics.jsonl, which wandb follows.
 
-    In: one dictionary of metrics per step; `resumed`: whether the file has earlier ones. Out: one line of metrics.jsonl
-    each, and one wandb step.
+    In: one dictionary of metrics per step; whether the file has earlier ones; the id of the wandb run, which goes on.
+    Out: one line of metrics.jsonl each, and one wandb step.
     """
 
-    def __init__(self, folder: Path, track: TrackConfig, config: Mapping[str, Any], ui: Ui, resumed: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        track: TrackConfig,
+        config: Mapping[str, Any],
+        ui: Ui,
+        resumed: bool = False,
+        run_id: str | None = None,
+    ):
         self.ui, self.unwritten, self.failed = ui, b"", False
+        self.past = read_metrics(folder) if resumed else []
         self.file = open(folder / METRICS_FILE, "ab" if resumed else "wb", buffering=0)  # noqa: SIM115 - closed by close()
         self.wandb = None
         if track.wandb:
             name = track.name or os.environ.get("WANDB_NAME") or config["name"]
             init = {"project": wandb_project(track), "name": name, "config": dict(config)}
+            init |= {"id": run_id, "resume": "allow"} if run_id else {}
             try:
-                self.wandb = _Wandb({**init, "dir": str(folder)}, folder / METRICS_FILE, ui)
+                self.wandb = _Wandb({**init, "dir": str(folder)}, folder / METRICS_FILE, len(self.past), ui)
             except OSError as error:
                 ui.say(f"cannot start wandb, {FAILED}: {error}")
 
@@ -95,7 +105,7 @@ class Tracker:
 class _Wandb:
     """The process of the wandb run."""
 
-    def __init__(self, init: dict[str, Any], metrics: Path, ui: Ui):
+    def __init__(self, init: dict[str, Any], metrics: Path, logged: int, ui: Ui):
         self.ui, self.start_by = ui, time.monotonic() + WANDB_START_S
         self.started = self.finishing = self.failed = False
         # In its own session: Ctrl-C is for the run, whose end is the end of this process, too.
@@ -108,7 +118,13 @@ class _Wandb:
         self.orders: IO[bytes] = self.process.stdin  # type: ignore[assignment]
         self.notices: IO[bytes] = self.process.stdout  # type: ignore[assignment]
         os.set_blocking(self.notices.fileno(), False)
-        given = {"init": init, "metrics": str(metrics), "start_s": WANDB_TIMEOUT_S, "finish_s": WANDB_UPLOAD_S}
+        given = {
+            "init": init,
+            "metrics": str(metrics),
+            "logged": logged,
+            "start_s": WANDB_TIMEOUT_S,
+            "finish_s": WANDB_UPLOAD_S,
+        }
         self._order(json.dumps(given))
 
     def _order(self, line: str) -> None:

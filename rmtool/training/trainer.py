@@ -23,8 +23,8 @@ from rmtool.training.schedule import lr_multiplier
 from rmtool.training.step import Trainer, training_step
 from rmtool.training.stopping import Stopping
 from rmtool.training.tracking import Tracker
-from rmtool.training.worker_status import EVALUATION_BAR, TRAINING_BAR
-from rmtool.ui import Ui
+from rmtool.training.worker_status import EVALUATION_BAR
+from rmtool.ui import Board, Ui
 
 
 def train_loop(
@@ -35,32 +35,32 @@ def train_loop(
     save: Callable[[Best], None] | None = None,
     stopping: Stopping | None = None,
     progress: Progress | None = None,
-    snapshot: Callable[[], float] | None = None,
+    snapshot: Callable[[], tuple[float, str]] | None = None,
 ) -> dict[str, float]:
     """Train for all epochs, or until early stopping; return the last eval metrics, or the best where that is kept.
 
     Args:
         save: called after each evaluation that is the best so far, where the recipe keeps the best checkpoint.
         progress: where the run is, updated after each step; default: at its start.
-        snapshot: called after each step but the last; returns the seconds that the last snapshot took.
+        snapshot: called after each step but the last; returns the seconds that the last snapshot took, and what was
+            written now.
         stopping: asked after each step and between the forwards of an evaluation; it saves and raises `Stopped`.
     """
     train, data, progress = trainer.recipe.train, split.train, progress or Progress()
     pairs = count_pairs(data.metadata)
     total = plan_steps(train.epochs, train.max_steps, pairs, train.batch_size)
-    after = _AfterStep(trainer, split, tracker, ui, save, stopping, progress, total)
     trainer.engine.wrapped.train()
     pending, progress.pending = progress.pending, None
-    ended = pending is not None and not after.complete(pending)
     batches = run_steps(data.metadata, data.groups, train.seed, train.batch_size, progress.step)
-    with ui.progress(TRAINING_BAR, total - progress.step, "steps") as bar:
+    with ui.training(trainer.recipe.name, total, tracker.past if tracker else ()) as board:
+        after = _AfterStep(trainer, split, tracker, ui, board, save, stopping, progress, total)
+        ended = pending is not None and not after.complete(pending)
         while progress.step < total and not ended:
             batch = next(batches)
             step = progress.step + 1
             numbers = _timed_step(trainer, batch, step, total)
             progress.step, progress.episode = step, progress.episode + count_pairs(batch)
             numbers = {"step": step, "episode": progress.episode, "epoch": progress.episode / pairs, **numbers}
-            bar.advance(1, _note(numbers))
             ended = not after.complete(numbers) or step == total
             if not ended:
                 after.snapshot_or_stop(snapshot, numbers["step_seconds"])
@@ -75,6 +75,7 @@ class _AfterStep:
     split: Split
     tracker: Tracker | None
     ui: Ui
+    board: Board
     save: Callable[[Best], None] | None
     stopping: Stopping | None
     progress: Progress
@@ -83,12 +84,14 @@ class _AfterStep:
     def complete(self, numbers: dict[str, float]) -> bool:
         """Evaluate if it is time, and log the step; return whether to go on, without early stopping."""
         train, progress, step = self.trainer.recipe.train, self.progress, self.progress.step
+        self.board.step(numbers)
         due = step == self.total or (train.eval_every and step % train.eval_every == 0)
         if self.split.eval.metadata and due:
             metrics = run_eval(self.trainer, self.split.eval, self.ui, self.stopping)
             if not metrics and self.stopping:
                 self.stopping.leave(step, self.total, numbers)
             self.ui.say(f"step {step}, {EVAL_PREFIX}: {describe(metrics)}")
+            self.board.event("evaluation", f"step {step}: {describe(metrics)}")
             numbers, progress.metrics = numbers | metrics, metrics
             if progress.best.update(train, step, metrics) and train.keep == "best" and self.save:
                 self.save(progress.best)
@@ -98,9 +101,11 @@ class _AfterStep:
             self.ui.say(f"early stopping at step {step}: {progress.best.since_when(train)}")
         return not progress.best.should_stop(train)
 
-    def snapshot_or_stop(self, snapshot: Callable[[], float] | None, step_seconds: float) -> None:
+    def snapshot_or_stop(self, snapshot: Callable[[], tuple[float, str]] | None, step_seconds: float) -> None:
         """Save a snapshot if one is due, and leave if that is requested."""
-        save_seconds = snapshot() if snapshot else 0.0
+        save_seconds, written = snapshot() if snapshot else (0.0, "")
+        if written:
+            self.board.event("snapshot", written)
         if self.stopping:
             self.stopping.save_seconds = save_seconds
             self.stopping.after_step(self.progress.step, self.total, step_seconds)
@@ -116,15 +121,9 @@ def _timed_step(trainer: Trainer, batch: Sequence[BatchItem], step: int, total: 
         "train/rm/lr": lr,
         "step_seconds": time.monotonic() - started,
         "unique_tokens": sum(item.group.unique_tokens for item in batch),
+        "tokens": sum(item.group.tokens for item in batch),  # without prefix sharing
         "peak_memory": peak_memory(trainer.model.device),  # bytes
     }
-
-
-def _note(numbers: dict[str, float]) -> str:
-    """Describe a step in a few words."""
-    if "skipped" in numbers:
-        return "skipped (NaN or inf)"
-    return f"loss {numbers['train/rm/loss']:.3f} acc {numbers['train/rm/accuracy']:.2f}"
 
 
 def run_eval(

@@ -34,8 +34,11 @@ def main() -> None:
         run, notice = _start(given["init"], given["start_s"])
         print(notice, file=notices, flush=True)
         doing = "log to wandb"
+        # A run that goes on has the steps before; one that is offline cannot know which, so far.
+        first = run.step if run.resumed else given["logged"] + 1
         for row in _follow(Path(given["metrics"]), run_ends):
-            run.log(row, step=int(row["step"]))
+            if row["step"] >= first:
+                run.log(row, step=int(row["step"]))
         doing = "finish the wandb run"
         run.finish(exit_code=0 if run_ends.outcome == "completed" else 1)
     except BaseException as error:  # noqa: BLE001 - wandb raises errors of any kind: pydantic's, SystemExit, its own

@@ -51,7 +51,8 @@ from rmtool.training.stopping import Stopping, deadline_of
 from rmtool.training.tracking import Tracker, draw_curves
 from rmtool.training.trainer import train_loop
 from rmtool.training.worker_status import DATA_READ_FILE, mark_exited, mark_saves, mark_started
-from rmtool.ui import Ui, worker_ui
+from rmtool.ui import Ui
+from rmtool.ui.pipe import worker_ui
 
 # gloo raises a plain RuntimeError with one of these.
 CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -134,9 +135,10 @@ def _prepare_engine(
 def _train(trainer: Trainer, split: Split, saver: Saver, folder: Path, ui: Ui, resumed: bool) -> None:
     """Take the steps that are left, and save the checkpoint."""
     recipe, main = trainer.recipe, trainer.engine.accelerator.is_main_process
+    given = (folder, recipe.track, as_dict(recipe), ui, resumed, saver.progress.tracker_id)
     with (
         _open_stopping(folder, saver) as stopping,  # before wandb starts, where signals would be held back
-        Tracker(folder, recipe.track, as_dict(recipe), ui, resumed) if main else nullcontext() as tracker,
+        Tracker(*given) if main else nullcontext() as tracker,
     ):
         saver.tracker = tracker
         save, progress, snapshot = saver.checkpoints.save_best, saver.progress, saver.save_if_due

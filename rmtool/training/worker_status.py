@@ -22,7 +22,7 @@ import psutil
 PACK_BUDGET_FILE = "pack-budget.json"  # a smaller one, after the device was out of memory
 DATA_READ_FILE = ".data-read"  # the first process of a node has tokenized the data
 BEST_PREFIX = "best-step-"  # the best checkpoint so far, until the run ends
-TRAINING_BAR, EVALUATION_BAR = "Training", "Evaluating"  # labels of their progress
+EVALUATION_BAR = "Evaluating"  # label of its progress
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: Slurm's early warning
 DEADLINE = "RMTOOL_DEADLINE"  # environment variable: end of the time limit, in time.monotonic of this host
 LAUNCHER = "RMTOOL_LAUNCHER"  # environment variable: process id of the rmtool command, which no process outlives

@@ -19,10 +19,11 @@ from rmtool.training.tracking import Tracker, draw_curves, read_metrics
 from rmtool.ui import TerminalUi
 
 ROWS = [{"step": step, "train/rm/loss": 0.5**step} for step in (1, 2, 3)]
+STEPS = [f"logged {row['step']} {row['train/rm/loss']}" for row in ROWS]
 HANG = "import time; time.sleep(600)"
 WORKING = """
 class Run:
-    disabled, offline, url = False, False, "https://host/run"
+    disabled, offline, url, resumed, step = False, False, "https://host/run", False, 0
     def log(self, row, step):
         print("logged", step, row["train/rm/loss"])
     def finish(self, exit_code):
@@ -59,6 +60,7 @@ def track(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         outcome: str = "completed",
         before: Any = lambda process: None,
         finish_s: int = 60,
+        resumed: str | None = None,
         **given: Any,
     ) -> list[str]:
         # Long enough for the import of wandb on a busy machine, where the test does not need the end of the wait.
@@ -68,8 +70,10 @@ def track(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             (tmp_path / "stub" / "wandb.py").write_text(stub)
             monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'stub'}:{os.environ.get('PYTHONPATH', '')}")
         err = io.StringIO()
-        tracker = Tracker(tmp_path, TrackConfig(wandb=True, **given), {"name": "debug"}, TerminalUi(io.StringIO(), err))
-        tracker.log(ROWS[0])
+        ui, recipe = TerminalUi(io.StringIO(), err), {"name": "debug"}
+        tracker = Tracker(tmp_path, TrackConfig(wandb=True, **given), recipe, ui, resumed is not None, resumed)
+        if not resumed:
+            tracker.log(ROWS[0])
         assert tracker.wandb
         before(tracker.wandb.process)
         for row in ROWS[1:]:
@@ -100,6 +104,17 @@ def test_the_environment_names_project_and_run_where_the_recipe_does_not(
 def test_a_failure_during_the_run_is_reported_once(track: Any) -> None:
     broken = WORKING.replace("return settings", "raise OSError('x')")
     assert track(broken, before=lambda process: process.wait(20)) == ["cannot start wandb, metrics.jsonl only: x"]
+
+
+@pytest.mark.parametrize(
+    ("there", "steps"), [("resumed, step = True, 3", ["logged 3 0.125"]), ("resumed, step = False, 0", STEPS[1:])]
+)
+def test_a_resumed_run_goes_on_in_wandb(track: Any, tmp_path: Path, capfd: Any, there: str, steps: list[str]) -> None:
+    """From the step that wandb does not have yet; offline, where it cannot know, from the step of the snapshot."""
+    (tmp_path / tracking.METRICS_FILE).write_text(json.dumps(ROWS[0]) + "\n")
+    stub = WORKING.replace("resumed, step = False, 0", there)
+    track(stub.replace('given.get("mode")', 'given["id"], given["resume"]'), resumed="abc")
+    assert capfd.readouterr().err.splitlines() == ["init rmtool debug debug abc allow", *steps, "finished 0"]
 
 
 def test_rows_that_come_later_are_logged(track: Any, capfd: Any) -> None:

@@ -2,8 +2,8 @@
 
 In: text, table rows, and counts of completed work. Out: stderr (messages, progress) and stdout (results), and the log
 file, which gets the output of libraries and tracebacks.
-A training process does not own the terminal: it writes the same calls as JSON lines to the pipe $RMTOOL_EVENTS
-(`PipeUi`), and the launcher replays them on its terminal (`Replay`).
+A training process does not own the terminal: it writes the same calls to a pipe (`pipe.py`). A training run on a
+terminal has a live view (`live.py`).
 Cost: a progress update is a dictionary write; a terminal is redrawn at most ten times a second.
 """
 
@@ -16,16 +16,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
 from rich import progress as rich_progress
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from rmtool.errors import RmtoolError, format_error
+from rmtool.ui.live import LiveView, Numbers
 
-_PARENT_EXITED = ("E0803", "the parent rmtool process has exited", "run the command again")
 PLAIN_INTERVAL_S = 10.0  # without a terminal: minimum seconds between progress lines
 
 
@@ -35,12 +36,20 @@ class Bar(Protocol):
     def advance(self, count: int = 1, note: str = "") -> None: ...
 
 
+class Board(Protocol):
+    """The view of a training run."""
+
+    def step(self, numbers: Numbers) -> None: ...
+    def event(self, kind: str, text: str) -> None: ...
+
+
 class Ui(Protocol):
     """The output that every part of rmtool may use."""
 
     def say(self, text: str) -> None: ...
     def progress(self, label: str, total: int | None, unit: str) -> contextlib.AbstractContextManager[Bar]: ...
     def facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None: ...
+    def training(self, name: str, total: int, past: Sequence[Numbers]) -> contextlib.AbstractContextManager[Board]: ...
 
 
 def _rate(speed: float) -> str:
@@ -60,6 +69,12 @@ class _Bar:
         self.ui, self.progress = ui, progress
         self.id = progress.add_task(label, total=total, unit=unit, note="")
         self.start = self.last = time.monotonic()
+        self.before = 0  # of the total, by an earlier process
+
+    def skip(self, count: int) -> None:
+        """Count what was done before a resume, which does not count for the speed."""
+        self.before = count
+        self.progress.update(self.id, completed=count)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         if note:  # without one, the last note stays
@@ -71,11 +86,28 @@ class _Bar:
 
     def print_line(self) -> None:
         task, elapsed = self.progress.tasks[0], time.monotonic() - self.start
-        done, speed = int(task.completed), task.completed / elapsed if elapsed else 0.0
+        done = int(task.completed)
+        speed = (done - self.before) / elapsed if elapsed else 0.0
         of = f"/{int(task.total)}" if task.total is not None else ""
         left = f", {(task.total - done) / speed:.0f} s left" if task.total and speed and done < task.total else ""
         counts = f"{done}{of} {task.fields['unit']} ({_rate(speed)}/s, {elapsed:.0f} s{left})"
         self.ui.say(f"{task.description}: {counts}  {task.fields['note']}".rstrip())
+
+
+class _Board:
+    """The live view; without a terminal, a line every PLAIN_INTERVAL_S."""
+
+    def __init__(self, view: LiveView, bar: Bar | None = None):
+        self.view, self.bar = view, bar
+
+    def step(self, numbers: Numbers) -> None:
+        count = int(numbers["step"] or 0) - self.view.done
+        self.view.step(numbers)
+        if self.bar:
+            self.bar.advance(count, self.view.summary())
+
+    def event(self, kind: str, text: str) -> None:
+        self.view.events[kind] = _clean(text)
 
 
 def _console(file: IO[str]) -> Console:
@@ -133,7 +165,7 @@ class TerminalUi:
         self.table(title, ("", ""), rows, numeric_from=2, to_stderr=True)
 
     @contextlib.contextmanager
-    def progress(self, label: str, total: int | None, unit: str) -> Iterator[Bar]:
+    def progress(self, label: str, total: int | None, unit: str) -> Iterator[_Bar]:
         counts = (rich_progress.MofNCompleteColumn(), _RateColumn())
         times = (rich_progress.TimeElapsedColumn(), rich_progress.TimeRemainingColumn(), "{task.fields[note]}")
         bar_column = rich_progress.BarColumn(bar_width=None)
@@ -145,41 +177,19 @@ class TerminalUi:
         if plain:
             bar.print_line()
 
-
-class _PipeBar:
-    def __init__(self, ui: PipeUi, key: int):
-        self.ui, self.key = ui, key
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        self.ui.send({"advance": self.key, "count": count, "note": note})
-
-
-class PipeUi:
-    """Output as JSON lines for `Replay` in the process that owns the terminal."""
-
-    def __init__(self, pipe: IO[str]):
-        self.pipe, self.next_key = pipe, 0
-
-    def send(self, event: dict[str, Any]) -> None:
-        try:
-            self.pipe.write(json.dumps(event) + "\n")
-            self.pipe.flush()
-        except BrokenPipeError as error:  # the launcher was killed: nothing else would stop this process
-            raise RmtoolError(*_PARENT_EXITED) from error
-
-    def say(self, text: str) -> None:
-        self.send({"say": text})
-
-    def facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        self.send({"facts": title, "rows": list(rows)})
-
     @contextlib.contextmanager
-    def progress(self, label: str, total: int | None, unit: str) -> Iterator[Bar]:
-        self.next_key += 1
-        key = self.next_key
-        self.send({"start": key, "label": label, "total": total, "unit": unit})
-        yield _PipeBar(self, key)
-        self.send({"end": key})
+    def training(self, name: str, total: int, past: Sequence[Numbers] = ()) -> Iterator[Board]:
+        """Show a training run; `past` are the metrics of its steps before a resume."""
+        view = LiveView(name, total)
+        for numbers in past:
+            view.step(numbers)
+        if self.err.is_terminal:
+            with Live(view, console=self.err, refresh_per_second=4):
+                yield _Board(view)
+        else:
+            with self.progress("Training", total, "steps") as bar:
+                bar.skip(view.done)
+                yield _Board(view, bar)
 
 
 class SilentUi:
@@ -195,56 +205,18 @@ class SilentUi:
     def progress(self, label: str, total: int | None, unit: str) -> Iterator[Bar]:
         yield self
 
+    @contextlib.contextmanager
+    def training(self, name: str, total: int, past: Sequence[Numbers] = ()) -> Iterator[Board]:
+        yield self
+
     def advance(self, count: int = 1, note: str = "") -> None:
         pass
 
+    def step(self, numbers: Numbers) -> None:
+        pass
 
-class Replay:
-    """Output of a `PipeUi`'s events on another ui, one line at a time."""
-
-    def __init__(self, ui: Ui):
-        self.ui = ui
-        self.open: dict[int, tuple[contextlib.AbstractContextManager[Bar], Bar]] = {}
-
-    def line(self, line: str) -> None:
-        event = json.loads(line)
-        if "say" in event:
-            self.ui.say(event["say"])
-        elif "facts" in event:
-            self.ui.facts(event["facts"], event["rows"])
-        elif "start" in event:
-            manager = self.ui.progress(event["label"], event["total"], event["unit"])
-            self.open[event["start"]] = (manager, manager.__enter__())
-        elif "advance" in event:
-            self.open[event["advance"]][1].advance(event["count"], event["note"])
-        else:
-            self.open.pop(event["end"])[0].__exit__(None, None, None)
-
-    def close(self) -> None:
-        """Close the bars that a killed process left open."""
-        for manager, _ in self.open.values():
-            manager.__exit__(None, None, None)
-        self.open.clear()
-
-
-def worker_ui(main_process: bool) -> Ui:
-    """Return the ui of a training process: the launcher's pipe if there is one, else this terminal.
-
-    Raises:
-        RmtoolError: E0803 when the launcher has exited.
-    """
-    if not main_process:
-        return SilentUi()
-    path = os.environ.get("RMTOOL_EVENTS")
-    if not path:
-        return TerminalUi()
-    try:
-        # Not blocking: without a reader (the launcher was killed) a blocking open would never return.
-        pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-    except OSError as error:
-        raise RmtoolError(*_PARENT_EXITED) from error
-    os.set_blocking(pipe, True)
-    return PipeUi(os.fdopen(pipe, "w", encoding="utf-8"))
+    def event(self, kind: str, text: str) -> None:
+        pass
 
 
 def print_json(data: object, ui: TerminalUi) -> None:
