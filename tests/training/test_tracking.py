@@ -106,13 +106,11 @@ def test_a_failure_during_the_run_is_reported_once(track: Any) -> None:
     assert track(broken, before=lambda process: process.wait(20)) == ["cannot start wandb, metrics.jsonl only: x"]
 
 
-@pytest.mark.parametrize(
-    ("there", "steps"), [("resumed, step = True, 3", ["logged 3 0.125"]), ("resumed, step = False, 0", STEPS[1:])]
-)
+@pytest.mark.parametrize(("there", "steps"), [("True, 3", ["logged 3 0.125"]), ("False, 0", STEPS[1:])])
 def test_a_resumed_run_goes_on_in_wandb(track: Any, tmp_path: Path, capfd: Any, there: str, steps: list[str]) -> None:
     """From the step that wandb does not have yet; offline, where it cannot know, from the step of the snapshot."""
     (tmp_path / tracking.METRICS_FILE).write_text(json.dumps(ROWS[0]) + "\n")
-    stub = WORKING.replace("resumed, step = False, 0", there)
+    stub = WORKING.replace('run", False, 0', f'run", {there}')
     track(stub.replace('given.get("mode")', 'given["id"], given["resume"]'), resumed="abc")
     assert capfd.readouterr().err.splitlines() == ["init rmtool debug debug abc allow", *steps, "finished 0"]
 
