@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -192,3 +193,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def numbered_records(count: int) -> list[Record]:
     return [preference_record(Row(Place("x", n), row)) for n, row in enumerate(pair_rows(count), 1)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -119,7 +119,7 @@ def load_state(engine: Engine, folder: Path) -> None:
     DCP unpickles its index: `folder` must be trusted.
 
     Raises:
-        RmtoolError: on every rank: E0604 when the parameters are not those of the state, E0501 when a rank cannot read.
+        RmtoolError: E0604, on every rank, when its parameters are not the model's; E0501 when a rank cannot read.
     """
     shares = trainable_shares(engine)
     with _translated("E0501", f"cannot read {folder}", "check the disk and the permissions of the run folder"):

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from helpers import PROGRAM, group_members, pair_rows, until, write_jsonl
+from helpers import PROGRAM, free_port, group_members, pair_rows, until, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from rmtool.launch import supervise as launch
@@ -150,12 +149,6 @@ def test_a_head_of_another_name_or_of_several_labels_is_read_or_replaced_under_z
     one, two = (load_file(folder / "model" / "model.safetensors")["score.weight"] for folder in new)
     assert one.shape == (1, 32)
     assert (one == two).all()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""One rank of test_training_state.py: loads states, takes steps, saves a state; a program, started once per rank.
+"""The ranks of test_training_state.py: a program that loads states, takes steps and saves states.
 
-In: a recipe, and a plan: what to load, how many steps to take, where to save. Out, from rank 0: FOLDER/PART.pt with
-losses and everything of all ranks that a step depends on.
+In: plans, one JSON object per line: a recipe, the number of ranks, and parts (what to load, which steps to take, where
+to save). Out, from rank 0: FOLDER/PART.pt with losses and everything of all ranks that a step depends on. Each plan has
+new processes; they are forked, because imports would take most of the time.
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
+import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed  # noqa: F401 - before the fork; it writes to stdout
 import torch
 from accelerate.utils import gather_object
 
 from rmtool.data.rejects import Rejects
 from rmtool.dataset.batches import epoch_steps
 from rmtool.dataset.split import load_split
-from rmtool.errors import RmtoolError
 from rmtool.model import precision
 from rmtool.model.classifier import zero3_gathered
 from rmtool.model.layout_choice import choose_layout
@@ -82,29 +86,55 @@ def live(engine: Engine) -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    recipe, plan, folder = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
-    if plan.get("bf16"):  # also without instructions for it
+def work(plan: dict[str, Any]) -> None:
+    """Run the plan's parts as one rank."""
+    if plan["bf16"]:  # also without instructions for it
         precision.lacks_bf16 = lambda: False
-    run = Run.start(recipe)
+    run, folder = Run.start(plan["recipe"]), Path(plan["folder"])
     engine = run.trainer.engine
     for part in plan["parts"]:
-        result: dict[str, Any] = {}
-        try:
-            if "load" in part:
-                training_state.load_state(engine, Path(part["load"]))
-        except RmtoolError as error:
-            result["error"] = error.as_dict()
-        else:
-            result["losses"] = run.steps(*part["steps"])
-            result |= run.contents()
-            if "save" in part:
-                training_state.save_state(engine, Path(part["save"]))
-        result["errors"] = gather_object([result.get("error")])
+        if "load" in part:
+            training_state.load_state(engine, Path(part["load"]))
+        result = {"losses": run.steps(*part["steps"]), **run.contents()}
+        if "save" in part:
+            training_state.save_state(engine, Path(part["save"]))
         if engine.dist.rank == 0:
             torch.save(result, folder / f"{part['name']}.pt")
     engine.accelerator.wait_for_everyone()
-    os._exit(0)  # some versions of DeepSpeed and gloo wait at exit
+
+
+def fork(plan: dict[str, Any], rank: int) -> int:
+    """Start a rank; return its process id."""
+    if pid := os.fork():
+        return pid
+    log = os.open(f"{plan['recipe']}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    several = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if plan["ranks"] > 1 else {}
+    os.environ |= plan["environment"] | several
+    try:
+        work(plan)
+    except BaseException:  # noqa: BLE001 - pytest shows the log
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def main() -> None:
+    """Run one plan per line of stdin; answer each with the number of its ranks that failed, or were killed for that."""
+    for line in sys.stdin:
+        plan = json.loads(line)
+        ranks, failed = {fork(plan, rank) for rank in range(plan["ranks"])}, 0
+        while ranks:
+            pid, status = os.wait()
+            ranks.remove(pid)
+            if status and not failed:  # the others wait for it
+                time.sleep(2)  # they may have failed for the same reason, which their logs tell
+                for other in ranks:
+                    os.kill(other, signal.SIGKILL)
+            failed += bool(status)
+        print("failed:", failed, flush=True)  # noqa: T201 - the answer
 
 
 if __name__ == "__main__":
