@@ -31,9 +31,9 @@ from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import training_encoder, training_model
 from rmtool.recipe import load_recipe
 from rmtool.training import training_state
-from rmtool.training.engine import start_accelerator
+from rmtool.training.engine import Engine, start_accelerator
 from rmtool.training.optim import build_optimizer
-from rmtool.training.trainer import Engine, Trainer, training_step
+from rmtool.training.step import Trainer, training_step
 from rmtool.ui import SilentUi
 
 
@@ -61,10 +61,10 @@ class Run:
             for batch in epoch_steps(data.metadata, data.groups, 0, epoch, recipe.train.batch_size)
         ]
         engine.wrapped.train()
-        return cls(Trainer(recipe, engine), batches)
+        return cls(Trainer(recipe, engine, SilentUi(), Path(), recipe.train.tokens_per_pack), batches)
 
     def steps(self, first: int, last: int) -> list[float]:
-        return [training_step(self.trainer, self.batches[step], 1e-3, step)[0].loss for step in range(first, last)]
+        return [training_step(self.trainer, self.batches[step], 1e-3, step).sums.loss for step in range(first, last)]
 
     def contents(self) -> dict[str, Any]:
         """The whole state, put together from all ranks, and the weights that each rank computes with."""

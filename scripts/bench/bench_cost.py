@@ -165,12 +165,12 @@ def draw(path: Path, events: Sequence[Event], line: tuple[float, float]) -> None
 
 def time_steps(spec: Event) -> None:
     """Worker: seconds of one training step at each size, in turns, after one step of each size."""
-    from rmtool.training.trainer import training_step
+    from rmtool.training.step import training_step
 
     trainer, units = make_trainer(spec)
     count = benchlib.TokenCount(trainer.model)
     trainer.model.train()
-    trainer.engine.update = lambda lr, require: trainer.engine.clip()  # no update: every step has the same weights
+    trainer.engine.update = lambda lr: trainer.engine.clip()  # no update: every step has the same weights
     for repeat in range(spec["repeats"] + 1):
         for size in spec["sizes"]:
             taken = take_tokens(units, size)
@@ -208,8 +208,9 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
     from rmtool.dataset.split import load_split
     from rmtool.model.layout_choice import choose_layout
     from rmtool.model.loading import training_encoder, training_model
+    from rmtool.training.engine import Engine
     from rmtool.training.optim import build_optimizer
-    from rmtool.training.trainer import Engine, Trainer
+    from rmtool.training.step import Trainer
     from rmtool.ui import SilentUi
 
     folder = Path(spec["folder"]) / "model"
@@ -232,7 +233,7 @@ def make_trainer(spec: Event) -> tuple[Any, list[Any]]:
     if reason := choose_layout(model, engine.wrapped, encoder.max_length).reason:
         emit("padded", reason=reason)
     units = next(epoch_steps(pairs.metadata, pairs.groups, train.seed, 0, train.batch_size))
-    return Trainer(recipe, engine), units
+    return Trainer(recipe, engine, SilentUi(), folder, train.tokens_per_pack), units
 
 
 # ----------------------------------------------------------------------------------------- planning and packing

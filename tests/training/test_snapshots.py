@@ -22,11 +22,11 @@ from rmtool.recipe import load_recipe
 from rmtool.training import snapshots as module
 from rmtool.training.checkpoint_writer import CheckpointWriter
 from rmtool.training.durable import write_file
+from rmtool.training.engine import Engine
 from rmtool.training.optim import build_optimizer
 from rmtool.training.progress import Best
 from rmtool.training.saver import Saver, read_progress
 from rmtool.training.snapshots import Snapshots
-from rmtool.training.trainer import Engine
 from rmtool.ui import SilentUi
 
 METRICS = "metrics.jsonl"
