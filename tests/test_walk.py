@@ -33,6 +33,7 @@ BESIDE = {
     "data/field_names.py": "names of columns, and unread ones",
     "data/notations.py": "messages and transcripts in other notations",
     "data/layouts.py": "which format a row has",
+    "data/pairs.py": "rows that are grouped by prompt",
     "data/sources.py": "which rows of which source",
     "data/record_store.py": "a store: in and out",
     "data/cache_files.py": "a store: in and out",
