@@ -26,7 +26,7 @@ from rmtool.data.field_names import (
     target_of,
     texts,
 )
-from rmtool.data.messages import invalid_row
+from rmtool.data.messages import invalid_row, role_of
 from rmtool.data.notations import JSON_OPENINGS, unpacked_messages
 from rmtool.data.record import Record, RowOptions, has_no_prompt
 from rmtool.data.rows import Row
@@ -109,7 +109,8 @@ def check_unread(row: Row, record: Record, read: frozenset[str], unread: set[str
     Raises:
         RmtoolError: E0303 with the mapping that would read the field.
     """
-    names, suspicious = _unread(tuple(row.data), read)
+    names, suspicious, labels = _unread(tuple(row.data), read)
+    suspicious += tuple(name for name in labels if isinstance(row.data[name], dict))  # data.image
     bare = [] if record.prompt else [has_no_prompt(response) for response in record.responses]
     no_prompt = _has_no_prompt(record)
     if looked_at := names if no_prompt else suspicious:
@@ -128,10 +129,11 @@ def check_unread(row: Row, record: Record, read: frozenset[str], unread: set[str
 
 
 @functools.lru_cache(1024)
-def _unread(fields: tuple[str, ...], read: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the unread fields, and those of which a row that has a prompt is checked."""
+def _unread(fields: tuple[str, ...], read: frozenset[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the unread fields, and those of which a row that has a prompt is checked: all values, and objects."""
     names = tuple(name for name in fields if name not in read)
-    return names, tuple(name for name in names if kind_of(name) not in (Kind.LABEL, Kind.METADATA))
+    others = tuple(name for name in names if kind_of(name) not in (Kind.LABEL, Kind.METADATA))
+    return names, others, tuple(name for name in names if kind_of(name) is Kind.LABEL)
 
 
 def _has_no_prompt(record: Record) -> bool:
@@ -153,7 +155,7 @@ def _lost_part(name: str, value: Any, record: Record, no_prompt: bool) -> tuple[
 
 def _is_in(record: Record, value: Any) -> bool:
     """Return whether all text of a value is in the conversation: as a message, or inside its prompt. Text inside a
-    response does not count, since it may quote the prompt.
+    response does not count, since it may quote the prompt; a response once more does, next to its prompt.
     """
     messages = [*record.prompt, *(message for response in record.responses for message in response[:-1])]
     if not isinstance(value, str):  # a conversation, perhaps
@@ -165,6 +167,7 @@ def _is_in(record: Record, value: Any) -> bool:
     said = [response[-1].content.strip() for response in record.responses]
     return all(
         text in known
+        or (asked and text in said)
         or (len(text) >= _EQUAL_ONLY and text in context)
         or (asked and asked in text and any(each and each in text for each in said))  # a rendered conversation
         for text in texts(value)
@@ -194,7 +197,9 @@ def _mapping(path: str, value: Any, record: Record, no_prompt: bool) -> str:
     free = {"prompt": no_prompt, "tools": not record.tools, "system": not _has_system(record)}[target]
     readable = isinstance(value, str) or is_message(value) or is_messages(value) or target == "tools"
     if free and readable and target != path:
-        return f"set data.columns.{target}={path}, or "
+        complete = is_messages(value) and role_of(value[-1]) == "assistant"
+        condition = " if a response continues its last message" if complete else ""
+        return f"set data.columns.{target}={path}{condition}, or "
     if free:
         return f'write it as "{target}", a string or a list of messages, or set '
     return f'add it to "{target}", or set '
