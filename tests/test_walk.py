@@ -32,6 +32,7 @@ BESIDE = {
     "data/fields.py": "names of columns, and unread ones",
     "data/field_names.py": "names of columns, and unread ones",
     "data/notations.py": "messages and transcripts in other notations",
+    "data/messages.py": "messages in lists",
     "data/layouts.py": "which format a row has",
     "data/pairs.py": "rows that are grouped by prompt",
     "data/sources.py": "which rows of which source",

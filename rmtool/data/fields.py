@@ -54,7 +54,7 @@ def renamed(row: Row, options: RowOptions) -> Row:
     that are written in another way as messages.
 
     Raises:
-        RmtoolError: E0303 when the row has no such column.
+        RmtoolError: E0303 when the row has no such column, or also one of our name.
     """
     looked_at = [name for name, each in row.data.items() if not isinstance(each, str) or each[:1] in JSON_OPENINGS]
     if changed := _unpacked(row, looked_at):
@@ -67,6 +67,7 @@ def renamed(row: Row, options: RowOptions) -> Row:
             data = _without(data, name.strip())
     for ours, theirs in options.columns:
         if ours != IGNORE:
+            _refuse_replaced(row, data.get(ours), ours, theirs)
             data[ours] = unpacked_messages(_column(row, ours, theirs))
     return Row(row.place, data)
 
@@ -83,6 +84,13 @@ def _without(data: dict[str, Any], path: str) -> dict[str, Any]:
 def _unpacked(row: Row, names: list[str]) -> dict[str, Any]:
     values = ((name, row.data[name]) for name in names)
     return {name: new for name, each in values if (new := unpacked_messages(each)) is not each}
+
+
+def _refuse_replaced(row: Row, value: Any, ours: str, theirs: str) -> None:
+    """Refuse a mapping that would leave out text under our name, unless the mapped field is a part of it."""
+    if any(texts(value)) and theirs.partition(".")[0] != ours:
+        hint = f"set data.columns.{IGNORE}={ours} to leave the row's own out, or rename one of the two"
+        raise invalid_row(row, f'"{ours}" is mapped to "{theirs}", but the row has a "{ours}", too', hint=hint)
 
 
 def _column(row: Row, ours: str, theirs: str) -> Any:

@@ -449,3 +449,24 @@ def test_the_steps_of_step_dpo_are_text_or_missing() -> None:
     assert preference_record(row(steps)).conversation(0)[-1].content == f"Sure,{GOOD}"
     assert len(preference_record(row(steps | {"initial_reason_steps": None})).prompt) == 1
     assert "must be a string" in refused(steps | {"initial_reason_steps": ["Sure,"]}).what
+
+
+@pytest.mark.parametrize(
+    ("columns", "fine"),
+    [
+        ({"prompt": "question"}, False),  # the row's own prompt would be lost
+        ({"prompt": "question", "ignore": "prompt"}, True),
+        ({"prompt": "question", "system": "prompt"}, True),  # it is read under another name
+        ({"prompt": "prompt"}, True),
+    ],
+)
+def test_a_mapping_does_not_replace_a_field_of_the_row(columns: dict[str, str], fine: bool) -> None:
+    row = Row(Place("a", 1), {"prompt": "Be brief.", "question": "Be brief.", "chosen": "So.", "rejected": "No."})
+    options = RowOptions(columns=tuple(columns.items()))
+    if fine:
+        assert preference_record(row, options).prompt[-1].content == "Be brief."
+    else:
+        with pytest.raises(RmtoolError, match='"prompt" is mapped to "question", but the row has a "prompt", too'):
+            preference_record(row, options)
+    empty = Row(row.place, row.data | {"prompt": ""})
+    assert preference_record(empty, RowOptions(columns=(("prompt", "question"),))).prompt[0].content == "Be brief."
