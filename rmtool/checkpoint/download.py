@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from rmtool.checkpoint.foreign import ADAPTER, QUANTIZATION_FILES
+from rmtool.checkpoint.foreign import ADAPTER, PICKLED_HEADS, QUANTIZATION_FILES
 from rmtool.errors import Place, RmtoolError, first_line
 from rmtool.ui import Ui
 
@@ -33,7 +33,7 @@ NON_WEIGHT_FILES = (
     *(*TOKENIZER_FILES, f"{WEIGHTS}.index.json"),
 )
 TEMPLATES = "additional_chat_templates/"
-HEADS = ("*head*.safetensors", "*head*.bin")  # LLaMA-Factory's value_head; a pickled one is refused when it is loaded
+HEADS = ("*head*.safetensors", *PICKLED_HEADS)  # LLaMA-Factory's value_head
 _OF_THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from rmtool.errors import RmtoolError
 
 ADAPTER = "adapter_config.json"
+PICKLED_HEADS = ("*head*.bin", "*head*.pt", "*head*.pth", "*head*.ckpt")  # refused when a score head is needed
 # Where GPTQ, AWQ and ModelOpt describe quantized weights, if not in config.json.
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 # Weights in formats that are not read: files, their name, and how to convert them.

@@ -26,7 +26,7 @@ from rmtool.data.field_names import (
     target_of,
     texts,
 )
-from rmtool.data.messages import invalid_row
+from rmtool.data.messages import invalid_row, role_of
 from rmtool.data.notations import JSON_OPENINGS, unpacked_messages
 from rmtool.data.record import Record, RowOptions, has_no_prompt
 from rmtool.data.rows import Row
@@ -54,7 +54,7 @@ def renamed(row: Row, options: RowOptions) -> Row:
     that are written in another way as messages.
 
     Raises:
-        RmtoolError: E0303 when the row has no such column.
+        RmtoolError: E0303 when the row has no such column, or also one of our name.
     """
     looked_at = [name for name, each in row.data.items() if not isinstance(each, str) or each[:1] in JSON_OPENINGS]
     if changed := _unpacked(row, looked_at):
@@ -67,6 +67,7 @@ def renamed(row: Row, options: RowOptions) -> Row:
             data = _without(data, name.strip())
     for ours, theirs in options.columns:
         if ours != IGNORE:
+            _refuse_replaced(row, data.get(ours), ours, theirs)
             data[ours] = unpacked_messages(_column(row, ours, theirs))
     return Row(row.place, data)
 
@@ -83,6 +84,13 @@ def _without(data: dict[str, Any], path: str) -> dict[str, Any]:
 def _unpacked(row: Row, names: list[str]) -> dict[str, Any]:
     values = ((name, row.data[name]) for name in names)
     return {name: new for name, each in values if (new := unpacked_messages(each)) is not each}
+
+
+def _refuse_replaced(row: Row, value: Any, ours: str, theirs: str) -> None:
+    """Refuse a mapping that would leave out text under our name, unless the mapped field is a part of it."""
+    if any(texts(value)) and theirs.partition(".")[0] != ours:
+        hint = f"set data.columns.{IGNORE}={ours} to leave the row's own out, or rename one of the two"
+        raise invalid_row(row, f'"{ours}" is mapped to "{theirs}", but the row has a "{ours}", too', hint=hint)
 
 
 def _column(row: Row, ours: str, theirs: str) -> Any:
@@ -109,7 +117,8 @@ def check_unread(row: Row, record: Record, read: frozenset[str], unread: set[str
     Raises:
         RmtoolError: E0303 with the mapping that would read the field.
     """
-    names, suspicious = _unread(tuple(row.data), read)
+    names, suspicious, labels = _unread(tuple(row.data), read)
+    suspicious += tuple(name for name in labels if isinstance(row.data[name], dict))  # data.image
     bare = [] if record.prompt else [has_no_prompt(response) for response in record.responses]
     no_prompt = _has_no_prompt(record)
     if looked_at := names if no_prompt else suspicious:
@@ -128,10 +137,11 @@ def check_unread(row: Row, record: Record, read: frozenset[str], unread: set[str
 
 
 @functools.lru_cache(1024)
-def _unread(fields: tuple[str, ...], read: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the unread fields, and those of which a row that has a prompt is checked."""
+def _unread(fields: tuple[str, ...], read: frozenset[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the unread fields, and those of which a row that has a prompt is checked: all values, and objects."""
     names = tuple(name for name in fields if name not in read)
-    return names, tuple(name for name in names if kind_of(name) not in (Kind.LABEL, Kind.METADATA))
+    others = tuple(name for name in names if kind_of(name) not in (Kind.LABEL, Kind.METADATA))
+    return names, others, tuple(name for name in names if kind_of(name) is Kind.LABEL)
 
 
 def _has_no_prompt(record: Record) -> bool:
@@ -153,7 +163,7 @@ def _lost_part(name: str, value: Any, record: Record, no_prompt: bool) -> tuple[
 
 def _is_in(record: Record, value: Any) -> bool:
     """Return whether all text of a value is in the conversation: as a message, or inside its prompt. Text inside a
-    response does not count, since it may quote the prompt.
+    response does not count, since it may quote the prompt; a response once more does, next to its prompt.
     """
     messages = [*record.prompt, *(message for response in record.responses for message in response[:-1])]
     if not isinstance(value, str):  # a conversation, perhaps
@@ -165,6 +175,7 @@ def _is_in(record: Record, value: Any) -> bool:
     said = [response[-1].content.strip() for response in record.responses]
     return all(
         text in known
+        or (asked and text in said)
         or (len(text) >= _EQUAL_ONLY and text in context)
         or (asked and asked in text and any(each and each in text for each in said))  # a rendered conversation
         for text in texts(value)
@@ -194,7 +205,9 @@ def _mapping(path: str, value: Any, record: Record, no_prompt: bool) -> str:
     free = {"prompt": no_prompt, "tools": not record.tools, "system": not _has_system(record)}[target]
     readable = isinstance(value, str) or is_message(value) or is_messages(value) or target == "tools"
     if free and readable and target != path:
-        return f"set data.columns.{target}={path}, or "
+        complete = is_messages(value) and role_of(value[-1]) == "assistant"
+        condition = " if a response continues its last message" if complete else ""
+        return f"set data.columns.{target}={path}{condition}, or "
     if free:
         return f'write it as "{target}", a string or a list of messages, or set '
     return f'add it to "{target}", or set '

@@ -22,7 +22,8 @@ _TAIL = 64  # characters in which a rendered prompt's last marker is
 _TURN = re.compile(r"\n\r?\n(Human|Assistant):")
 _MARKER = (
     r"\s*(?:(?:<s>|<bos>|<\|begin_of_text\|>)\s*)?"
-    r"(?:\[INST\]|<start_of_turn>|<\|(?:im_start|start_header_id|begin_of_text|user|system|prompter)\b)"
+    r"(?:\[INST\]|<start_of_turn>|<\|(?:im_start|start_header_id|begin_of_text|user|system|prompter)\b"
+    r"|<\|(?:START_OF_TURN_TOKEN|start_of_role|header_start|start)\|>|<｜(?:begin▁of▁sentence|User)｜>)"
 )
 # Other notations of a whole conversation in one text, at its beginning.
 _NOTATION = re.compile(
@@ -37,7 +38,7 @@ _ENDS_RENDERED = re.compile(
     r"|<\|im_start\|>assistant|<\|assistant\|>|<start_of_turn>model|assistant<\|end_header_id\|>)\s*$",
     re.IGNORECASE,
 )
-_JSON_MESSAGE = re.compile(r'\s*\[?\s*\{\s*"(?:role|content|from|value)"\s*:')
+_JSON_MESSAGE = re.compile(r'\s*\[?\s*\{\s*"(?:.{,200}?")??(?:role|content|from|value)"\s*:', re.DOTALL)
 _PYTHON_MESSAGE = re.compile(r"\s*(?:array\(|\()?\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
 _EXTRA_ID = re.compile(r"\n?<extra_id_1>(Assistant|User)\n")
 _SPEAKERS = {"Human": "user", "User": "user", "Assistant": "assistant"}

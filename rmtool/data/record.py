@@ -239,10 +239,11 @@ def _messages(row: Row, value: Any, name: str) -> Messages:
 
 
 def _join(row: Row, prompt: Messages, value: Any, name: str) -> Messages:
-    if isinstance(value, str):
-        return (*prompt, Message("assistant", value))
+    value = {"role": "assistant", "content": value} if isinstance(value, str) else value
     messages = (Message(*message_of(row, value, name)),) if isinstance(value, dict) else _messages(row, value, name)
     messages = _split_continued(prompt, messages)
+    if messages == prompt[-1:] and messages[0].content:
+        raise invalid_row(row, f'"{name}" repeats the last message of the prompt', hint="remove it from the prompt")
     return (*prompt, *messages) if messages[0].role == "assistant" else _with_prompt(row, prompt, messages, name)
 
 

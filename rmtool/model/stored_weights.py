@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def find_score_head(stored: StoredWeights, info: LoadingInfo, config: Any, new: 
         raise _unread(stored, others, config.hidden_size, renames=head is None)
     if head is None and pickled:
         what = f"the score head is in {pickled[0]}, a pickled file, which can run code and is not supported"
-        raise RmtoolError("E0407", what, f"save its tensors as {pickled[0].removesuffix('.bin')}.safetensors")
+        raise RmtoolError("E0407", what, f"save its tensors as {Path(pickled[0]).stem}.safetensors")
     for name in ([head] if head else []) + ([bias] if bias in unread else []):
         _require_values_of_head(stored, name)
     value = float(stored.tensor(bias).sum()) if bias in unread else 0.0

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rmtool.checkpoint.foreign import foreign_weights
+from rmtool.checkpoint.foreign import PICKLED_HEADS, foreign_weights
 from rmtool.errors import RmtoolError, first_line
 
 INDEX = "model.safetensors.index.json"
@@ -64,7 +64,7 @@ class StoredWeights:
 
     def pickled_heads(self) -> list[Path]:
         """List files of score heads that are not read."""
-        return sorted(self.folder.glob("*head*.bin"))
+        return sorted(path for pattern in PICKLED_HEADS for path in self.folder.glob(pattern))
 
 
 def own_name(name: str) -> str:
@@ -93,7 +93,8 @@ def read_headers(folder: Path) -> StoredWeights:
                 names = file.keys()
                 found = {name: file.get_slice(name) for name in names if path in loaded and name not in shapes}
                 if path not in loaded:
-                    heads = [name for name in names if names_head(name) or "_head." in name]
+                    named = names_head(f"{path.stem}.weight")
+                    heads = [name for name in names if named or names_head(name) or "_head." in name]
                     found = {f"{path.name}:{name}": file.get_slice(name) for name in heads}
                 shapes |= {name: tuple(each.get_shape()) for name, each in found.items()}
                 dtypes |= {name: each.get_dtype() for name, each in found.items()}
@@ -112,13 +113,15 @@ def _files(folder: Path) -> list[Path]:
             "E0407", f"no safetensors weights found in {folder}", "save the model with save_pretrained"
         )
     try:
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        paths = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        index["metadata"]  # transformers needs it
     except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise _corrupted(folder / INDEX, error) from error
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        what = f"{len(missing)} of {len(names)} weight files are missing from {folder} (first: {missing[0]})"
+    if missing := [path.name for path in paths if not path.is_file()]:
+        what = f"{len(missing)} of {len(paths)} weight files are missing from {folder} (first: {missing[0]})"
         raise RmtoolError("E0404", what, "download or copy the checkpoint again")
-    return [folder / name for name in names]
+    return paths
 
 
 def _corrupted(path: Path, error: Exception) -> RmtoolError:

@@ -183,6 +183,7 @@ def test_metadata_and_empty_fields_stop_nothing(name: str) -> None:
         {"question": Q},
         {"conversation": [{"input": Q, "output": BAD}]},
         {"question_text": f" {Q}\n"},
+        {"text": GOOD},
         {"full_conversation": [{"user": {"role": "user", "content": [{"type": "text", "text": Q}]}}]},
         {"task": "question answering", "user": "Jane Doe", "text": f"User: {Q} Assistant: {GOOD}"},
     ],
@@ -319,6 +320,7 @@ CHAT = [U(Q), A(GOOD)]
     "data",
     [
         {"messages": json.dumps(CHAT)},
+        {"messages": json.dumps([{"loss": True} | message for message in CHAT])},
         {"prompt": json.dumps(CHAT[:1]), "response": json.dumps(CHAT[1:])},
         {"response": json.dumps([{"from": "human", "value": Q}, {"from": "gpt", "value": GOOD}])},
         {"messages": {"role": ["user", "assistant"], "content": [Q, GOOD]}},
@@ -348,7 +350,10 @@ def test_messages_in_the_notation_of_python_are_refused(data: dict[str, Any]) ->
     "prompt",
     ["<|im_start|>user\nHi<|im_end|>\n", "[INST] Hi [/INST]", "### Human: Hi\n### Assistant:", "User: Hi\nAssistant:",
      "BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:", "A chat between two. USER: Hi ASSISTANT: ",
-     "### Instruction:\nHi\n\n### Response:\n"],
+     "### Instruction:\nHi\n\n### Response:\n", "<｜User｜>Hi<｜Assistant｜>",
+     "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>",
+     "<|start|>user<|message|>Hi<|end|>", "<|header_start|>user<|header_end|>\n\nHi<|eot|>",
+     "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi", "<|start_of_role|>user<|end_of_role|>Hi"],
 )  # fmt: skip
 def test_a_prompt_of_another_template_is_refused(prompt: str) -> None:
     assert "unsupported notation" in refused({"prompt": prompt, **PAIR}).what
@@ -364,7 +369,7 @@ def test_the_white_space_before_a_continuation_stays() -> None:
     assert record.conversation(0)[-1].content == "Sure, here"
 
 
-@pytest.mark.parametrize("response", [[A("Sure, a")], [U("q"), A("Sure, a")], "a"], ids=str)
+@pytest.mark.parametrize("response", [[A("Sure, a")], [U("q"), A("Sure, a")], "a", "Sure, a"], ids=str)
 def test_a_response_that_repeats_the_beginning_is_the_complete_message(response: Any) -> None:
     record = score_record(row({"prompt": [U("q"), A("Sure, ")], "response": response}))
     assert [message.content for message in record.conversation(0)] == ["q", "Sure, a"]
@@ -444,3 +449,24 @@ def test_the_steps_of_step_dpo_are_text_or_missing() -> None:
     assert preference_record(row(steps)).conversation(0)[-1].content == f"Sure,{GOOD}"
     assert len(preference_record(row(steps | {"initial_reason_steps": None})).prompt) == 1
     assert "must be a string" in refused(steps | {"initial_reason_steps": ["Sure,"]}).what
+
+
+@pytest.mark.parametrize(
+    ("columns", "fine"),
+    [
+        ({"prompt": "question"}, False),  # the row's own prompt would be lost
+        ({"prompt": "question", "ignore": "prompt"}, True),
+        ({"prompt": "question", "system": "prompt"}, True),  # it is read under another name
+        ({"prompt": "prompt"}, True),
+    ],
+)
+def test_a_mapping_does_not_replace_a_field_of_the_row(columns: dict[str, str], fine: bool) -> None:
+    row = Row(Place("a", 1), {"prompt": "Be brief.", "question": "Be brief.", "chosen": "So.", "rejected": "No."})
+    options = RowOptions(columns=tuple(columns.items()))
+    if fine:
+        assert preference_record(row, options).prompt[-1].content == "Be brief."
+    else:
+        with pytest.raises(RmtoolError, match='"prompt" is mapped to "question", but the row has a "prompt", too'):
+            preference_record(row, options)
+    empty = Row(row.place, row.data | {"prompt": ""})
+    assert preference_record(empty, RowOptions(columns=(("prompt", "question"),))).prompt[0].content == "Be brief."

@@ -167,6 +167,11 @@ def test_weights_in_shards_are_compared_as_well(checkpoint: Path, tmp_path: Path
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     head = load_for_inference(folder).model.classifier.score.weight
     assert torch.equal(head, weights["value_head.weight"])
+    for index in ({"weight_map": places}, {"metadata": {}, "weight_map": {"a": 1}}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(RmtoolError, match=r"index\.json is corrupted"):
+            load_for_inference(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(RmtoolError) as caught:
         load_for_inference(folder)
