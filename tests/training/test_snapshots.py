@@ -39,7 +39,7 @@ def make_engine(seed: int = 0) -> Engine:
     engine = Engine.prepare(Accelerator(cpu=True), model, build_optimizer(model, settings().train), None)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    engine.update(1e-3, lambda norm: None)
+    engine.update(1e-3)
     return engine
 
 
@@ -333,7 +333,7 @@ def two(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (1, 2):
         add_best(saver, step)
         torch.manual_seed(step)
-        engine.update(1e-3, lambda norm: None) if step == 1 else [p.data.add_(1) for p in engine.model.parameters()]
+        engine.update(1e-3) if step == 1 else [p.data.add_(1) for p in engine.model.parameters()]
         take_steps(saver, 1)
     return saver.snapshots.run
 
