@@ -99,7 +99,7 @@ class Fault:
                 factor[at : at + len(group.responses)] = value
             at += len(group.responses)
         if self.kind in ("forward", "stop"):
-            return torch.where(factor.isnan(), factor, rewards)  # without a gradient of NaN
+            return rewards + torch.where(factor.isnan(), factor, 0.0)  # NaN, whose own gradient is finite
         return _Gradient.apply(rewards, factor)
 
     def remove(self) -> None:

@@ -235,9 +235,9 @@ def test_a_run_leaves_after_a_step_or_between_forwards(
     with pytest.raises(Stopped) as stopped:
         worker.run(load_recipe(str(path)), tmp_path, Accelerator(cpu=True), SilentUi())
     assert str(stopped.value) == f"stopped at step {step} of 3 (SIGTERM); the same command resumes"
-    [manifest] = tmp_path.glob("snapshots/*/MANIFEST.json")
-    saved_state = json.loads(manifest.read_text())
-    assert saved_state["step"] == step
-    assert (saved_state["pending"] is not None) == pending
+    [saved] = tmp_path.glob("snapshots/*/progress.json")
+    progress = json.loads(saved.read_text())["progress"]
+    assert progress["step"] == step
+    assert (progress["pending"] is not None) == pending
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == logged
     assert asked[0] == answer
