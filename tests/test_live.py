@@ -76,14 +76,19 @@ def test_a_skipped_step_keeps_the_values_before() -> None:
 def test_a_resumed_run_counts_from_its_step_through_the_pipe() -> None:
     pipe, err = io.StringIO(), io.StringIO()
     past = [STEP | {"step": step} for step in range(1, 120)]
-    with PipeUi(pipe).training("debug", 500, past) as board:
+    ui = PipeUi(pipe)
+    with ui.training("debug", 500, past) as board:
         board.step(STEP)
+        with ui.progress("Evaluating", 3, "rows") as bar:
+            bar.advance(3)
         board.event("evaluation", "step 120: accuracy 0.7")
     replay = Replay(TerminalUi(io.StringIO(), err))
     for line in pipe.getvalue().splitlines():
         assert "peak_memory" not in json.loads(line).get("past", [{}])[0], "past steps are sent for their curves only"
         replay.line(line)
-    assert err.getvalue().startswith("Training: 120/500 steps (")
+    assert err.getvalue().startswith("Evaluating: 3/3 rows (")
+    assert "\nTraining: 120/500 steps (" in err.getvalue()
+    assert not replay.open
     assert err.getvalue().rstrip().endswith("loss 0.512 acc 0.75")
 
 

@@ -42,6 +42,8 @@ HARMLESS = {
     "train.compile": _SPEED,
     "train.eval_every": "evaluations do not change weights",
     "train.early_stopping_patience": "it decides when the run ends; the evaluations without improvement are known",
+    "train.on_nonfinite": "it decides whether a run ends",
+    "train.max_skips": "it decides whether a run ends",
     "train.time_limit": _SHOWN,
     "train.save_every": _SHOWN,
     "train.save_minutes": _SHOWN,

@@ -57,10 +57,11 @@ class PipeUi:
     @contextlib.contextmanager
     def training(self, name: str, total: int, past: Sequence[Numbers] = ()) -> Iterator[Board]:
         self.next_key += 1
+        key = self.next_key
         shown = [{key: value for key, value in row.items() if key in CURVE_KEYS} for row in past]
-        self.send({"training": self.next_key, "name": name, "total": total, "past": shown})
-        yield _PipeBar(self, self.next_key)
-        self.send({"end": self.next_key})
+        self.send({"training": key, "name": name, "total": total, "past": shown})
+        yield _PipeBar(self, key)
+        self.send({"end": key})
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int | None, unit: str) -> Iterator[Bar]:
