@@ -27,7 +27,7 @@ MOST_FILES = 14
 BESIDE = {
     "config.py": "settings",
     "recipe.py": "settings",
-    "ui.py": "progress",
+    "ui/__init__.py": "progress",
     "data/file_kinds.py": "which reader a file needs",
     "data/rejects.py": "invalid rows",
     "data/fields.py": "names of columns, and unread ones",
@@ -46,6 +46,10 @@ BESIDE = {
     "tokenization/tokenized_dataset.py": "what became of each record",
     "evaluation/metrics.py": "metrics",
     "model/classifier.py": "names of weights",
+    "model/out_of_memory.py": "a pack that does not fit",
+    "training/engine.py": "one call for each engine",
+    "training/nonfinite.py": "a step with NaN or inf",
+    "training/pack_budget.py": "a pack that does not fit",
 }
 
 

@@ -61,10 +61,7 @@ def compute_rewards(
         # A rank without a pack in the last round runs the round's first one again: all must take part.
         own = first + dist.rank
         items = plan.packs[own if own < len(plan.packs) else first]
-        forward = functools.partial(_forward, model, forward_module, [responses.as_group(item) for item in items])
-        rewards = unless_out_of_memory(forward)
-        if rewards is None:
-            raise PackOutOfMemoryError([responses.group_index(item) for item in items], responses.tokens(items))
+        rewards = _pack_rewards(model, forward_module, responses, items)
         if own < len(plan.packs):
             rewards_N[items] = rewards
         before, done = done, min(first + dist.world_size, len(plan.packs))
@@ -81,8 +78,12 @@ def _rounds(packs: int, world_size: int, interrupt: Callable[[], bool] | None) -
         yield first
 
 
-def _forward(model: RewardModel, module: nn.Module, groups: Sequence[ResponseGroup]) -> torch.Tensor:
-    return module(model.collate(groups)).cpu()
+def _pack_rewards(model: RewardModel, module: nn.Module, responses: _Responses, items: Sequence[int]) -> torch.Tensor:
+    groups = [responses.as_group(item) for item in items]
+    rewards = unless_out_of_memory(lambda: module(model.collate(groups)).cpu())
+    if rewards is None:
+        raise PackOutOfMemoryError([responses.group_index(item) for item in items], responses.tokens(items))
+    return rewards
 
 
 class _Responses:

@@ -365,6 +365,7 @@ class Tracker:
     def __init__(self, clock: StepClock, model: Any):
         self.clock = clock
         self.count = benchlib.TokenCount(model)
+        self.past = list[Event]()
 
     def log(self, numbers: Event) -> None:
         # A batch may be filled up with tokens that do not count.
