@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Run the quick tests, unless -m chooses others or a test is named by its node id."""
     if config.option.markexpr or any("::" in argument for argument in config.args):
         return
-    left_out = [item for item in items if any(map(item.get_closest_marker, ("slow", "real", "gpu")))]
+    left_out = [item for item in items if any(map(item.get_closest_marker, ("slow", "chaos", "real", "gpu")))]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
 

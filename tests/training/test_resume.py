@@ -391,7 +391,7 @@ def test_kills_at_random_instants_end_in_the_same_run(tmp_path: Path, causal_lm:
     assert found["killed"] >= 2
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_fifty_kills_at_random_instants_end_in_the_same_run(tmp_path: Path, causal_lm: Path, precision: str) -> None:

@@ -225,7 +225,7 @@ def calls_of_a_save(saver: Saver) -> int:
 
 
 # Most calls are the small writes of torch.save.
-EVERY = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+EVERY = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.chaos)])
 
 
 def test_a_disk_that_takes_half_of_a_write_gets_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

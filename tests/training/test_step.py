@@ -170,7 +170,7 @@ def on_ranks(recipe: Path, count: int, *faults: str) -> list[list[dict[str, Any]
     return [[json.loads(line) for line in out.splitlines() if line.startswith('{"kind"')] for out, _ in shown]
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     ("engine", "more"),
     [("ddp", ""), ("zero2", ""), ("zero3", ""), ("zero2", ", offload"), ("zero2", ", max_grad_norm: null"),
@@ -307,7 +307,7 @@ def test_a_smaller_budget_is_for_the_same_recipe(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["pack-budget.json"]
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_a_rank_out_of_memory_ends_all_and_the_next_start_has_smaller_packs(
     engine: str, causal_lm: Path, tmp_path: Path

@@ -27,7 +27,7 @@ STEPS = 5
 
 
 def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
+    return pytest.param(*values, marks=pytest.mark.chaos)
 
 
 class Place:
@@ -145,7 +145,7 @@ def test_every_engine_continues_what_every_engine_saved(place: Place, world: str
     check(place, world, sources)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("world", ["single-1", "ddp-2", "zero2-2", "zero3-2"])
 def test_a_run_in_bf16_continues_too(tmp_path: Path, causal_lm: Path, worker: Any, world: str) -> None:
