@@ -258,7 +258,8 @@ def test_an_error_of_the_tokenizer_is_not_one_of_the_disk(tokenizer: Any, tmp_pa
         tokenized(path, Encoder(tokenizer, 512))
 
 
-@pytest.mark.parametrize("use_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("use_cache", [True, False])
 def test_a_node_parses_a_source_once(causal_lm: Path, tmp_path: Path, use_cache: bool) -> None:
     """The launcher and two ranks: who opens the file, by Python's audit events; and invalid rows are written once."""
     (tmp_path / "sitecustomize.py").write_text(HOOK)

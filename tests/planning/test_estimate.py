@@ -83,6 +83,7 @@ def test_one_process_holds_everything(llama: Path) -> None:
     assert memory.buffers == 0
 
 
+@pytest.mark.slow
 def test_adapters_and_4_bits_take_less(llama: Path) -> None:
     one = ("launch.engine=ddp", "launch.nodes=1", "launch.gpus_per_node=8", "lora.rank=16")
     adapters = plan_memory(recipe(*one), llama, 8192)
