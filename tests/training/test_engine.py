@@ -195,7 +195,6 @@ def ranks(folder: Path) -> dict[int, int]:
     [(1, signal.SIGKILL, "rank 1 of 2 was killed by the system (SIGKILL), often out of memory"),
      (0, signal.SIGKILL, "rank 0 of 2 was killed by the system (SIGKILL), often out of memory"),
      (1, signal.SIGSTOP, "rank 1 of 2 is stopped (SIGSTOP)"),
-     (1, signal.SIGTERM, "rank 1 of 2 was terminated (SIGTERM)"),
      (1, signal.SIGSEGV, "rank 1 of 2 crashed (SIGSEGV)"), (1, signal.SIGABRT, "rank 1 of 2 crashed (SIGABRT)")],
 )  # fmt: skip
 def test_all_ranks_are_gone_soon_after_one(place: Path, tmp_path: Path, rank: int, number: int, words: str) -> None:
@@ -223,7 +222,7 @@ def test_all_ranks_are_gone_soon_after_one(place: Path, tmp_path: Path, rank: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_run_of_several_processes_leaves_none(place: Path, tmp_path: Path, number: int, code: int) -> None:
     output = tmp_path / "run"
     long = ("--set", "train.max_steps=null", "--set", "train.epochs=10000")
@@ -235,7 +234,7 @@ def test_a_stopped_run_of_several_processes_leaves_none(place: Path, tmp_path: P
     found = ranks(output)
     assert len(found) == 2
     running.send_signal(number)
-    assert running.wait(15) == code
+    assert running.wait(60) == code  # it saves a snapshot first
     until(lambda: not any(group_members(pid) for pid in found.values()), 10)
 
 
