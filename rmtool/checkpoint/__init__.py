@@ -127,9 +127,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         for path in temporary.rglob("*"):
             if path.is_file():
                 path.chmod(mode)
-                _fsync(path)
+                fsync(path)
         temporary.rename(folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from error
     finally:
@@ -157,7 +157,8 @@ def check_writable(path: Path) -> None:
         raise RmtoolError("E0501", f"cannot write {path}: {error.strerror}", "pass a different --output") from error
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

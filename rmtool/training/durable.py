@@ -40,15 +40,6 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def fsync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def file_entry(path: Path) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     for block in _blocks(path):

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
+from rmtool.checkpoint import fsync
 from rmtool.errors import Stopped
 from rmtool.training.checkpoint_writer import CheckpointWriter
-from rmtool.training.durable import fsync, write_file
+from rmtool.training.durable import write_file
 from rmtool.training.progress import Progress
 from rmtool.training.resume import Identity, changes
 from rmtool.training.rng import rng_state, set_rng_state

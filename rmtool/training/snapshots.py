@@ -22,8 +22,9 @@ from typing import TypeVar
 
 from accelerate.utils import gather_object
 
+from rmtool.checkpoint import fsync
 from rmtool.errors import RmtoolError
-from rmtool.training.durable import Entries, difference, disk_error, file_entry, free_bytes, fsync, write_file
+from rmtool.training.durable import Entries, difference, disk_error, file_entry, free_bytes, write_file
 from rmtool.training.run_files import DAMAGED, MANIFEST_FILE, SNAPSHOTS, STEP, TEMPORARY, step_folders, step_of
 
 FORMAT = 1  # of the files in a snapshot

@@ -75,8 +75,6 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
     with _local_main_first(recipe, folder, accelerator):
         split = _load_data(recipe, folder, encoder, main, ui)
     schedule = Schedule(recipe, count_pairs(split.train.metadata))  # of the pairs that are left
-    require_reachable(recipe.train, schedule.steps)
-    ui.facts("Schedule", schedule_rows(recipe, schedule))
     ranks = _rank_fingerprint(recipe, source, encoder.fingerprint(), split)
     require_agreement(ranks)
     known = snapshots.on_main(lambda: identity(recipe, split.sources, source, ranks["data"]))
