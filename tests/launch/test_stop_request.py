@@ -280,7 +280,8 @@ def test_an_evaluation_is_abandoned_and_pending(processes: int, tmp_path: Path) 
         run.process.send_signal(signal.SIGTERM)
         said = run.end(75)
         [step] = run.saved()
-        pending = json.loads((run.output / f"snapshots/step-{step:08}/MANIFEST.json").read_text())["pending"]
+        progress = json.loads((run.output / f"snapshots/step-{step:08}/progress.json").read_text())["progress"]
+        pending = progress["pending"]
         assert "SIGTERM: abandoning the evaluation, then saving a snapshot" in said
         assert pending["step"] == step
         assert not any(name.startswith("eval/") for name in pending)
