@@ -31,7 +31,7 @@ from rmtool.training.run_files import (
     step_of,
 )
 from rmtool.training.tracking import METRICS_FILE, read_metrics
-from rmtool.training.worker_status import BEST_PREFIX, DATA_READ_FILE
+from rmtool.training.worker_status import BEST_PREFIX, DATA_READ_FILE, PACK_BUDGET_FILE
 from rmtool.ui import SilentUi, Ui
 
 LOCK_FILE = ".lock"  # stays, and marks the folder as rmtool's
@@ -116,7 +116,7 @@ def _keep_or_move(plan: Plan, restart: bool, ui: Ui) -> None:
     elif found := step_folders(output / SNAPSHOTS):
         _require_same_run(plan, found[0])
     elif _was_interrupted(output):
-        moved = move_to_previous(output, RESULTS, replace=False)
+        moved = move_to_previous(output, [name for name in RESULTS if name != PACK_BUDGET_FILE], replace=False)
         ui.say(f"the interrupted run has no snapshot: starting at step 1; its files were moved to {moved}")
 
 

@@ -26,6 +26,7 @@ from rmtool.launch.stop_request import StopRequest, hold_back_signals
 from rmtool.launch.watch import Failure, FailureMonitor, Position, find_workers, read_statuses
 from rmtool.planning.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, WORKER, Plan, launch_command
 from rmtool.recipe import CONFIG_FILE, dump_recipe, engine_of
+from rmtool.training.pack_budget import read_pack_budget
 from rmtool.training.run_files import LOG_FILE
 from rmtool.training.worker_status import DEADLINE, LAUNCHER, Status, log_file
 from rmtool.ui import TerminalUi
@@ -54,7 +55,8 @@ def run(plan: Plan, ui: TerminalUi, request: StopRequest, overwrite: bool = Fals
         refuse_finished(plan.output, overwrite)  # again: another run may have finished before the lock
         begin(plan, restart, ui)
         request.defer()
-        _run_processes(plan, ui, request)
+        while not _run_processes(plan, ui, request):
+            begin(plan, False, ui)
         if plan.recipe.hub.repo_id:  # the push may take minutes; without one, the run is complete
             request.at_once(plan.output)
 
@@ -75,8 +77,10 @@ def _check_devices(plan: Plan) -> None:
         raise RmtoolError("E0207", "the address of node 0 is not set", "pass --main-address, or set MASTER_ADDR")
 
 
-def _run_processes(plan: Plan, ui: TerminalUi, request: StopRequest) -> None:
-    output = plan.folder
+def _run_processes(plan: Plan, ui: TerminalUi, request: StopRequest) -> bool:
+    """Run the training processes; return False if they must be started again, with smaller packs."""
+    output, tokens_per_pack = plan.folder, plan.recipe.train.tokens_per_pack
+    budget = read_pack_budget(output, tokens_per_pack)
     (output / CONFIG_FILE).write_text(dump_recipe(plan.recipe), encoding="utf-8")
     (output / ACCELERATE_FILE).write_text(ACCELERATE_CONFIG, encoding="utf-8")
     with _events_pipe(output) as pipe, open(output / LOG_FILE, "wb") as log:
@@ -97,7 +101,12 @@ def _run_processes(plan: Plan, ui: TerminalUi, request: StopRequest) -> None:
             _stop(child)
     failure = ranks.monitor.poll()
     _raise_stopped(plan, failure, request)
-    _raise_failure(plan, failure, code)
+    smaller = read_pack_budget(output, tokens_per_pack)  # that a rank has left before it ended
+    if failure and smaller < budget and plan.recipe.launch.nodes == 1 and not request.name:
+        ui.say(f"out of memory at {budget:,} tokens per pack: starting the processes again with {smaller:,}")
+        return False
+    _raise_failure(plan, failure, code)  # other nodes' launchers would not know that they must start again
+    return True
 
 
 def _environment(plan: Plan, request: StopRequest) -> dict[str, str]:

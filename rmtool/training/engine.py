@@ -145,6 +145,7 @@ class Engine:
         """Clip the gradients, step the optimizer at this learning rate, clear them; return the norm before clipping.
 
         If the norm is NaN or inf, weights and the optimizer's state stay as they are, on all ranks: they have the same.
+        ZeRO-3 sums it in fp64, the others in fp32, where it is inf from 1e19 on.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate

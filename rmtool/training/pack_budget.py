@@ -2,7 +2,7 @@
 
 In: a run folder and the recipe's tokens_per_pack. Out: the budget to start with. One process halves it and takes the
 step again. Several cannot: the other ranks wait in a collective call for the one without memory. It writes the smaller
-budget into the run folder and ends, and the next start reads it.
+budget into the run folder and ends; the launcher of a single node starts all processes again, which read it.
 Cost: one small file, read once.
 """
 

@@ -16,14 +16,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import PROGRAM, group_members, pair_rows, until, write_jsonl
+from helpers import PROGRAM, group_members, pair_rows, write_jsonl
 from step_ranks import start, state, take
 
 from rmtool.config import TrainConfig
 from rmtool.data.rejects import Rejects
 from rmtool.dataset.split import load_split
 from rmtool.errors import ExitCode, RmtoolError
-from rmtool.launch import supervise
 from rmtool.model.loading import training_encoder
 from rmtool.model.out_of_memory import is_out_of_memory
 from rmtool.model.reward_model import RewardModel
@@ -170,7 +169,7 @@ def on_ranks(recipe: Path, count: int, *faults: str) -> list[list[dict[str, Any]
     return [[json.loads(line) for line in out.splitlines() if line.startswith('{"kind"')] for out, _ in shown]
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "more"),
     [("ddp", ""), ("zero2", ""), ("zero3", ""), ("zero2", ", offload"), ("zero2", ", max_grad_norm: null"),
@@ -181,7 +180,8 @@ def test_two_ranks_skip_and_stop_together(engine: str, more: str, causal_lm: Pat
     recipe = write_recipe(causal_lm, tmp_path, engine, 2, more.replace(", offload", ""))
     if "offload" in more:
         recipe.write_text(recipe.read_text().replace("gpus_per_node: 2", "gpus_per_node: 2, offload_optimizer: true"))
-    kinds = ("none", "forward", "gradient", "norm", "none", "stop")
+    # ZeRO-3 sums the norm of its partitions in fp64: finite gradients have a finite norm.
+    kinds = ("none", "forward", "gradient", "gradient" if engine == "zero3" else "norm", "none", "stop")
     ranks, plain = on_ranks(recipe, 2, *kinds), on_ranks(recipe, 2, "none", "none")
     assert [[step["kind"] for step in steps] for steps in ranks] == [list(kinds)] * 2
     for one, two in zip(*ranks, strict=True):
@@ -307,38 +307,40 @@ def test_a_smaller_budget_is_for_the_same_recipe(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["pack-budget.json"]
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_a_rank_out_of_memory_ends_all_and_the_next_start_has_smaller_packs(
-    engine: str, causal_lm: Path, tmp_path: Path
-) -> None:
-    recipe = write_recipe(causal_lm, tmp_path, engine, 2, ", max_steps: 3")
+def test_a_rank_out_of_memory_starts_all_again_with_smaller_packs(engine: str, causal_lm: Path, tmp_path: Path) -> None:
+    """In its second step: the snapshot of the first one is resumed, and the metrics are those of a run without it."""
+    recipe = write_recipe(causal_lm, tmp_path, engine, 2, ", max_steps: 3, save_every: 1")
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "if os.environ.get('RANK') == '1' and 'rmtool.training.worker' in ' '.join(sys.orig_argv):\n"
         "    import torch\n"
         "    from rmtool.model.reward_model import RewardModel\n"
-        "    plain = RewardModel.forward\n"
+        "    plain, large = RewardModel.forward, []\n"
         "    def forward(self, batch):\n"
-        "        if batch.input_ids.numel() > 120 and self.training:\n"
+        "        if batch.input_ids.numel() > 120 and self.training and torch.is_grad_enabled():\n"
+        "            large.append(batch)\n"
+        "        if len(large) > int(os.environ['FULL_AFTER']):\n"
         "            raise torch.OutOfMemoryError('CUDA out of memory')\n"
         "        return plain(self, batch)\n"
         "    RewardModel.forward = forward\n"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    words = [PROGRAM, "train", "--recipe", str(recipe), "--output", str(tmp_path / "run")]
-    first = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    until(lambda: (tmp_path / "run" / "pack-budget.json").exists(), 200)
-    statuses = [json.loads(path.read_text()) for path in (tmp_path / "run").glob("rank-*.json")]
-    shown = first.communicate(timeout=60)[1].decode()
-    # README's ten seconds, without the time that a loaded machine takes to end processes.
-    assert supervise.PATIENCE_S + supervise.GRACE_S <= 10
-    assert first.returncode == ExitCode.MACHINE
-    assert "rank 1 of 2: out of memory at 240 tokens per pack" in shown
-    assert "run the same command again" in shown
-    assert "120 tokens per pack" in shown
-    assert len(statuses) == 2
-    assert not any(group_members(status["pid"]) for status in statuses)
-    again = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "an earlier run was out of memory: 120 tokens per pack instead of 240" in again.stderr
+    shown, metrics = {}, {}
+    for name, full_after in (("full", "1"), ("plain", "99")):
+        paths = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+        environment = {**os.environ, "PYTHONPATH": paths, "FULL_AFTER": full_after}
+        words = [PROGRAM, "train", "--recipe", str(recipe), "--output", str(tmp_path / name)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+        shown[name], metrics[name] = done.stderr, read_metrics(tmp_path / name)
+        statuses = [json.loads(path.read_text()) for path in (tmp_path / name).glob("rank-*.json")]
+        assert len(statuses) == 2
+        assert not any(group_members(status["pid"]) for status in statuses)
+    assert "out of memory at 240 tokens per pack: starting the processes again with 120" in shown["full"]
+    assert "an earlier run was out of memory: 120 tokens per pack instead of 240" in shown["full"]
+    assert "resuming from step 1 of 3" in shown["full"]
+    assert "out of memory" not in shown["plain"]
+    assert [row["step"] for row in metrics["full"]] == [1, 2, 3]
+    losses = [[row["train/rm/loss"] for row in metrics[name]] for name in ("full", "plain")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
