@@ -57,7 +57,7 @@ class Run:
         data = split.train
         batches = [
             batch
-            for epoch in range(4)
+            for epoch in range(6)
             for batch in epoch_steps(data.metadata, data.groups, 0, epoch, recipe.train.batch_size)
         ]
         engine.wrapped.train()

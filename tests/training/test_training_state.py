@@ -23,11 +23,11 @@ from rmtool.training.training_state import load_state, save_state, state_bytes
 
 WORKER = Path(__file__).parent.parent / "state_worker.py"
 WORLDS = ("single-1", "ddp-2", "zero2-2", "zero2-2-offload", "zero3-2", "zero3-2-offload", "zero3-4")
-STEPS = 5
+STEPS, NEXT = 5, 25  # after which a state is saved; until which a run goes on
 
 
 def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.chaos)
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 class Place:
@@ -77,7 +77,7 @@ class Place:
             self.run(
                 world,
                 {"name": f"{world}-saved", "steps": (0, STEPS), "save": str(folder)},
-                {"name": f"{world}-next", "steps": (STEPS, 2 * STEPS)},
+                {"name": f"{world}-next", "steps": (STEPS, NEXT)},
             )
         return folder
 
@@ -100,7 +100,7 @@ def check(place: Place, world: str, sources: tuple[str, ...], tolerance: float =
         state = str(place.saved(source))
         name = f"{world}-from-{source}"
         parts += [{"name": f"{name}-loaded", "load": state, "steps": (0, 0)},
-                  {"name": f"{name}-next", "steps": (STEPS, 2 * STEPS)}]  # fmt: skip
+                  {"name": f"{name}-next", "steps": (STEPS, NEXT)}]  # fmt: skip
     results = place.run(world, *parts)
     for source, loaded, after in zip(sources, results[::2], results[1::2], strict=True):
         saved, expected = place.result(f"{source}-saved"), place.result(f"{source}-next")

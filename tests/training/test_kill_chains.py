@@ -1,0 +1,117 @@
+"""Complete runs of `rmtool train`, killed at random instants: launcher, one rank or all; they end in the same run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers import PROGRAM, SHARED, pair_rows, until, write_jsonl
+from test_resume import assert_same_run
+
+from rmtool.training.worker_status import LAUNCHER
+
+CACHE = Path.home() / ".cache" / "rmtool"
+HH = SHARED / "data" / "hh-rlhf-harmless-base.test.jsonl.gz"
+RESUMED = "resuming from step"
+
+
+class Command:
+    """`rmtool train` in its own process group, and what it started."""
+
+    def __init__(self, words: list[str], log: Path):
+        self.log = open(log, "ab")  # noqa: SIM115 - closed by wait
+        self.process = subprocess.Popen(words, stdout=self.log, stderr=self.log, start_new_session=True)
+
+    def started(self) -> list[psutil.Process]:
+        own = [each for each in psutil.process_iter(["environ"]) if each.info["environ"]]
+        return [each for each in own if each.info["environ"].get(LAUNCHER) == str(self.process.pid)]
+
+    def kill(self, draw: random.Random) -> str:
+        """Kill the launcher, one training process, or all; wait until nothing of it is left."""
+        ranks = [each for each in self.started() if "RANK" in each.info["environ"]]
+        kind = draw.choice(("launcher", "rank", "all") if ranks else ("launcher", "all"))
+        victims = [self.process.pid] if kind != "rank" else []
+        victims += [each.pid for each in self.started()] if kind == "all" else []
+        victims += [draw.choice(ranks).pid] if kind == "rank" else []
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(60)
+        until(lambda: not self.started(), 60)
+        self.log.close()
+        return kind
+
+    def wait(self) -> None:
+        code = self.process.wait()
+        self.log.close()
+        assert code == 0, Path(self.log.name).read_text()[-3000:]
+
+
+def train_killed(words: list[str], root: Path, kills: int, seed: int) -> dict[str, object]:
+    """Train `alone` without a kill, then `killed` with so many; return what happened.
+
+    The instants are drawn so that the run gets on by about a `kills`-th of its steps each time.
+    """
+    begun = time.monotonic()
+    Command([*words, "--output", str(root / "alone")], root / "alone.log").wait()
+    seconds = time.monotonic() - begun
+    rows = [json.loads(line) for line in (root / "alone/metrics.jsonl").read_text().splitlines()]
+    steps_s = (root / "alone/metrics.jsonl").stat().st_mtime - (root / "alone/.data-read").stat().st_mtime
+    start_s = max(seconds - steps_s, 1)
+    draw, kinds = random.Random(seed), list[str]()
+    words = [*words, "--output", str(root / "killed")]
+    while len(kinds) < kills:
+        run = Command(words, root / "killed.log")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.process.wait(draw.uniform(0.1 * start_s, start_s + 2 * steps_s / kills))
+            break  # it has finished, or failed, which the last run finds
+        kinds.append(run.kill(draw))
+    done = (root / "killed/model").exists()
+    if not done:
+        Command(words, root / "killed.log").wait()
+    assert_same_run(root / "killed", root / "alone")
+    said = (root / "killed.log").read_text(errors="replace")
+    return {"kills": kinds, "resumed": said.count(RESUMED), "steps": len(rows), "seconds": round(seconds)}
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_ten_kills_of_two_processes_end_in_the_same_run(engine: str, tmp_path: Path, causal_lm: Path) -> None:
+    data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(60))
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        f"model: {{path: {causal_lm}}}\n"
+        f"data: {{train: [{data}], holdout: 12, max_length: 256}}\n"
+        "train: {batch_size: 4, learning_rate: 1e-3, epochs: 40, eval_every: 20, tokens_per_pack: 240, "
+        "precision: fp32, save_every: 7, keep: best}\n"
+        f"launch: {{engine: {engine}, gpus_per_node: 2}}\n"
+    )
+    found = train_killed([str(PROGRAM), "train", "--recipe", str(recipe)], tmp_path, kills=10, seed=15)
+    print(engine, found)  # noqa: T201 - the figure
+    assert len(found["kills"]) == 10  # type: ignore[arg-type]
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(4000)
+@pytest.mark.parametrize("kills", [int(os.environ.get("RMTOOL_KILLS", "5"))])
+def test_kills_of_a_real_model_on_real_pairs_end_in_the_same_run(kills: int, tmp_path: Path) -> None:
+    """With the precision that the CPU is fast in; the eval metrics are the same to the last digit."""
+    model = CACHE / "SmolLM2-135M-Instruct"
+    if not (model.exists() and HH.exists()):
+        pytest.skip("needs ../shared and the model of tests/test_real.py")
+    sets = {"data.holdout": 60, "train.max_steps": 24, "train.eval_every": 8, "train.save_every": 3,
+            "train.precision": "bf16", "train.keep": "best", "data.max_length": 512, "data.on_long": "drop"}  # fmt: skip
+    words = [str(PROGRAM), "train", "--recipe", "smollm2-135m", "--model", str(model), "--data", str(HH)]
+    words += [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
+    found = train_killed(words, tmp_path, kills, seed=16)
+    print(found, (tmp_path / "killed/metrics.jsonl").read_text().splitlines()[-1])  # noqa: T201 - the figure
+    assert len(found["kills"]) == kills  # type: ignore[arg-type]
