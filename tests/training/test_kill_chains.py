@@ -109,7 +109,8 @@ def test_kills_of_a_real_model_on_real_pairs_end_in_the_same_run(kills: int, tmp
     if not (model.exists() and HH.exists()):
         pytest.skip("needs ../shared and the model of tests/test_real.py")
     sets = {"data.holdout": 60, "train.max_steps": 24, "train.eval_every": 8, "train.save_every": 3,
-            "train.precision": "bf16", "train.keep": "best", "data.max_length": 512, "data.on_long": "drop"}  # fmt: skip
+            "train.precision": "bf16", "train.keep": "best"}  # fmt: skip
+    sets |= {"data.max_length": 512, "data.on_long": "drop"}
     words = [str(PROGRAM), "train", "--recipe", "smollm2-135m", "--model", str(model), "--data", str(HH)]
     words += [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
     found = train_killed(words, tmp_path, kills, seed=16)
