@@ -49,10 +49,15 @@ def start(recipe: str, folder: Path) -> int:
         os._exit(code)
 
 
-def ended(pid: int, seconds: float | None = None) -> bool:
-    """Wait for the fork, at most for some seconds."""
-    end = time.monotonic() + (seconds if seconds is not None else 1e9)
-    while time.monotonic() < end:
+def steps(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def ended(pid: int, seconds: float = 1e9, folder: Path = Path(), last_step: float = 1e9) -> bool:
+    """Wait for the fork, at most for some seconds or until the run in `folder` is at some step."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and steps(folder) <= last_step:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             assert os.waitstatus_to_exitcode(status) == 0
@@ -65,11 +70,15 @@ def main() -> None:
     root, recipe, kills, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     draw = random.Random(seed)
     started = time.monotonic()
-    assert ended(start(recipe, root / "alone"))
-    duration, killed = time.monotonic() - started, 0
+    pid = start(recipe, root / "alone")
+    assert not ended(pid, folder=root / "alone", last_step=0)
+    first = time.monotonic() - started
+    assert ended(pid)
+    duration, killed, folder = time.monotonic() - started, 0, root / "killed"
+    share = steps(root / "alone") / (kills + 1)  # a run gets on by less than this, so that no run is the last one
     while killed < kills:
-        pid = start(recipe, root / "killed")
-        if ended(pid, draw.uniform(0, 1.2 * duration / 2)):
+        pid = start(recipe, folder)
+        if ended(pid, draw.uniform(0, first + 2 * (duration - first) / kills), folder, share * (killed + 1)):
             break
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

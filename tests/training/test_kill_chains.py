@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from helpers import PROGRAM, SHARED, pair_rows, until, write_jsonl
+from kill_chain import steps
 from test_resume import assert_same_run
 
 from rmtool.training.worker_status import LAUNCHER
 
 CACHE = Path.home() / ".cache" / "rmtool"
 HH = SHARED / "data" / "hh-rlhf-harmless-base.test.jsonl.gz"
-RESUMED = "resuming from step"
 
 
 class Command:
@@ -55,31 +55,28 @@ class Command:
         assert code == 0, Path(self.log.name).read_text()[-3000:]
 
 
-def train_killed(words: list[str], root: Path, kills: int, seed: int) -> dict[str, object]:
-    """Train `alone` without a kill, then `killed` with so many; return what happened.
-
-    The instants are drawn so that the run gets on by about a `kills`-th of its steps each time.
-    """
+def train_killed(words: list[str], root: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Train `alone` without a kill, then `killed` with so many; return what happened."""
     begun = time.monotonic()
-    Command([*words, "--output", str(root / "alone")], root / "alone.log").wait()
-    seconds = time.monotonic() - begun
-    rows = [json.loads(line) for line in (root / "alone/metrics.jsonl").read_text().splitlines()]
-    steps_s = (root / "alone/metrics.jsonl").stat().st_mtime - (root / "alone/.data-read").stat().st_mtime
-    start_s = max(seconds - steps_s, 1)
-    draw, kinds = random.Random(seed), list[str]()
-    words = [*words, "--output", str(root / "killed")]
+    alone = Command([*words, "--output", str(root / "alone")], root / "alone.log")
+    until(lambda: steps(root / "alone") > 0 or alone.process.poll() is not None, 600)
+    start_s = time.monotonic() - begun
+    alone.wait()
+    total, seconds = steps(root / "alone"), time.monotonic() - begun
+    draw, kinds, killed = random.Random(seed), list[str](), root / "killed"
+    words = [*words, "--output", str(killed)]
     while len(kinds) < kills:
         run = Command(words, root / "killed.log")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            run.process.wait(draw.uniform(0.1 * start_s, start_s + 2 * steps_s / kills))
-            break  # it has finished, or failed, which the last run finds
+        end = time.monotonic() + draw.uniform(0, start_s + 2 * (seconds - start_s) / kills)
+        last_step = total * (len(kinds) + 1) / (kills + 1)  # so that no run is the last one
+        while time.monotonic() < end and steps(killed) <= last_step:
+            assert run.process.poll() is None, (root / "killed.log").read_text()[-3000:]
+            time.sleep(0.01)
         kinds.append(run.kill(draw))
-    done = (root / "killed/model").exists()
-    if not done:
-        Command(words, root / "killed.log").wait()
-    assert_same_run(root / "killed", root / "alone")
+    Command(words, root / "killed.log").wait()
+    assert_same_run(killed, root / "alone")
     said = (root / "killed.log").read_text(errors="replace")
-    return {"kills": kinds, "resumed": said.count(RESUMED), "steps": len(rows), "seconds": round(seconds)}
+    return {"kills": kinds, "resumed": said.count("resuming from step"), "steps": total, "seconds": round(seconds)}
 
 
 @pytest.mark.chaos
@@ -97,7 +94,7 @@ def test_ten_kills_of_two_processes_end_in_the_same_run(engine: str, tmp_path: P
     )
     found = train_killed([str(PROGRAM), "train", "--recipe", str(recipe)], tmp_path, kills=10, seed=15)
     print(engine, found)  # noqa: T201 - the figure
-    assert len(found["kills"]) == 10  # type: ignore[arg-type]
+    assert found["resumed"] >= 5
 
 
 @pytest.mark.chaos
@@ -115,4 +112,4 @@ def test_kills_of_a_real_model_on_real_pairs_end_in_the_same_run(kills: int, tmp
     words += [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
     found = train_killed(words, tmp_path, kills, seed=16)
     print(found, (tmp_path / "killed/metrics.jsonl").read_text().splitlines()[-1])  # noqa: T201 - the figure
-    assert len(found["kills"]) == kills  # type: ignore[arg-type]
+    assert found["resumed"] >= kills // 2
