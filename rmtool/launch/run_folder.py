@@ -124,7 +124,7 @@ def clear_folder(folder: Path) -> None:
     """Delete the status files and logs of an earlier run."""
     for temporary in folder.glob(".tmp-*"):
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
-    ranks = (*folder.glob("rank-*.json"), *folder.glob("rank-*.log"))
+    ranks = (*folder.glob("rank-*.json"), *folder.glob("rank-*.log"), *folder.glob(".rank-*"))
     for path in (*ranks, folder / DATA_READ_FILE, folder / REJECTS_FILE):
         path.unlink(missing_ok=True)
 

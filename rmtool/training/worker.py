@@ -252,7 +252,8 @@ def main() -> None:
     except RmtoolError as error:
         code, failure = error.exit_code, error
     except Exception as error:  # noqa: BLE001 - the launcher shows it, the log has the traceback
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the disk may be full
+            traceback.print_exc()
         failure = _known_error(error)
         code = failure.exit_code if failure else ExitCode.BUG
     mark_exited(folder, rank, int(code), failure.as_dict() if failure else None)

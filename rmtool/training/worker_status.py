@@ -7,6 +7,7 @@ Cost: two small writes per process.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import json
@@ -26,6 +27,7 @@ EVALUATION_BAR = "Evaluating"  # label of its progress
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: Slurm's early warning
 DEADLINE = "RMTOOL_DEADLINE"  # environment variable: end of the time limit, in time.monotonic of this host
 LAUNCHER = "RMTOOL_LAUNCHER"  # environment variable: process id of the rmtool command, which no process outlives
+RESERVED_BYTES = 1 << 16  # more than an error has
 _PR_SET_PDEATHSIG = 1
 
 
@@ -57,6 +59,8 @@ def mark_started(folder: Path, rank: int) -> None:
     os.close(log)
     faulthandler.enable()  # a crash in native code leaves a Python traceback in the log
     _write(folder, Status(rank, os.getpid()))
+    with contextlib.suppress(OSError):  # the disk is full now: the error is found before the first step
+        _reserve(folder, rank).write_bytes(bytes(RESERVED_BYTES))
 
 
 def mark_saves(folder: Path, rank: int) -> None:
@@ -65,8 +69,16 @@ def mark_saves(folder: Path, rank: int) -> None:
 
 
 def mark_exited(folder: Path, rank: int, exit_code: int, error: dict[str, Any] | None) -> None:
-    """Write the last status."""
-    _write(folder, Status(rank, os.getpid(), exit_code, error))
+    """Write the last status, also on a disk that is full: into the bytes that were reserved at the start."""
+    last, reserve = Status(rank, os.getpid(), exit_code, error), _reserve(folder, rank)
+    try:
+        _write(folder, last)
+    except OSError:
+        with open(reserve, "r+b") as file:
+            file.write(json.dumps(vars(last)).encode())
+            file.truncate()
+        os.replace(reserve, status_file(folder, rank))
+    reserve.unlink(missing_ok=True)
 
 
 def log_file(folder: Path, rank: int) -> Path:
@@ -96,6 +108,10 @@ def die_with_parent(number: int) -> None:
     """Have the kernel send this signal when the parent process ends (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _reserve(folder: Path, rank: int) -> Path:
+    return folder / f".rank-{rank}.reserve"
 
 
 def _write(folder: Path, status: Status) -> None:
