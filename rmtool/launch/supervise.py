@@ -8,6 +8,7 @@ Cost: `accelerate launch` imports its libraries for a few seconds before it star
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import selectors
@@ -27,6 +28,7 @@ from rmtool.launch.watch import Failure, FailureMonitor, Position, find_workers,
 from rmtool.planning.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, WORKER, Plan, launch_command
 from rmtool.recipe import CONFIG_FILE, dump_recipe, engine_of
 from rmtool.training.run_files import LOG_FILE
+from rmtool.training.tracking import PLAN_FILE
 from rmtool.training.worker_status import DEADLINE, LAUNCHER, Status, log_file
 from rmtool.ui import TerminalUi
 from rmtool.ui.pipe import Replay
@@ -78,6 +80,7 @@ def _check_devices(plan: Plan) -> None:
 def _run_processes(plan: Plan, ui: TerminalUi, request: StopRequest) -> None:
     output = plan.folder
     (output / CONFIG_FILE).write_text(dump_recipe(plan.recipe), encoding="utf-8")
+    (output / PLAN_FILE).write_text(_plan_json(plan), encoding="utf-8")
     (output / ACCELERATE_FILE).write_text(ACCELERATE_CONFIG, encoding="utf-8")
     with _events_pipe(output) as pipe, open(output / LOG_FILE, "wb") as log:
         child = subprocess.Popen(
@@ -98,6 +101,11 @@ def _run_processes(plan: Plan, ui: TerminalUi, request: StopRequest) -> None:
     failure = ranks.monitor.poll()
     _raise_stopped(plan, failure, request)
     _raise_failure(plan, failure, code)
+
+
+def _plan_json(plan: Plan) -> str:
+    """The plan for other programs, with the table that the run prints."""
+    return json.dumps(plan.as_dict() | {"rows": dict(plan.rows())}, indent=2) + "\n"
 
 
 def _environment(plan: Plan, request: StopRequest) -> dict[str, str]:

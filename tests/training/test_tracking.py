@@ -7,14 +7,16 @@ import json
 import os
 import select
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from wandb_host import WandbHost, silent_port
 
 from rmtool.config import TrackConfig
-from rmtool.training import tracking
+from rmtool.training import tracker_process, tracking
 from rmtool.training.tracking import Tracker, draw_curves, read_metrics
 from rmtool.ui import TerminalUi
 
@@ -22,6 +24,8 @@ ROWS = [{"step": step, "train/rm/loss": 0.5**step} for step in (1, 2, 3)]
 STEPS = [f"logged {row['step']} {row['train/rm/loss']}" for row in ROWS]
 HANG = "import time; time.sleep(600)"
 WORKING = """
+import os
+
 class Run:
     disabled, offline, url, resumed, step = False, False, "https://host/run", False, 0
     def log(self, row, step):
@@ -30,7 +34,8 @@ class Run:
         print("finished", exit_code)
 
 class settings:
-    mode = "online"
+    mode, http_proxy, https_proxy, x_extra_http_headers, insecure_disable_ssl = "online", None, None, None, False
+    base_url = os.environ["WANDB_BASE_URL"]
 
 def setup():
     import types
@@ -42,6 +47,12 @@ def Settings(**settings):
 class api:
     api_key = "key"
 
+def Table(columns, data):
+    return [dict(zip(columns, row)) for row in data]
+
+def teardown(code):
+    print("teardown")
+
 def init(**given):
     print("init", given["project"], given["name"], given["config"]["name"], given.get("mode"))
     return Run()
@@ -49,11 +60,18 @@ def init(**given):
 
 
 @pytest.fixture
-def track(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def host() -> Iterator[WandbHost]:
+    with WandbHost() as host:
+        yield host
+
+
+@pytest.fixture
+def track(host: WandbHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Track three steps with a stub of wandb, or with the real one; return the notices, and what wandb printed."""
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", host.url)
 
     def start(
         stub: str | None = None,
@@ -64,18 +82,18 @@ def track(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         **given: Any,
     ) -> list[str]:
         # Long enough for the import of wandb on a busy machine, where the test does not need the end of the wait.
-        monkeypatch.setattr(tracking, "WANDB_FINISH_S", 1 if HANG in (stub or "") else finish_s)
+        monkeypatch.setattr(tracking, "FINISH_S", 1 if HANG in (stub or "") else finish_s)
         if stub is not None:
             (tmp_path / "stub").mkdir()
             (tmp_path / "stub" / "wandb.py").write_text(stub)
             monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'stub'}:{os.environ.get('PYTHONPATH', '')}")
         err = io.StringIO()
         ui, recipe = TerminalUi(io.StringIO(), err), {"name": "debug"}
-        tracker = Tracker(tmp_path, TrackConfig(wandb=True, **given), recipe, ui, resumed is not None, resumed)
+        tracker = Tracker(tmp_path, TrackConfig(**{"wandb": True, **given}), recipe, ui, resumed is not None, resumed)
         if not resumed:
             tracker.log(ROWS[0])
-        assert tracker.wandb
-        before(tracker.wandb.process)
+        [process] = tracker.processes
+        before(process.process)
         for row in ROWS[1:]:
             tracker.log(row)
         tracker.close(outcome)
@@ -156,10 +174,10 @@ def test_wandb_may_raise_exit_or_hang_anywhere(track: Any, stub: str, notice: st
 def test_an_upload_that_takes_long_goes_on_without_the_run_for_some_time(
     track: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "WANDB_UPLOAD_S", 3)
+    monkeypatch.setattr(tracking, "UPLOAD_S", 3)
     stub = WORKING.replace('print("finished", exit_code)', HANG)
     notices = track(stub, before=lambda process: select.select([process.stdout], [], [], 60))
-    assert notices == ["wandb: https://host/run", "wandb still uploads in the background, for at most 3 s"]
+    assert notices == ["wandb: https://host/run", "wandb goes on in the background, for at most 3 s"]
     for child in psutil.Process().children():
         child.wait(20)
 
@@ -167,7 +185,7 @@ def test_an_upload_that_takes_long_goes_on_without_the_run_for_some_time(
 def test_a_process_that_does_not_start_is_reported_while_the_run_goes_on(
     track: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "WANDB_START_S", 0)
+    monkeypatch.setattr(tracker_process, "START_S", 0)
     assert track(HANG) == ["wandb did not start within 0 s, metrics.jsonl only"]
 
 
