@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -32,7 +34,7 @@ class WandbHost:
             def log_message(self, *_: object) -> None:
                 pass
 
-            def do_POST(self) -> None:  # noqa: N802 - http.server's name
+            def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 host.seen.append(Seen(self.path, self.headers.get("Authorization", ""), body))
                 status = host.status if len(host.seen) == 1 or host.later is None else host.later
@@ -55,8 +57,20 @@ class WandbHost:
         self.server.server_close()
 
 
-def silent_port() -> socket.socket:
-    """Return a socket that accepts connections, and says nothing."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    listening.listen(8)
-    return listening
+@contextlib.contextmanager
+def silent_port(late: bool = False) -> Iterator[int]:
+    """Yield a port that accepts connections and says nothing; `late`: one byte a second, so that no read times out."""
+    ended = threading.Event()
+
+    def drip() -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = listening.accept()
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+            while not ended.wait(1):
+                connection.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        if late:
+            threading.Thread(target=drip, daemon=True).start()
+        yield int(listening.getsockname()[1])
+        ended.set()
