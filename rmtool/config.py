@@ -238,9 +238,7 @@ class TrackConfig:
 
     wandb: StrictBool = False  # log to Weights & Biases
     tensorboard: StrictBool = False  # write event files for TensorBoard to RUN/tensorboard
-    strict: StrictBool = (
-        False  # end with an error if a tracker fails; before the first step, or when the model is saved
-    )
+    strict: StrictBool = False  # a failure of a tracker is an error: at the start, or when the model is saved
     project: str | None = None  # project on Weights & Biases; default: WANDB_PROJECT, or rmtool
     name: str | None = None  # run name on Weights & Biases; default: WANDB_NAME, or the recipe's name
 

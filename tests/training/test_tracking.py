@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import canary
 import psutil
 import pytest
 from wandb_host import WandbHost, silent_port
@@ -72,6 +73,7 @@ def use_stub(monkeypatch: pytest.MonkeyPatch, folder: Path, stub: str) -> None:
 def host() -> Iterator[WandbHost]:
     with WandbHost() as host:
         yield host
+        assert not [seen.path for seen in host.seen if canary.leaks(seen.path.encode() + seen.body)]
 
 
 @pytest.fixture
@@ -279,7 +281,7 @@ def test_a_host_that_fails_after_the_first_request(
     host.later = later
     (tmp_path / tracking.METRICS_FILE).write_text(json.dumps(ROWS[0]) + "\n")
     monkeypatch.setattr(tracking, "WANDB_TIMEOUT_S", 1)
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_API_KEY", canary.WANDB_KEY)
     [shown] = track(resumed="abc")
     assert shown.startswith("wandb: offline (")
     assert f"upload later with `wandb sync {tmp_path}/wandb/offline-run-*`" in shown
