@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from rmtool.redaction import redact, redacted_output
+from rmtool.redaction import redacted_output
 
 FAILED = "metrics.jsonl only"  # in every notice of a failure
 # States of the process, in its notices. LOST: it logs, but not where the recipe says.
@@ -42,7 +42,7 @@ def follow_run(name: str, start: Callable[[dict[str, Any], Say], Sink]) -> None:
     os.dup2(2, 1)
 
     def say(state: str, text: str = "") -> None:
-        print(json.dumps({"state": state, "text": redact(text)}), file=notices, flush=True)
+        print(json.dumps({"state": state, "text": text}), file=notices, flush=True)
 
     given = json.loads(sys.stdin.readline())
     run_ends = RunEnds(given["finish_s"])

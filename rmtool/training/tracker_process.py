@@ -66,7 +66,7 @@ class TrackerProcess:
         if text:
             self.ui.say(text)
         if state in (LOST, BROKEN) and not self.failure:
-            self.failure = text
+            self.failure = text.partition("; ")[0]
 
     def wait_until_started(self) -> None:
         """Wait until it has started, or failed to."""

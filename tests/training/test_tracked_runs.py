@@ -183,6 +183,14 @@ def test_a_tracker_that_ends_during_the_run_costs_no_model(
     assert len(read_metrics(tmp_path / "run")) == 2
 
 
+def test_samples_are_those_of_the_step_and_shortened(tmp_path: Path) -> None:
+    row = dict.fromkeys(eval_samples.COLUMNS, 0.5) | {"prompt": "x" * 5000}
+    assert eval_samples.read_samples(tmp_path, 3) == []
+    eval_samples.write_samples(tmp_path, [row | {"step": 3}])
+    assert eval_samples.read_samples(tmp_path, 2) == []
+    assert eval_samples.read_samples(tmp_path, 3) == [["x" * 2000 + "...", *[0.5] * 5]]
+
+
 def tensorboard(folder: Path, resumed: bool = False, stub: str | None = None) -> list[str]:
     """Track three steps, or the third of a resumed run; return the notices."""
     err = io.StringIO()

@@ -148,6 +148,13 @@ def test_rows_that_come_later_are_logged(track: Any, capfd: Any) -> None:
     assert capfd.readouterr().err.splitlines()[-2:] == ["logged 3 0.125", "finished 0"]
 
 
+def test_what_wandb_prints_and_says_is_redacted(track: Any, capfd: Any) -> None:
+    """It goes into the log of the rank, and onto the terminal."""
+    leaking = WORKING.replace("return Run()", f"print({canary.GIVEN_TOKEN!r}); raise OSError({canary.GIVEN_TOKEN!r})")
+    assert track(leaking.replace('"online"', '"offline"')) == ["cannot start wandb, metrics.jsonl only: hf_***"]
+    assert "hf_***\n" in capfd.readouterr().err
+
+
 def test_without_a_key_it_is_offline_and_a_setting_of_wandb_stays(track: Any, capfd: Any) -> None:
     track(WORKING.replace('api_key = "key"', "api_key = None"))
     assert "debug offline" in capfd.readouterr().err
