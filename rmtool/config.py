@@ -237,6 +237,8 @@ class TrackConfig:
     """Experiment tracking, next to metrics.jsonl in the run folder."""
 
     wandb: StrictBool = False  # log to Weights & Biases
+    tensorboard: StrictBool = False  # write event files for TensorBoard to RUN/tensorboard
+    strict: StrictBool = False  # a failure of a tracker is an error: at the start, or when the model is saved
     project: str | None = None  # project on Weights & Biases; default: WANDB_PROJECT, or rmtool
     name: str | None = None  # run name on Weights & Biases; default: WANDB_NAME, or the recipe's name
 

@@ -33,7 +33,7 @@ class ExitCode(IntEnum):
     MODEL = 4  # invalid model, tokenizer or checkpoint
     MACHINE = 5  # this machine: disk, permissions, memory, hardware
     CONFLICT = 6  # output exists or is in use
-    REMOTE = 7  # the Hub or the network failed
+    REMOTE = 7  # the Hub, the network or a tracker failed
     TRAINING = 8  # training failed: NaN or inf, or a process died
     BUG = 70  # internal error: a bug in rmtool
     PREEMPTED = 75  # stopped early by a signal or the time limit, state saved: the same command resumes
@@ -90,12 +90,14 @@ ERRORS = {
     "E0504": "torch.compile failed",
     "E0505": "4-bit weights need a CUDA device and bitsandbytes",
     "E0506": "a node does not see the run folder of node 0",
+    "E0507": "track.tensorboard needs the package tensorboard",
     "E0570": "a file of the checkpoint cannot be read",
     "E0601": "output exists",
     "E0602": "another process is training in the run folder",
     "E0603": "recipe, data, model, tokenizer or package versions changed since the snapshot",
     "E0604": "the training state in a snapshot is of another model or other trainable parameters",
     "E0701": "model or dataset not found locally or on the Hub",
+    "E0702": "a tracker failed, and the recipe has track.strict",
     "E0771": "the connection to the Hub failed",
     "E0772": "the Hub timed out",
     "E0773": "the Hub returned an error",

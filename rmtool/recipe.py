@@ -27,6 +27,7 @@ from rmtool.config import engine_of as engine_of
 from rmtool.config import seconds_of as seconds_of
 from rmtool.config import world_size as world_size
 from rmtool.errors import Place, RmtoolError, first_line
+from rmtool.redaction import has_token
 
 CONFIG_FILE = "config.yaml"  # in a run folder: the resolved recipe, from the launcher to the training process
 BUNDLED = "bundled:"  # in a recipe: a file or folder that ships with rmtool
@@ -85,6 +86,7 @@ def load_recipe(name: str, overrides: typing.Sequence[tuple[str, Any]] = ()) -> 
             _override(tree, key, value)
         except RmtoolError as error:
             problems.append(error)
+    problems += _tokens(tree)
     try:
         recipe = _RECIPE.validate_python(tree)
     except ValidationError as error:
@@ -92,6 +94,16 @@ def load_recipe(name: str, overrides: typing.Sequence[tuple[str, Any]] = ()) -> 
     if problems:
         raise _together(problems, place)
     return recipe
+
+
+def _tokens(value: Any, key: tuple[int | str, ...] = ()) -> Iterator[RmtoolError]:
+    """Yield an error per access token: the recipe is written to the run folder, the checkpoint and trackers."""
+    if isinstance(value, str) and has_token(value):
+        hint = "remove it; log in with hf auth login or wandb login, or set HF_TOKEN or WANDB_API_KEY"
+        yield RmtoolError("E0205", f"{_dotted(key)} contains an access token", hint)
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from _tokens(item, (*key, name))
 
 
 def _recipe_path(name: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import ssl
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1")
 
+import canary  # first: it sets where login files are
 from advice import impossible
 from helpers import DEBUG_MODEL, Shown, save_reward_model, tiny_config
 from hub_stub import TOKEN, StubHub
+
+HEARD, SEARCHED = canary.Heard(), set[tuple[Any, ...]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,12 +41,54 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in set(left_out)]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    canary.listen(HEARD, [pytest.CaptureFixture])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(canary.LOGIN, ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Search what a test printed, and what its fixtures did: a leak is a failure of the test, or of its teardown."""
+    report = yield
+    HEARD.hear("printed", *(text for _, text in report.sections))
+    found = HEARD.take()
+    if report.passed and found:
+        report.outcome, report.longrepr = "failed", f"canary tokens leaked: {found}"
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks(tmp_path: Path) -> Iterator[None]:
+    yield
+    HEARD.leaks += canary.leaks_in_files(tmp_path, SEARCHED)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_leaks_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Search what fixtures of sessions and modules wrote."""
+    yield
+    assert not canary.leaks_in_files(tmp_path_factory.getbasetemp(), SEARCHED)
+
+
+@pytest.fixture
+def outside() -> Iterator[Path]:
+    """A folder that is not searched for canary tokens: for files that have one."""
+    with tempfile.TemporaryDirectory(prefix="rmtool-outside-") as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(autouse=True)
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RMTOOL_LOG", str(tmp_path / "rmtool.log"))
     monkeypatch.setenv("RMTOOL_CACHE", str(tmp_path / "cache"))
-    for name in ("RMTOOL_MODEL", "RMTOOL_EVENTS", "RMTOOL_DEBUG", "WANDB_API_KEY"):
+    for name in ("RMTOOL_MODEL", "RMTOOL_EVENTS", "RMTOOL_DEBUG"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN", canary.HF_TOKEN)
+    monkeypatch.setenv("WANDB_API_KEY", canary.WANDB_KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +168,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StubHub]:
         # No TLS here; loading the CA certificates would take 60 ms per push.
         monkeypatch.setattr("httpcore2.default_ssl_context", lambda **_: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         yield stub
+        HEARD.leaks += stub.leaks()
 
 
 @pytest.fixture

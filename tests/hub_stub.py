@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import canary
+
 OWNER = "me"
-TOKEN = "hf_stubtoken"
+TOKEN = canary.HF_TOKEN
 GATEWAY_PAGE = b"<html><body><h1>502 Bad Gateway</h1></body></html>"
 MODEL = r"/api/models/(?P<repo>[\w.-]+/[\w.-]+)"
 ROUTES = (
@@ -54,6 +56,7 @@ class Seen:
     route: str
     authorization: str
     body: bytes
+    storage: bool = False  # to the other origin
 
 
 @dataclass
@@ -97,6 +100,13 @@ class StubHub:
         """Let the next `times` requests to `route` fail."""
         assert route in {name for name, _, _ in ROUTES}, route
         self.faults[route] = Fault(kind, times, body, headers or {})
+
+    def leaks(self) -> list[str]:
+        """Return where a canary was sent but in the Authorization header of a request to the Hub, or is stored."""
+        sent = [(seen.route, canary.leaks(seen.body)) for seen in self.seen]
+        sent += [(seen.route, canary.leaks(seen.authorization.encode())) for seen in self.seen if seen.storage]
+        stored = [file for repo in self.repos.values() for file in repo.files.items()] + list(self.blobs.items())
+        return [f"{where}: {found}" for where, found in (*sent, *((n, canary.leaks(c)) for n, c in stored)) if found]
 
     def routes_seen(self) -> list[str]:
         return [seen.route for seen in self.seen]
@@ -206,7 +216,10 @@ class _Handler(BaseHTTPRequestHandler):
         matches = ((name, re.fullmatch(p, path)) for name, method, p in ROUTES if method == self.command)
         name, match = next(((name, match) for name, match in matches if match), ("unknown", None))
         with self.hub.lock:
-            self.hub.seen.append(Seen(name, self.headers.get("Authorization", ""), self.path.encode() + b"\n" + body))
+            others = [value for key, value in self.headers.items() if key.lower() != "authorization"]
+            said = "\n".join([self.path, *others]).encode() + b"\n" + body
+            storage = self.server is self.hub.servers[1]
+            self.hub.seen.append(Seen(name, self.headers.get("Authorization", ""), said, storage))
             fault = self.hub.faults.get(name)
             if fault and fault.times == 0:
                 fault = None

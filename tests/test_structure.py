@@ -25,7 +25,7 @@ HOUSE = (
     ("packing",),
     ("tokenization",),
     ("data",),
-    ("recipe", "config", "ui", "errors", "checkpoint", "dist"),
+    ("recipe", "config", "ui", "errors", "redaction", "checkpoint", "dist"),
 )
 GROUND = set(HOUSE[-1])
 FLOOR = {name: floor for floor, names in enumerate(HOUSE) for name in names}
@@ -145,7 +145,14 @@ def test_help_imports_nothing_but_the_command_line_parser() -> None:
     shown = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert all(command in shown for command in ("train", "eval", "score", "push"))
     command_line = {f"rmtool.cli.{name}" for name in ("main", "train", "eval", "score", "push", "options", "inference")}
-    assert set(shown.splitlines()[-1].split()) == {"loaded:", "rmtool", "rmtool.cli", "rmtool.errors", *command_line}
+    assert set(shown.splitlines()[-1].split()) == {
+        "loaded:",
+        "rmtool",
+        "rmtool.cli",
+        "rmtool.errors",
+        "rmtool.redaction",
+        *command_line,
+    }
 
 
 WITHOUT = """if True:

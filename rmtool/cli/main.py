@@ -28,6 +28,7 @@ from rmtool.cli.push import push
 from rmtool.cli.score import score
 from rmtool.cli.train import train
 from rmtool.errors import ExitCode, RmtoolError, Stopped, first_line
+from rmtool.redaction import redact, redacted_output
 
 _TILDE = re.compile(r"^(--[a-z-]+=)?(~.*)", re.DOTALL)  # a shell leaves it in quotes, and in --option=~/path
 
@@ -62,7 +63,12 @@ def _expand(path: re.Match[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command. All errors are printed here, in one form."""
+    """Run a command. All errors are printed here, in one form, and nothing with an access token."""
+    with redacted_output():
+        _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> None:
     arguments = [_TILDE.sub(_expand, each) for each in (sys.argv[1:] if arguments is None else arguments)]
     # As an exception, so that children are stopped and temporary files removed on the way out.
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until `train` has its own handlers
@@ -101,7 +107,7 @@ def _log_bug(bug: Exception) -> RmtoolError:
     try:
         with open_log() as log:
             start = f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} rmtool {__version__}: {what}\n"
-            log.write((start + traceback.format_exc()).encode("utf-8", "backslashreplace"))
+            log.write(redact(start + traceback.format_exc()).encode("utf-8", "backslashreplace"))
     except (RmtoolError, OSError):  # no log file: only the terminal is left
         traceback.print_exc()
         return RmtoolError("E7001", what, "report it with the traceback above")

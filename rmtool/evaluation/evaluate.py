@@ -27,6 +27,8 @@ from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.response_group import ResponseGroup
 from rmtool.ui import Bar
 
+Samples = tuple[tuple[int, list[float]], ...]
+
 
 @dataclass(frozen=True)
 class EvalResult:
@@ -38,7 +40,7 @@ class EvalResult:
 
     total: PairSums
     subsets: dict[str, PairSums]
-    samples: tuple[tuple[int, list[float]], ...]
+    samples: Samples
 
     def as_dict(self) -> dict[str, Any]:
         """Return the `--json` form."""

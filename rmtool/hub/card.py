@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rmtool.checkpoint import is_hub_id, public_name
+from rmtool.redaction import redact
 
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _LABELS = {"recipe": "recipe", "max_length": "max length", "precision": "precision", "versions": "versions"}
 _PAGE = """\
 ---
@@ -110,7 +110,7 @@ def model_card(folder: Path, repo_id: str, facts: Mapping[str, object]) -> str:
             ("Evaluation", "metric", [(k, f"{v:.4f}") for k, v in numbers if isinstance(v, int | float)]),
         ],
     )
-    return _TOKEN.sub("hf_***", str(card)).rstrip() + "\n"
+    return redact(str(card)).rstrip() + "\n"
 
 
 def _shown(value: object) -> str:

@@ -8,6 +8,7 @@ Cost: `accelerate launch` imports its libraries for a few seconds before it star
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import selectors
@@ -28,6 +29,7 @@ from rmtool.planning.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, WORKER, Pla
 from rmtool.recipe import CONFIG_FILE, dump_recipe, engine_of
 from rmtool.training.pack_budget import read_pack_budget
 from rmtool.training.run_files import LOG_FILE
+from rmtool.training.tracking import PLAN_FILE
 from rmtool.training.worker_status import DEADLINE, LAUNCHER, Status, log_file
 from rmtool.ui import TerminalUi
 from rmtool.ui.pipe import Replay
@@ -82,6 +84,7 @@ def _run_processes(plan: Plan, ui: TerminalUi, request: StopRequest) -> bool:
     output, tokens_per_pack = plan.folder, plan.recipe.train.tokens_per_pack
     budget = read_pack_budget(output, tokens_per_pack)
     (output / CONFIG_FILE).write_text(dump_recipe(plan.recipe), encoding="utf-8")
+    (output / PLAN_FILE).write_text(_plan_json(plan), encoding="utf-8")
     (output / ACCELERATE_FILE).write_text(ACCELERATE_CONFIG, encoding="utf-8")
     with _events_pipe(output) as pipe, open(output / LOG_FILE, "wb") as log:
         child = subprocess.Popen(
@@ -107,6 +110,11 @@ def _run_processes(plan: Plan, ui: TerminalUi, request: StopRequest) -> bool:
         return False
     _raise_failure(plan, failure, code)  # other nodes' launchers would not know that they must start again
     return True
+
+
+def _plan_json(plan: Plan) -> str:
+    """The plan for other programs, with the table that the run prints."""
+    return json.dumps(plan.as_dict() | {"rows": dict(plan.rows())}, indent=2) + "\n"
 
 
 def _environment(plan: Plan, request: StopRequest) -> dict[str, str]:

@@ -22,7 +22,7 @@ from rmtool.dataset.split import none_held_out, resolve_sources, row_options
 from rmtool.errors import RmtoolError
 from rmtool.recipe import as_source, engine_of, recipe_hash, world_size
 from rmtool.training.schedule import UNKNOWN, Schedule, require_reachable, schedule_rows
-from rmtool.training.tracking import wandb_project
+from rmtool.training.tracking import describe_tracking, require_installed
 from rmtool.ui import SilentUi, Ui
 
 # accelerate reads what a command leaves out from a file in the user's home, unless it is given another one.
@@ -124,8 +124,7 @@ class Plan:
         rows.append(("snapshots", _describe_snapshots(train)))
         if recipe.hub.repo_id:
             rows.append(("push to", recipe.hub.repo_id))
-        tracking = f"wandb project {wandb_project(recipe.track)}" if recipe.track.wandb else "metrics.jsonl only"
-        return [*rows, ("tracking", tracking)]
+        return [*rows, ("tracking", describe_tracking(recipe.track, self.output))]
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -145,8 +144,9 @@ def make_plan(recipe: Recipe, output: Path, node: int = 0, launcher: str = "", u
 
     Raises:
         RmtoolError: E0207 the node rank is out of range, E0209 a setting that the steps cannot reach, E02xx and E03xx
-            as loading does, E0302 nothing is left to train on, E0308 nothing is held out.
+            as loading does, E0302 nothing is left to train on, E0308 nothing is held out, E0507 no TensorBoard.
     """
+    require_installed(recipe.track)
     launch, train, holdout = recipe.launch, recipe.train, recipe.data.holdout
     if node >= launch.nodes:
         hint = f"set --node-rank to 0 to {launch.nodes - 1}, or set --nodes"

@@ -14,7 +14,8 @@ from rmtool.checkpoint import HELD_OUT_FILE
 from rmtool.data.rejects import REJECTS_FILE
 from rmtool.dataset.report import LENGTHS_FILE, REPORT_FILE
 from rmtool.recipe import CONFIG_FILE
-from rmtool.training.tracking import CURVES_FILE, METRICS_FILE
+from rmtool.training.eval_samples import SAMPLES_FILE
+from rmtool.training.tracking import CURVES_FILE, METRICS_FILE, PLAN_FILE, TENSORBOARD
 from rmtool.training.worker_status import BEST_PREFIX, PACK_BUDGET_FILE
 
 LOG_FILE = "train.log"  # output of `accelerate launch`; each rank has its own log
@@ -23,8 +24,8 @@ SNAPSHOTS, STEP, MANIFEST_FILE = "snapshots", "step-", "MANIFEST.json"
 PROGRESS_FILE = "progress.json"  # in a snapshot
 TEMPORARY, DAMAGED = ".tmp-", "damaged-"  # prefixes of folders in snapshots/ that do not count
 # What the training processes write again when a run starts, and what the launcher has written before.
-WRITTEN = (SNAPSHOTS, HELD_OUT_FILE, METRICS_FILE, CURVES_FILE, REPORT_FILE, LENGTHS_FILE)
-RESULTS = ("model", *WRITTEN, REJECTS_FILE, CONFIG_FILE, LOG_FILE, PACK_BUDGET_FILE)
+WRITTEN = (SNAPSHOTS, HELD_OUT_FILE, METRICS_FILE, CURVES_FILE, REPORT_FILE, LENGTHS_FILE, SAMPLES_FILE, TENSORBOARD)
+RESULTS = ("model", *WRITTEN, REJECTS_FILE, CONFIG_FILE, PLAN_FILE, LOG_FILE, PACK_BUDGET_FILE)
 
 
 def step_of(folder: Path) -> int:

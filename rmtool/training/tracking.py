@@ -1,35 +1,39 @@
-"""Metrics of a run: metrics.jsonl, training curves, and Weights & Biases where the recipe enables it.
+"""Metrics of a run: metrics.jsonl, training curves, and the trackers that the recipe enables: wandb, TensorBoard.
 
-In: one dictionary of metrics per step. Out: files in the run folder. wandb follows metrics.jsonl in a separate process
-(`wandb_process.py`), so it cannot end, delay or change a run: a failure is printed once, and metrics.jsonl continues.
-Cost: one small write per step; the curves are drawn once, at the end, where the run waits WANDB_FINISH_S seconds for
-wandb, which may go on uploading.
+In: one dictionary of metrics per step. Out: files in the run folder. Trackers follow metrics.jsonl in processes of
+their own (`tracker_process.py`), so they cannot end, delay or change a run: a failure is printed once, and
+metrics.jsonl continues. With track.strict the run waits for their start and end, and a failure is its error, at the
+start or when the model is saved.
+Cost: one small write per step; the curves are drawn once, at the end, where the run waits FINISH_S seconds for the
+trackers, which may go on uploading.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rmtool.config import TrackConfig
 from rmtool.dataset.report import new_figure
-from rmtool.training.wandb_process import FAILED
+from rmtool.errors import RmtoolError
+from rmtool.training.eval_samples import SAMPLES_FILE, write_samples
+from rmtool.training.follower import FAILED
+from rmtool.training.tracker_process import TrackerProcess
 from rmtool.ui import Ui
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
+PLAN_FILE = "plan.json"  # written by the launcher
+TENSORBOARD = "tensorboard"  # folder of event files
 WANDB_TIMEOUT_S = 20  # for the connection, as wandb counts it
-WANDB_START_S = 60  # for the import, too
-WANDB_FINISH_S = 5  # that the run waits for it
-WANDB_UPLOAD_S = 60  # that it may go on uploading after the run
+FINISH_S = 5  # that the run waits for trackers
+UPLOAD_S = 60  # that they may go on after the run; with track.strict, that it waits
 
 
 def wandb_project(track: TrackConfig) -> str:
@@ -37,11 +41,30 @@ def wandb_project(track: TrackConfig) -> str:
     return track.project or os.environ.get("WANDB_PROJECT") or "rmtool"
 
 
+def describe_tracking(track: TrackConfig, folder: Path) -> str:
+    """Return where metrics go, for the plan."""
+    places = [f"wandb project {wandb_project(track)}"] if track.wandb else []
+    places += [f"TensorBoard in {folder / TENSORBOARD}"] if track.tensorboard else []
+    strict = " (a failure is an error)" if track.strict else ""
+    return f"{', '.join(places)}{strict}" if places else FAILED
+
+
+def require_installed(track: TrackConfig) -> None:
+    """Check that the trackers are there.
+
+    Raises:
+        RmtoolError: E0507.
+    """
+    if track.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        hint = "run pip install tensorboard, or set track.tensorboard=false"
+        raise RmtoolError("E0507", "TensorBoard is not installed", hint)
+
+
 class Tracker:
-    """Writer of metrics to metrics.jsonl, which wandb follows.
+    """Writer of metrics to metrics.jsonl, which trackers follow.
 
     In: one dictionary of metrics per step; whether the file has earlier ones; the id of the wandb run, which goes on.
-    Out: one line of metrics.jsonl each, and one wandb step.
+    Out: one line of metrics.jsonl each, and one step of each tracker; `processes` are those that could be started.
     """
 
     def __init__(
@@ -53,18 +76,55 @@ class Tracker:
         resumed: bool = False,
         run_id: str | None = None,
     ):
-        self.ui, self.unwritten, self.failed = ui, b"", False
+        self.folder, self.track, self.ui, self.unwritten, self.said = folder, track, ui, b"", set[str]()
         self.past = read_metrics(folder) if resumed else []
         self.file = open(folder / METRICS_FILE, "ab" if resumed else "wb", buffering=0)  # noqa: SIM115 - closed by close()
-        self.wandb = None
+        self.processes: list[TrackerProcess] = []
+        self.failures: list[str] = []
+        texts = dict(config) | _plan(folder)
         if track.wandb:
             name = track.name or os.environ.get("WANDB_NAME") or config["name"]
-            init = {"project": wandb_project(track), "name": name, "config": dict(config)}
+            init = {"project": wandb_project(track), "name": name, "config": texts, "dir": str(folder)}
             init |= {"id": run_id, "resume": "allow"} if run_id else {}
-            try:
-                self.wandb = _Wandb({**init, "dir": str(folder)}, folder / METRICS_FILE, len(self.past), ui)
-            except OSError as error:
-                ui.say(f"cannot start wandb, {FAILED}: {error}")
+            self._start("wandb", {"init": init, "start_s": WANDB_TIMEOUT_S})
+        if track.tensorboard:
+            self._start("TensorBoard", {"folder": str(folder / TENSORBOARD), "texts": _by_section(texts)})
+
+    def _start(self, name: str, given: dict[str, Any]) -> None:
+        module = f"rmtool.training.{name.lower()}_process"
+        given |= {"metrics": str(self.folder / METRICS_FILE), "logged": len(self.past), "finish_s": UPLOAD_S}
+        try:
+            self.processes.append(TrackerProcess(name, module, given, self.ui))
+        except OSError as error:
+            self.failures.append(f"cannot start {name}, {FAILED}: {error}")
+            self.ui.say(self.failures[-1])
+
+    def require_started(self) -> None:
+        """With track.strict, wait until all trackers have started.
+
+        Raises:
+            RmtoolError: E0702.
+        """
+        if self.track.strict:
+            for process in self.processes:
+                process.wait_until_started()
+            self._raise_failure("fix it, or set track.strict=false")
+
+    def require_logged(self) -> None:
+        """With track.strict, check after the end that the trackers have everything.
+
+        Raises:
+            RmtoolError: E0702.
+        """
+        if self.track.strict:
+            self._raise_failure(
+                f"use the checkpoint, which is complete: {self.folder / 'model'}; upload what is in wandb/"
+            )
+
+    def _raise_failure(self, hint: str) -> None:
+        failures = [*self.failures, *(process.failure for process in self.processes if process.failure)]
+        if failures:
+            raise RmtoolError("E0702", f"a tracker failed: {failures[0]}", hint)
 
     def __enter__(self) -> Tracker:
         return self
@@ -78,11 +138,22 @@ class Tracker:
         try:
             self.flush()
         except OSError as error:
-            if not self.failed:
-                self.ui.say(f"cannot write {METRICS_FILE}, trying again after each step: {error.strerror}")
-            self.failed = True
-        if self.wandb:
-            self.wandb.show_notices()
+            self._say_once(METRICS_FILE, error)
+        for process in self.processes:
+            process.show_notices()
+
+    def log_samples(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write the sampled pairs of an evaluation; call it before the metrics of their step are logged."""
+        try:
+            write_samples(self.folder, rows)
+        except OSError as error:
+            self._say_once(SAMPLES_FILE, error)
+
+    def _say_once(self, name: str, error: OSError) -> None:
+        if name not in self.said:
+            again = "each step" if name == METRICS_FILE else "each evaluation"
+            self.ui.say(f"cannot write {name}, trying again after {again}: {error.strerror}")
+        self.said.add(name)
 
     def flush(self) -> None:
         """Write what is not yet in metrics.jsonl.
@@ -94,83 +165,32 @@ class Tracker:
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
     def close(self, outcome: str = "completed") -> None:
-        """Close the file and finish the wandb run; waits at most WANDB_FINISH_S seconds, and not if the run failed."""
+        """Close the file and end the trackers; waits at most FINISH_S seconds (with track.strict UPLOAD_S), and not if
+        the run failed.
+        """
         with contextlib.suppress(OSError):  # it has been reported
             self.flush()
             self.file.close()
-        if self.wandb:
-            self.wandb.finish(outcome)
+        for process in self.processes:
+            process.finish(outcome)
+        if outcome != "failed":  # else the error is shown now; trackers end by themselves
+            strict = self.track.strict
+            end = time.monotonic() + (UPLOAD_S if strict else FINISH_S)
+            for process in self.processes:
+                process.wait(end - time.monotonic(), strict, UPLOAD_S)
 
 
-class _Wandb:
-    """The process of the wandb run."""
+def _plan(folder: Path) -> dict[str, Any]:
+    """Return the table of the plan, if the launcher has written it."""
+    path = folder / PLAN_FILE
+    return {"plan": json.loads(path.read_text(encoding="utf-8"))["rows"]} if path.exists() else {}
 
-    def __init__(self, init: dict[str, Any], metrics: Path, logged: int, ui: Ui):
-        self.ui, self.start_by = ui, time.monotonic() + WANDB_START_S
-        self.started = self.finishing = self.failed = False
-        # In its own session: Ctrl-C is for the run, whose end is the end of this process, too.
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "rmtool.training.wandb_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self.orders: IO[bytes] = self.process.stdin  # type: ignore[assignment]
-        self.notices: IO[bytes] = self.process.stdout  # type: ignore[assignment]
-        os.set_blocking(self.notices.fileno(), False)
-        given = {
-            "init": init,
-            "metrics": str(metrics),
-            "logged": logged,
-            "start_s": WANDB_TIMEOUT_S,
-            "finish_s": WANDB_UPLOAD_S,
-        }
-        self._order(json.dumps(given))
 
-    def _order(self, line: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which `show_notices` finds
-            self.orders.write(line.encode() + b"\n")
-            self.orders.flush()
-
-    def show_notices(self) -> None:
-        """Show what the process has to say, without waiting; stop one that does not start."""
-        try:
-            text = os.read(self.notices.fileno(), 2**16).decode(errors="replace")
-        except BlockingIOError:
-            if not self.started and time.monotonic() > self.start_by:
-                self._stop(f"wandb did not start within {WANDB_START_S} s")
-            return
-        for line in text.splitlines():
-            self.ui.say(line)
-        self.failed |= FAILED in text
-        if text:
-            self.started = True
-        elif not (self.started and self.finishing):
-            self._stop("wandb ended")
-
-    def finish(self, outcome: str) -> None:
-        self.finishing = True
-        self._order(outcome)
-        if outcome == "failed":  # the error is shown now; wandb ends by itself
-            return
-        try:
-            self.process.wait(WANDB_FINISH_S)
-            self.show_notices()
-        except subprocess.TimeoutExpired:
-            self.show_notices()
-            if self.started and not self.failed:
-                self.ui.say(f"wandb still uploads in the background, for at most {WANDB_UPLOAD_S} s")
-            else:
-                self._stop(f"wandb did not start within {WANDB_FINISH_S} s of the end of the run")
-
-    def _stop(self, what: str) -> None:
-        """Say once that the process failed, and kill it if it still runs."""
-        if not self.failed:
-            self.failed = True
-            self.ui.say(f"{what}, {FAILED}")
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(1)
+def _by_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe as one text, and what else there is."""
+    others = ("plan", "system")
+    recipe = {name: value for name, value in config.items() if name not in others}
+    return {"recipe": recipe, **{name: config[name] for name in others if name in config}}
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from rmtool.dataset.batches import BatchItem, count_pairs, plan_steps, run_steps
 from rmtool.dataset.split import Split
 from rmtool.evaluation import evaluate as evaluation
+from rmtool.evaluation.evaluate import EvalResult, Samples
 from rmtool.evaluation.metrics import EVAL_PREFIX, describe
 from rmtool.model.out_of_memory import PackOutOfMemoryError
 from rmtool.model.rewards import AbandonedError
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 from rmtool.training.engine import peak_memory
+from rmtool.training.eval_samples import SAMPLES, sample_rows
 from rmtool.training.progress import Best, Progress
 from rmtool.training.schedule import lr_multiplier
 from rmtool.training.step import Trainer, training_step
@@ -87,7 +89,7 @@ class _AfterStep:
         self.board.step(numbers)
         due = step == self.total or (train.eval_every and step % train.eval_every == 0)
         if self.split.eval.metadata and due:
-            metrics = run_eval(self.trainer, self.split.eval, self.ui, self.stopping)
+            metrics = run_eval(self.trainer, self.split.eval, self.ui, self.stopping, self._log_samples)
             if not metrics and self.stopping:
                 self.stopping.leave(step, self.total, numbers)
             self.ui.say(f"step {step}, {EVAL_PREFIX}: {describe(metrics)}")
@@ -100,6 +102,10 @@ class _AfterStep:
         if progress.best.should_stop(train):
             self.ui.say(f"early stopping at step {step}: {progress.best.since_when(train)}")
         return not progress.best.should_stop(train)
+
+    def _log_samples(self, samples: Samples) -> None:
+        if self.tracker:
+            self.tracker.log_samples(sample_rows(self.split, samples, self.progress.step))
 
     def snapshot_or_stop(self, snapshot: Callable[[], tuple[float, str]] | None, step_seconds: float) -> None:
         """Save a snapshot if one is due, and leave if that is requested."""
@@ -127,16 +133,25 @@ def _timed_step(trainer: Trainer, batch: Sequence[BatchItem], step: int, total: 
 
 
 def run_eval(
-    trainer: Trainer, held_out: TokenizedDataset, ui: Ui, stopping: Stopping | None = None
+    trainer: Trainer,
+    held_out: TokenizedDataset,
+    ui: Ui,
+    stopping: Stopping | None = None,
+    log_samples: Callable[[Samples], None] = lambda samples: None,
 ) -> dict[str, float]:
     """Return the eval metrics; the ranks share the forward passes. Without any if the ranks are to stop.
+
+    Args:
+        log_samples: called with rows drawn at random, the same in each evaluation, and their rewards.
 
     Raises:
         RmtoolError: E0409 a reward is NaN or inf; E0503 out of memory, where smaller packs do not help.
     """
     while True:
         try:
-            return _evaluate(trainer, held_out, ui, stopping)
+            result = _evaluate(trainer, held_out, ui, stopping)
+            log_samples(result.samples)
+            return result.total.report(EVAL_PREFIX)
         except AbandonedError:
             return {}
         except PackOutOfMemoryError:
@@ -144,16 +159,17 @@ def run_eval(
         trainer.continue_with(smaller)
 
 
-def _evaluate(trainer: Trainer, held_out: TokenizedDataset, ui: Ui, stopping: Stopping | None) -> dict[str, float]:
+def _evaluate(trainer: Trainer, held_out: TokenizedDataset, ui: Ui, stopping: Stopping | None) -> EvalResult:
     wrapped, limit = trainer.engine.wrapped, trainer.tokens_per_pack
     try:
         with ui.progress(EVALUATION_BAR, len(held_out.metadata), "rows") as bar:
-            result = evaluation.evaluate(
+            return evaluation.evaluate(
                 *(trainer.model, held_out.metadata, held_out.groups, limit, bar),
+                samples=SAMPLES,
+                seed=trainer.recipe.train.seed,
                 forward_module=wrapped,
                 dist=trainer.engine.dist,
                 interrupt=stopping.requested if stopping else None,
             )
     finally:
         wrapped.train()
-    return result.total.report(EVAL_PREFIX)

@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -37,6 +36,7 @@ from rmtool.model.reward_model import RewardModel
 from rmtool.packing.layers import compile_layers
 from rmtool.packing.prefix_sharing import describe_sharing
 from rmtool.recipe import CONFIG_FILE, as_dict, engine_of, load_recipe, recipe_hash, resolve
+from rmtool.redaction import redacted_output
 from rmtool.tokenization.encoder import Encoder
 from rmtool.training.checkpoint_writer import CheckpointWriter, build_manifest
 from rmtool.training.engine import Engine, require_agreement, start_accelerator
@@ -48,6 +48,7 @@ from rmtool.training.schedule import Schedule, require_reachable, schedule_rows
 from rmtool.training.snapshots import Snapshot, Snapshots
 from rmtool.training.step import Trainer
 from rmtool.training.stopping import Stopping, deadline_of
+from rmtool.training.system import system_figures, versions
 from rmtool.training.tracking import Tracker, draw_curves
 from rmtool.training.trainer import train_loop
 from rmtool.training.worker_status import DATA_READ_FILE, mark_exited, mark_saves, mark_started
@@ -64,7 +65,7 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
 
     Raises:
         RmtoolError: E02xx to E05xx for a recipe, data, model or machine that does not work, E0603 when the snapshot is
-            of a different run, E0802 for NaN or inf.
+            of a different run, E0702 a tracker failed and is not allowed to, E0802 for NaN or inf.
         Stopped: when a signal or the time limit ended it.
     """
     main, base = accelerator.is_main_process, recipe.model
@@ -94,6 +95,8 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
         add_skipped_steps(folder, [asdict(skipped) for skipped in trainer.skipped])
         _draw_curves(folder, ui)
     accelerator.wait_for_everyone()
+    if saver.tracker:
+        saver.tracker.require_logged()
 
 
 def _open_snapshots(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Snapshots:
@@ -133,12 +136,15 @@ def _prepare_engine(
 def _train(trainer: Trainer, split: Split, saver: Saver, folder: Path, ui: Ui, resumed: bool) -> None:
     """Take the steps that are left, and save the checkpoint."""
     recipe, main = trainer.recipe, trainer.engine.accelerator.is_main_process
-    given = (folder, recipe.track, as_dict(recipe), ui, resumed, saver.progress.tracker_id)
+    config = as_dict(recipe) | {"system": system_figures(trainer.engine.accelerator)}
+    given = (folder, recipe.track, config, ui, resumed, saver.progress.tracker_id)
     with (
         _open_stopping(folder, saver) as stopping,  # before wandb starts, where signals would be held back
         Tracker(*given) if main else nullcontext() as tracker,
     ):
         saver.tracker = tracker
+        if tracker:
+            tracker.require_started()
         save, progress, snapshot = saver.checkpoints.save_best, saver.progress, saver.save_if_due
         metrics = train_loop(trainer, split, tracker, ui, save, stopping, progress, snapshot)
         ui.say("Saving the checkpoint")
@@ -206,8 +212,6 @@ def _rank_fingerprint(recipe: Recipe, source: Path, fingerprint: str, split: Spl
             data.update(repr((each.preferences, each.margins, each.weight)).encode())
             for ids in group.sequences():
                 data.update(ids.tobytes())
-    packages = ("rmtool", "torch", "transformers", "accelerate", "deepspeed")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     return {
         "recipe": recipe_hash(recipe),
         "precision": compute_precision(recipe.train.precision),
@@ -215,7 +219,7 @@ def _rank_fingerprint(recipe: Recipe, source: Path, fingerprint: str, split: Spl
         "model": hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
         "tokenizer and chat template": fingerprint,
         "data": data.hexdigest(),
-        "versions": versions,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
 
 
@@ -239,6 +243,13 @@ def main() -> None:
     """Run a training process: `python -m rmtool.training.worker RUN_FOLDER`."""
     folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", 0))
     mark_started(folder, rank)
+    with redacted_output():
+        code = _run_in(folder, rank)
+    sys.exit(code)
+
+
+def _run_in(folder: Path, rank: int) -> int:
+    """Train in a run folder, and leave what happened in the status of the process; return its exit code."""
     code, failure, ui = int(ExitCode.OK), None, None
     try:
         recipe = load_recipe(str(folder / CONFIG_FILE))
@@ -257,7 +268,7 @@ def main() -> None:
         failure = _known_error(error)
         code = failure.exit_code if failure else ExitCode.BUG
     mark_exited(folder, rank, int(code), failure.as_dict() if failure else None)
-    sys.exit(int(code))
+    return int(code)
 
 
 if __name__ == "__main__":

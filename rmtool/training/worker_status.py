@@ -20,6 +20,8 @@ from typing import Any
 
 import psutil
 
+from rmtool.redaction import redact
+
 PACK_BUDGET_FILE = "pack-budget.json"  # a smaller one, after the device was out of memory
 DATA_READ_FILE = ".data-read"  # the first process of a node has tokenized the data
 BEST_PREFIX = "best-step-"  # the best checkpoint so far, until the run ends
@@ -116,5 +118,5 @@ def _reserve(folder: Path, rank: int) -> Path:
 
 def _write(folder: Path, status: Status) -> None:
     temporary = folder / f".rank-{status.rank}.json"
-    temporary.write_text(json.dumps(vars(status)), encoding="utf-8")
+    temporary.write_text(redact(json.dumps(vars(status))), encoding="utf-8")
     os.replace(temporary, status_file(folder, status.rank))

@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rmtool.errors import RmtoolError, format_error
+from rmtool.redaction import redact
 from rmtool.ui.live import LiveView, Numbers
 
 PLAIN_INTERVAL_S = 10.0  # without a terminal: minimum seconds between progress lines
@@ -120,8 +121,8 @@ def _console(file: IO[str]) -> Console:
 
 
 def _clean(text: str) -> str:
-    """Replace control characters: data must not control the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """Replace secrets, and control characters: data must not control the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in redact(text))
 
 
 class TerminalUi:
@@ -221,7 +222,7 @@ class SilentUi:
 
 def print_json(data: object, ui: TerminalUi) -> None:
     """Print a result as JSON on stdout. JSON has no NaN or inf: `data` must not contain them."""
-    ui.out.file.write(json.dumps(data, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+    ui.out.file.write(redact(json.dumps(data, ensure_ascii=False, allow_nan=False, indent=2)) + "\n")
     ui.out.file.flush()
 
 

@@ -205,6 +205,7 @@ def test_all_files_of_a_finished_run_are_moved(tmp_path: Path) -> None:
     """Every file that a run writes; an older rejects.jsonl must not pass for this run's."""
     files = [tracking.METRICS_FILE, tracking.CURVES_FILE, report.REPORT_FILE, report.LENGTHS_FILE]
     files += [checkpoint.HELD_OUT_FILE, rejects.REJECTS_FILE, recipe.CONFIG_FILE, LOG_FILE]
+    files += [tracking.PLAN_FILE, tracking.SAMPLES_FILE, tracking.TENSORBOARD]
     for name in ("model/model.safetensors", *files, "mine.txt", "previous/old"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)

@@ -172,7 +172,7 @@ def test_an_evaluation_that_was_interrupted_is_done_first(killed: Path, root: Pa
     shutil.rmtree(killed / "run")
     recipe = load(killed)
 
-    def interrupted(trainer: Any, held_out: Any, ui: Any, stopping: Any) -> dict[str, float]:
+    def interrupted(trainer: Any, held_out: Any, ui: Any, stopping: Any, log_samples: Any) -> dict[str, float]:
         stopping.reason = "SIGTERM"
         return {}
 

@@ -294,7 +294,7 @@ def fake_evals(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None
     """Evaluations that say what they are told, in turn."""
     told = iter(accuracies)
 
-    def run_eval(mine: Trainer, held_out: Any, ui: Any, stopping: Any) -> dict[str, float]:
+    def run_eval(mine: Trainer, held_out: Any, ui: Any, stopping: Any, log_samples: Any) -> dict[str, float]:
         return {name: (value := next(told)) if name.endswith("accuracy") else 1 - value for name in sorted(EVAL_NAMES)}
 
     monkeypatch.setattr("rmtool.training.trainer.run_eval", run_eval)
