@@ -77,7 +77,7 @@ def mark_exited(folder: Path, rank: int, exit_code: int, error: dict[str, Any] |
         _write(folder, last)
     except OSError:
         with open(reserve, "r+b") as file:
-            file.write(json.dumps(vars(last)).encode())
+            file.write(_text(last).encode())
             file.truncate()
         os.replace(reserve, status_file(folder, rank))
     reserve.unlink(missing_ok=True)
@@ -116,7 +116,11 @@ def _reserve(folder: Path, rank: int) -> Path:
     return folder / f".rank-{rank}.reserve"
 
 
+def _text(status: Status) -> str:
+    return redact(json.dumps(vars(status)))
+
+
 def _write(folder: Path, status: Status) -> None:
     temporary = folder / f".rank-{status.rank}.json"
-    temporary.write_text(redact(json.dumps(vars(status))), encoding="utf-8")
+    temporary.write_text(_text(status), encoding="utf-8")
     os.replace(temporary, status_file(folder, status.rank))

@@ -66,12 +66,14 @@ def train_killed(words: list[str], root: Path, kills: int, seed: int) -> dict[st
     draw, kinds, killed = random.Random(seed), list[str](), root / "killed"
     words = [*words, "--output", str(killed)]
     while len(kinds) < kills:
-        run = Command(words, root / "killed.log")
-        end = time.monotonic() + draw.uniform(0, start_s + 2 * (seconds - start_s) / kills)
-        last_step = total * (len(kinds) + 1) / (kills + 1)  # so that no run is the last one
-        while time.monotonic() < end and steps(killed) <= last_step:
+        run, before = Command(words, root / "killed.log"), steps(killed)
+        end, last_step = time.monotonic() + draw.uniform(0, start_s), 0.0
+        if draw.random() < 0.7:  # in the steps; else more likely before the first one
+            last_step = before + draw.uniform(0, 1.4 * total / (kills + 1))
+        while steps(killed) < last_step if last_step else time.monotonic() < end:
             assert run.process.poll() is None, (root / "killed.log").read_text()[-3000:]
             time.sleep(0.01)
+        time.sleep(draw.uniform(0, (seconds - start_s) / total))
         kinds.append(run.kill(draw))
     Command(words, root / "killed.log").wait()
     assert_same_run(killed, root / "alone")
@@ -88,7 +90,7 @@ def test_ten_kills_of_two_processes_end_in_the_same_run(engine: str, tmp_path: P
     recipe.write_text(
         f"model: {{path: {causal_lm}}}\n"
         f"data: {{train: [{data}], holdout: 12, max_length: 256}}\n"
-        "train: {batch_size: 4, learning_rate: 1e-3, epochs: 40, eval_every: 20, tokens_per_pack: 240, "
+        "train: {batch_size: 4, learning_rate: 1e-3, epochs: 20, eval_every: 20, tokens_per_pack: 240, "
         "precision: fp32, save_every: 7, keep: best}\n"
         f"launch: {{engine: {engine}, gpus_per_node: 2}}\n"
     )
