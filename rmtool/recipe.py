@@ -273,7 +273,8 @@ def recipe_hash(recipe: Recipe) -> str:
     """Hash all settings that decide what is learned: not those of where it runs or is shown."""
     plain = as_dict(recipe)
     learned = {name: plain[name] for name in ("model", "data", "train", "lora")}
-    del learned["train"]["time_limit"]
+    for name in ("time_limit", "save_every", "save_minutes", "keep_snapshots", "delete_snapshots"):
+        del learned["train"][name]
     return hashlib.sha256(json.dumps(learned, sort_keys=True).encode()).hexdigest()[:12]
 
 

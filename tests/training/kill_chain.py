@@ -17,6 +17,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from rmtool.launch.run_folder import clear_folder
 from rmtool.model import loading  # noqa: F401 - imports transformers here, not in each fork
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.training import worker
@@ -41,6 +42,7 @@ def start(recipe: str, folder: Path) -> int:
     try:
         loaded = load_recipe(recipe)
         folder.mkdir(exist_ok=True)
+        clear_folder(folder)  # as the launcher does
         (folder / CONFIG_FILE).write_text(dump_recipe(loaded))
         worker.run(loaded, folder, Accelerator(cpu=True), Log(folder / "said.log"))
         code = 0
