@@ -447,6 +447,11 @@ def test_the_disk_is_asked_for_room_before_the_first_step(
     take_steps(saver, 2)
     monkeypatch.setattr(module, "free_bytes", lambda folder: one)
     saver.start()  # those that are there have their room
+    fewer = make_saver(tmp_path, engine, keep_snapshots=1)
+    fewer.start()
+    monkeypatch.setattr(module, "free_bytes", lambda folder: one - 1)
+    with pytest.raises(RmtoolError):
+        fewer.start()  # the next one needs room before the others are deleted
 
 
 def test_a_file_in_place_of_the_folder_is_an_error(engine: Engine, tmp_path: Path) -> None:
@@ -475,6 +480,7 @@ def test_a_run_folder_that_vanished_is_an_error(saver: Saver) -> None:
     with pytest.raises(RmtoolError) as caught:
         saver.save()
     assert (caught.value.id, caught.value.exit_code) == ("E0502", 5)
+    assert not saver.snapshots.run.exists()
 
 
 def test_a_node_that_does_not_see_the_run_folder_is_an_error(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,7 @@ from rmtool.model.out_of_memory import is_out_of_memory
 from rmtool.model.reward_model import RewardModel
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.training import worker
+from rmtool.training.engine import Engine
 from rmtool.training.nonfinite import SkippedStep, stop_or_skip
 from rmtool.training.pack_budget import read_pack_budget, write_pack_budget
 from rmtool.training.step import Trainer, training_step
@@ -305,6 +308,44 @@ def test_a_smaller_budget_is_for_the_same_recipe(tmp_path: Path) -> None:
     write_pack_budget(tmp_path, 8192, 4096)
     assert (read_pack_budget(tmp_path, 8192), read_pack_budget(tmp_path, 6000)) == (4096, 6000)
     assert [path.name for path in tmp_path.iterdir()] == ["pack-budget.json"]
+
+
+def test_all_ranks_start_with_the_smallest_budget_of_them(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes may not share the folder in which one was out of memory."""
+    monkeypatch.setattr("rmtool.training.step.gather_object", lambda values: [*values, 60])
+    trainer, _ = start(str(recipe))
+    assert trainer.tokens_per_pack == 60
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_rank_that_others_wait_for_leaves_its_budget_and_ends(full: bool, recipe: Path) -> None:
+    trainer, batches = start(str(recipe))
+    FakeMemory(trainer, lambda sizes: len(sizes) == 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "can_retry", False)
+        if full:
+            patch.setattr(trainer, "folder", trainer.folder / "gone")
+        with pytest.raises(RmtoolError) as caught:
+            training_step(trainer, batches[0], 1e-3, 1)
+    assert (caught.value.id, caught.value.what) == ("E0503", "out of memory at 240 tokens per pack")
+    hint = "set train.tokens_per_pack=120" if full else "continues from the last snapshot with 120 tokens per pack"
+    assert hint in caught.value.hint
+    assert read_pack_budget(recipe.parent, 240) == (240 if full else 120)
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_a_gradient_of_nan_that_deepspeed_has_used_is_a_bug(applied: bool) -> None:
+    """It decides by a flag of its own; a run whose weights are NaN must not go on."""
+    wrapped = SimpleNamespace(
+        set_gradient_accumulation_boundary=None,
+        step=lambda: None,
+        get_global_grad_norm=lambda: float("nan"),
+        was_step_applied=lambda: applied,
+    )
+    engine = Engine(Accelerator(cpu=True), None, wrapped, SimpleNamespace(param_groups=[]), None)  # type: ignore[arg-type]
+    assert not engine.can_retry
+    with pytest.raises(AssertionError, match="NaN") if applied else nullcontext():
+        assert math.isnan(engine.update(1e-3))
 
 
 @pytest.mark.slow
