@@ -473,6 +473,22 @@ def test_a_snapshot_that_cannot_be_deleted_does_not_count(saver: Saver, monkeypa
     assert "cannot delete the snapshot of step 1: Input/output error" in saver.ui.lines  # type: ignore[attr-defined]
 
 
+def test_a_full_disk_while_metrics_are_restored_loses_none(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    take_step(saver)
+    before = (saver.snapshots.run / METRICS).read_bytes()
+    found = saver.snapshots.find(saver.ui.say)
+    assert found
+    monkeypatch.setattr("rmtool.training.saver.write_file", fail)
+    with pytest.raises(RmtoolError) as caught:
+        saver.resume(found, 9)
+    assert caught.value.id == "E0501"
+    assert (saver.snapshots.run / METRICS).read_bytes() == before
+
+
 def test_a_run_folder_that_vanished_is_an_error(saver: Saver) -> None:
     shutil.rmtree(saver.snapshots.folder)
     saver.save()  # made again
