@@ -207,6 +207,15 @@ def test_snapshots_are_deleted_after_the_model_is_saved(killed: Path, monkeypatc
     assert Snapshots(killed / "run", 2).steps() == [9, 8]  # none after the last step
 
 
+def test_a_disk_without_room_is_an_error_before_the_first_step(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(killed / "run")
+    monkeypatch.setattr("rmtool.training.snapshots.free_bytes", lambda folder: 0)
+    with pytest.raises(RmtoolError) as caught:
+        train(load(killed), killed / "run")
+    assert caught.value.id == "E0502"
+    assert not (killed / "run/metrics.jsonl").exists()
+
+
 def test_steps_that_were_skipped_before_a_resume_count(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For train.max_skips, and in the report."""
     shutil.rmtree(killed / "run")
