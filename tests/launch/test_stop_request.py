@@ -20,7 +20,7 @@ from helpers import PROGRAM, free_port, until
 from rmtool.errors import Stopped
 from rmtool.launch.stop_request import REPEAT_S, StopRequest, hold_back_signals
 from rmtool.launch.watch import Position
-from rmtool.training.worker_status import LAUNCHER, Status
+from rmtool.training.worker_status import LAUNCHER, Status, process_state
 
 
 class Clock:
@@ -82,7 +82,16 @@ def test_a_signal_while_the_recipe_is_read_waits_for_the_run_folder(tmp_path: Pa
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped) as stopped:
             request.at_once(snapshot(tmp_path))
+        os.kill(os.getpid(), signal.SIGTERM)  # while it cleans up
     assert stopped.value.exit_code == 75
+
+
+def test_a_signal_while_processes_run_is_only_recorded(tmp_path: Path) -> None:
+    with StopRequest() as request:
+        request.at_once(tmp_path)
+        request.defer()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.name == "SIGTERM"
 
 
 def test_the_same_signal_to_the_process_and_to_its_group_is_one_request() -> None:
@@ -134,6 +143,22 @@ def test_the_time_limit_ends_a_start_up_that_takes_too_long(tmp_path: Path) -> N
     assert not request.poll(may_wait=True)  # the ranks know it, too, and what they need for a save
     assert request.poll(may_wait=False)
     assert (request.name, request.stopped().exit_code) == ("time limit", 143)
+    request._receive(signal.SIGTERM, None)  # Slurm's, at the same time
+    assert not request.again
+
+
+def test_a_process_that_holds_signals_back_ends_with_its_parent() -> None:
+    code = (
+        "import subprocess, time; from rmtool.launch.stop_request import hold_back_signals\n"
+        "child = subprocess.Popen(['sleep', '60'], preexec_fn=hold_back_signals)\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert parent.stdout
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    until(lambda: process_state(child) in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD), 10)
 
 
 def test_the_launcher_says_what_the_ranks_do_before_they_leave() -> None:

@@ -351,8 +351,8 @@ def test_status_files_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
 # Processes that write what a rank does and end; nothing is trained.
 
 RANK = """
-import json, os, sys
-folder, statuses, budget = sys.argv[1:]
+import json, os, sys, time
+folder, statuses, budget, seconds = sys.argv[1:]
 for rank, status in enumerate(json.loads(statuses)):
     with open(f"{folder}/rank-{rank}.json", "w") as file:
         json.dump({"rank": rank, "pid": os.getpid(), **status}, file)
@@ -360,6 +360,7 @@ for rank, status in enumerate(json.loads(statuses)):
 if budget != "none":
     with open(f"{folder}/pack-budget.json", "w") as file:
         json.dump({"tokens_per_pack": 8192, "budget": int(budget)}, file)
+time.sleep(float(seconds))
 """
 FULL = {"exit": 5, "error": RmtoolError("E0503", "out of memory", "a hint").as_dict()}
 LOST = {"exit": 8, "error": RmtoolError("E0805", "lost", "a hint").as_dict()}
@@ -381,12 +382,12 @@ def plan() -> Plan:
 
 def run_ranks(
     plan: Plan, folder: Path, patch: pytest.MonkeyPatch, statuses: list[dict[str, Any]], budget: int | None = None,
-    nodes: int = 1, processes: int = 1, signal_before: bool = False,
+    nodes: int = 1, processes: int = 1, signal_before: bool = False, seconds: float = 0,
 ) -> tuple[bool, list[str]]:  # fmt: skip
     """What `_run_processes` returns, and what it says."""
     layout = replace(plan.recipe.launch, nodes=nodes, gpus_per_node=processes)
     plan = replace(plan, output=folder, recipe=replace(plan.recipe, launch=layout), world_size=nodes * processes)
-    words = [sys.executable, "-c", RANK, str(folder), json.dumps(statuses), str(budget).lower()]
+    words = [sys.executable, "-c", RANK, str(folder), json.dumps(statuses), str(budget).lower(), str(seconds)]
     patch.setattr(launch, "launch_command", lambda *_: words)
     request, ui = StopRequest(), Said()
     if signal_before:
@@ -424,6 +425,17 @@ def test_nothing_is_started_again_otherwise(
     with pytest.raises(RmtoolError) as caught:
         run_ranks(plan, tmp_path, monkeypatch, **given)
     assert caught.value.id == error
+
+
+def test_processes_that_hang_after_one_has_failed_are_ended(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(launch, "GRACE_S", 2.0)
+    with pytest.raises(RmtoolError) as caught:
+        run_ranks(plan, tmp_path, monkeypatch, [FULL, {}], processes=2, seconds=100)
+    assert caught.value.id == "E0503"
+    assert find_workers() == []
 
 
 @pytest.mark.parametrize(
