@@ -427,13 +427,14 @@ def test_nothing_is_started_again_otherwise(
     assert caught.value.id == error
 
 
+@pytest.mark.timeout(60)
 def test_processes_that_hang_after_one_has_failed_are_ended(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "PATIENCE_S", 0.5)
     monkeypatch.setattr(launch, "GRACE_S", 2.0)
     with pytest.raises(RmtoolError) as caught:
-        run_ranks(plan, tmp_path, monkeypatch, [FULL, {}], processes=2, seconds=100)
+        run_ranks(plan, tmp_path, monkeypatch, [FULL, {}], processes=2, seconds=1000)
     assert caught.value.id == "E0503"
     assert find_workers() == []
 

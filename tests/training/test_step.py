@@ -31,7 +31,7 @@ from rmtool.model.reward_model import RewardModel
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.training import worker
 from rmtool.training.engine import Engine
-from rmtool.training.nonfinite import SkippedStep, stop_or_skip
+from rmtool.training.nonfinite import SkippedStep, nan_unless_finite, stop_or_skip
 from rmtool.training.pack_budget import read_pack_budget, write_pack_budget
 from rmtool.training.step import Trainer, training_step
 from rmtool.training.tracking import read_metrics
@@ -83,6 +83,24 @@ def test_a_skipped_step_leaves_no_trace_and_names_its_row(kind: str, loss: str, 
     take(other, batches[0], 1, "none")
     assert take(other, batches[2], 3, "none")["state"] == last["state"]
     assert not last["same"]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "loss", "finite"),
+    [
+        ([1.0, 2.0], 0.5, True),
+        ([math.inf, 2.0], 0.0, False),  # a hinge
+        ([math.nan, 2.0], 0.0, False),
+        ([1e20, 2.0], math.inf, False),  # a square of finite rewards
+    ],
+)
+def test_a_reward_or_a_loss_alone_is_enough(rewards: list[float], loss: float, finite: bool) -> None:
+    rewards_N = torch.tensor(rewards, requires_grad=True)
+    term = nan_unless_finite(rewards_N, torch.tensor([loss]))
+    term.backward()
+    assert rewards_N.grad is not None
+    assert (term.item() == 0) == finite
+    assert rewards_N.grad.tolist() == [0.0, 0.0] if finite else rewards_N.grad.isnan().all()
 
 
 def test_a_weight_of_inf_stops_the_run_and_moves_no_weight(recipe: Path) -> None:
