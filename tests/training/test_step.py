@@ -26,7 +26,7 @@ from rmtool.data.rejects import Rejects
 from rmtool.dataset.split import load_split
 from rmtool.errors import ExitCode, RmtoolError
 from rmtool.model.loading import training_encoder
-from rmtool.model.out_of_memory import is_out_of_memory
+from rmtool.model.out_of_memory import is_out_of_memory, unless_out_of_memory
 from rmtool.model.reward_model import RewardModel
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.training import worker
@@ -310,6 +310,14 @@ def test_an_evaluation_out_of_memory_is_run_again_with_smaller_packs(recipe: Pat
     assert caught.value.id == "E0503"
     assert "pairs.jsonl:" in str(caught.value.place)
     assert "out of memory in a row of" in caught.value.what
+
+
+def test_a_bug_is_not_taken_for_a_full_device() -> None:
+    def fail() -> None:
+        raise RuntimeError("The size of tensor a must match")
+
+    with pytest.raises(RuntimeError, match="must match"):
+        unless_out_of_memory(fail)
 
 
 def test_what_torch_raises_without_memory() -> None:
