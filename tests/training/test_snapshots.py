@@ -417,6 +417,14 @@ def test_a_snapshot_of_another_format_is_not_used(two: Path, tmp_path: Path) -> 
     assert "MANIFEST.json: of step 2 in format 2" in ui.lines[0]
 
 
+def test_only_complete_folders_with_a_number_count(two: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(two, tmp_path / "run")
+    (run / "snapshots/step-00000003").mkdir()
+    (run / "snapshots/step-copy").mkdir()
+    (run / "snapshots/step-copy/MANIFEST.json").write_text("{}")
+    assert Snapshots(run, 2).steps() == [2, 1]
+
+
 def test_without_a_valid_snapshot_there_is_none(two: Path, tmp_path: Path) -> None:
     run = shutil.copytree(two, tmp_path / "run")
     for path in run.glob("snapshots/*/progress.json"):

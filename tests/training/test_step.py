@@ -29,9 +29,15 @@ from rmtool.model.loading import training_encoder
 from rmtool.model.out_of_memory import is_out_of_memory, unless_out_of_memory
 from rmtool.model.reward_model import RewardModel
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
-from rmtool.training import worker
+from rmtool.training import nonfinite, worker
 from rmtool.training.engine import Engine
-from rmtool.training.nonfinite import SkippedStep, nan_unless_finite, stop_or_skip
+from rmtool.training.nonfinite import (
+    SkippedStep,
+    input_gradient_norm,
+    nan_unless_finite,
+    stop_or_skip,
+    trace_step,
+)
 from rmtool.training.pack_budget import read_pack_budget, write_pack_budget
 from rmtool.training.step import Trainer, training_step
 from rmtool.training.tracking import read_metrics
@@ -122,6 +128,24 @@ def test_a_gradient_without_a_single_cause_names_all_rows(recipe: Path, monkeypa
     assert result.skipped
     assert sorted(result.skipped.rows) == sorted(str(item.metadata.place) for item in batches[0])
     assert result.metrics() == {"skipped": True}
+
+
+def test_ranks_trace_equally_many_rows_and_each_row_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass under ZeRO-3 needs all ranks; this one has fewer rows than another."""
+    others = iter([[], 3, ["a:1"]])  # its rows of NaN, its number of rows, its rows with such a gradient
+    monkeypatch.setattr(nonfinite, "gather_object", lambda values: [*values, next(others)])
+    own, stand_in = (SimpleNamespace(metadata=SimpleNamespace(place=place)) for place in ("a:7", "a:0"))
+    traced: list[Any] = []
+    found = trace_step(4, [], [own, own], stand_in, lambda item: bool(traced.append(item)))  # type: ignore
+    assert traced == [own, own, stand_in]
+    assert found.rows == ("a:7 (rank 0)", "a:1 (rank 1)")
+
+
+def test_the_input_gradient_needs_no_trainable_embedding_and_leaves_no_hook() -> None:
+    embedding = torch.nn.Embedding(3, 2).requires_grad_(False)
+    norm = input_gradient_norm(embedding, lambda: 3 * embedding(torch.tensor([1])).sum())
+    assert norm == pytest.approx(3 * math.sqrt(2))
+    assert not embedding(torch.tensor([1])).requires_grad
 
 
 def test_more_skips_than_allowed_stop_the_run() -> None:
