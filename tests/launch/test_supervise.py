@@ -21,10 +21,10 @@ from rmtool.data import rejects
 from rmtool.dataset import report
 from rmtool.errors import RmtoolError, Stopped
 from rmtool.launch import supervise as launch
-from rmtool.launch.run_folder import clear_folder, lock_folder
+from rmtool.launch.run_folder import LOCK_FILE, clear_folder, lock_folder, prepare_folder
 from rmtool.launch.stop_request import StopRequest
 from rmtool.launch.supervise import Ranks
-from rmtool.launch.watch import FailureMonitor, find_workers
+from rmtool.launch.watch import HANG_S, FailureMonitor, find_workers
 from rmtool.planning.plan import Plan, make_plan
 from rmtool.training import tracking
 from rmtool.training import worker_status as status
@@ -273,6 +273,49 @@ def test_a_process_that_is_stopped_before_it_has_started_is_a_failure(
     finally:
         sleeper.kill()
         sleeper.wait()
+
+
+def test_a_process_that_is_stopped_for_a_moment_is_none(tmp_path: Path) -> None:
+    sleeper = run_later("import time; time.sleep(60)")
+    monitor = FailureMonitor(tmp_path, 1)
+    try:
+        sleeper.send_signal(signal.SIGSTOP)
+        until(lambda: status.process_state(sleeper.pid) == "stopped", 10)
+        monitor.scanned = 0.0
+        assert monitor.poll() is None
+        monitor.stopped_since[sleeper.pid] -= HANG_S
+        monitor.scanned = 0.0
+        assert monitor.poll()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_a_process_that_ended_well_while_it_was_looked_at_is_no_failure(tmp_path: Path) -> None:
+    gone = run_later("")
+    gone.wait()
+    status.mark_exited(tmp_path, 0, 0, None)
+    monitor, seen = FailureMonitor(tmp_path, 1), Status(0, gone.pid)
+    assert monitor._ended(seen) is None
+    (tmp_path / "rank-0.json").write_text(json.dumps(vars(seen)))
+    assert monitor._ended(seen)
+
+
+def test_files_that_rmtool_did_not_write_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / report.REPORT_FILE).touch()  # a dry run writes it
+    prepare_folder(tmp_path, False)
+    (tmp_path / tracking.METRICS_FILE).touch()
+    with pytest.raises(RmtoolError) as caught:
+        prepare_folder(tmp_path, True)
+    assert (caught.value.id, tracking.METRICS_FILE in caught.value.what) == ("E0601", True)
+    (tmp_path / LOCK_FILE).touch()
+    prepare_folder(tmp_path, False)
+
+
+def test_a_run_folder_that_cannot_be_written_is_an_error() -> None:
+    with pytest.raises(RmtoolError) as caught:
+        prepare_folder(Path("/proc"), False)
+    assert caught.value.id == "E0501"
 
 
 TORCHRUN = """\

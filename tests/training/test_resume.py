@@ -377,6 +377,7 @@ HARMLESS: dict[str, Set] = {
     "snapshots": [("train.save_every", 3), ("train.save_minutes", 1), ("train.keep_snapshots", 1)],
     "output": [("hub.repo_id", "a/b"), ("name", "other")],
     "cache": [("data.cache", False)],
+    "a model on the Hub, which the training process compares": [("model.path", "me/model")],
     "processes and engine": [("launch.gpus_per_node", 2), ("launch.engine", "zero3")],
     "gradient checkpointing": [("train.gradient_checkpointing", True)],
 }
