@@ -324,6 +324,7 @@ def test_an_evaluation_out_of_memory_is_run_again_with_smaller_packs(recipe: Pat
         trainer.recipe, training_encoder(trainer.recipe, Path(trainer.recipe.model.path))[0], Rejects(), said
     )
     plain = run_eval(trainer, data.train, said)
+    assert trainer.engine.wrapped.training  # else gradient checkpointing would be off in the next step
     said.lines.clear()
     memory = FakeMemory(trainer, lambda sizes: sizes[-1] > 120)
     assert run_eval(trainer, data.train, said) == pytest.approx(plain, abs=1e-6)
