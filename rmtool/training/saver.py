@@ -146,15 +146,14 @@ class Saver:
         return f"{self.progress.snapshot_seconds / max(self.progress.seconds, 1e-9):.1%} of the run's time"
 
     def _due(self) -> bool:
-        """Whether a snapshot is due: by steps, or by the clock of rank 0."""
+        """Whether a snapshot is due: by steps, or by the clock of any rank."""
         every, minutes = self.train.save_every, self.train.save_minutes
         if every and self.progress.step % every == 0:
             return True
         if minutes is None:
             return False
-        dist = self.engine.dist
-        elapsed = dist.rank == 0 and time.monotonic() - self.saved >= 60 * minutes
-        return bool(dist.sum(torch.tensor([float(elapsed)])).item())
+        elapsed = time.monotonic() - self.saved >= 60 * minutes
+        return bool(self.engine.dist.sum(torch.tensor([float(elapsed)])).item())
 
     def _fill(self, folder: Path) -> None:
         save_state(self.engine, folder / STATE)

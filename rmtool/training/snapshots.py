@@ -202,9 +202,7 @@ class Snapshots:
 
     def _begin(self, temporary: Path) -> None:
         self.folder.mkdir(exist_ok=True)  # not its parents: a run folder that has vanished is an error
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir()
+        temporary.mkdir()  # `find` has removed what an earlier process left
 
     def _hash(self, folder: Path, names: Sequence[str]) -> Entries:
         """Make files durable, and return their sizes and hashes."""

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -295,3 +296,19 @@ def test_every_bundled_recipes_launch_command_is_one_that_accelerate_reads() -> 
             ["runs/x/node-7" if machines > 1 else "runs/x"],
         )
         assert parsed.use_deepspeed == (name == "tulu3-8b")
+
+
+def test_train_passes_its_time_limit_and_restart_on(
+    rmtool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a signal ends the command at once until the processes run."""
+    given: list[Any] = []
+
+    def run(plan: Any, ui: Any, request: Any, overwrite: bool, restart: bool) -> None:
+        given.extend((plan.recipe.train.time_limit, request.deadline - request.started, overwrite, restart))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("rmtool.launch.supervise.run", run)
+    shown = rmtool("train", "--recipe", "debug", "--output", "run", "--time-limit", "1h30m", "--restart")
+    assert shown.code == 143
+    assert given == ["1h30m", pytest.approx(5400), False, True]

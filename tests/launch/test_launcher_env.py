@@ -139,8 +139,12 @@ def test_the_slurm_script_requeues_itself_after_75_only(code: int, requeued: boo
 
 
 def test_slurm_warns_only_the_steps_of_a_job_that_may_be_requeued() -> None:
-    """A signal to the batch shell would end it before it could requeue the job."""
+    """A signal to the batch shell would end it before it could requeue the job. The nodes that are still leaving when
+    the first one has left get the time to, and the log goes on.
+    """
     text = (ROOT / "scripts/train/tulu3_8b.sbatch").read_text()
+    assert re.search(r"^srun --kill-on-bad-exit=0 --wait=900 rmtool train ", text, re.MULTILINE)
+    assert re.search(r"^#SBATCH --open-mode=append$", text, re.MULTILINE)
     assert re.search(r"^#SBATCH --signal=USR1@\d+$", text, re.MULTILINE)
     assert re.search(r"^#SBATCH --requeue$", text, re.MULTILINE)
 

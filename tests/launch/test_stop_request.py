@@ -15,12 +15,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import PROGRAM, until
+from helpers import PROGRAM, free_port, until
 
 from rmtool.errors import Stopped
 from rmtool.launch.stop_request import REPEAT_S, StopRequest, hold_back_signals
 from rmtool.launch.watch import Position
-from rmtool.training.worker_status import LAUNCHER, Status
+from rmtool.training.worker_status import LAUNCHER, Status, process_state
 
 
 class Clock:
@@ -82,7 +82,16 @@ def test_a_signal_while_the_recipe_is_read_waits_for_the_run_folder(tmp_path: Pa
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped) as stopped:
             request.at_once(snapshot(tmp_path))
+        os.kill(os.getpid(), signal.SIGTERM)  # while it cleans up
     assert stopped.value.exit_code == 75
+
+
+def test_a_signal_while_processes_run_is_only_recorded(tmp_path: Path) -> None:
+    with StopRequest() as request:
+        request.at_once(tmp_path)
+        request.defer()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.name == "SIGTERM"
 
 
 def test_the_same_signal_to_the_process_and_to_its_group_is_one_request() -> None:
@@ -134,6 +143,22 @@ def test_the_time_limit_ends_a_start_up_that_takes_too_long(tmp_path: Path) -> N
     assert not request.poll(may_wait=True)  # the ranks know it, too, and what they need for a save
     assert request.poll(may_wait=False)
     assert (request.name, request.stopped().exit_code) == ("time limit", 143)
+    request._receive(signal.SIGTERM, None)  # Slurm's, at the same time
+    assert not request.again
+
+
+def test_a_process_that_holds_signals_back_ends_with_its_parent() -> None:
+    code = (
+        "import subprocess, time; from rmtool.launch.stop_request import hold_back_signals\n"
+        "child = subprocess.Popen(['sleep', '60'], preexec_fn=hold_back_signals)\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert parent.stdout
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    until(lambda: process_state(child) in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD), 10)
 
 
 def test_the_launcher_says_what_the_ranks_do_before_they_leave() -> None:
@@ -231,10 +256,12 @@ def evaluating(run: Run) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("processes", "engine"), [(1, "auto"), (2, "auto"), (2, "zero3")])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_a_run_saves_after_the_step(number: signal.Signals, code: int, processes: int, tmp_path: Path) -> None:
-    with Run(tmp_path, *LONG, processes=processes) as run:
+def test_a_run_saves_after_the_step(
+    number: signal.Signals, code: int, processes: int, engine: str, tmp_path: Path
+) -> None:
+    with Run(tmp_path, *LONG, "--set", f"launch.engine={engine}", processes=processes) as run:
         until(lambda: in_step(run), START_S)
         run.process.send_signal(number)
         said = run.end(code)
@@ -286,6 +313,28 @@ def test_an_evaluation_is_abandoned_and_pending(processes: int, tmp_path: Path) 
         assert pending["step"] == step
         assert not any(name.startswith("eval/") for name in pending)
         assert run.steps() == step - 1  # its metrics are complete after the evaluation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_signal_to_one_of_two_nodes_saves_one_snapshot_that_both_resume(node: int, tmp_path: Path) -> None:
+    """Two launchers on one host; both commands run again go on together."""
+    step = 0
+    for again in (False, True):
+        nodes = (*LONG, "--nodes", "2", "--main-address", "127.0.0.1", "--main-port", str(free_port()))
+        with (
+            Run(tmp_path, *nodes, "--node-rank", "0") as first,
+            Run(tmp_path, *nodes, "--node-rank", "1") as second,
+        ):
+            until(lambda: first.steps() >= step + 2, START_S)  # noqa: B023 - called in this turn
+            (first, second)[node].process.send_signal(signal.SIGTERM)
+            said = first.end(75)
+            second.end(75)
+        assert (f"resuming from step {step} of 6500" in said) == again
+        step = first.steps()
+        assert max(first.saved()) == step
+        assert f"stopped at step {step} of 6500 (SIGTERM); the same command resumes" in said
+        assert len(first.saved()) == 1 + again  # the last two are kept
 
 
 @pytest.mark.slow

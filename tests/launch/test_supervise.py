@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,18 @@ from helpers import PROGRAM, ROOT, group_members, pair_rows, until, write_jsonl
 from rmtool import checkpoint, recipe
 from rmtool.data import rejects
 from rmtool.dataset import report
+from rmtool.errors import RmtoolError, Stopped
 from rmtool.launch import supervise as launch
-from rmtool.launch.run_folder import clear_folder
-from rmtool.launch.watch import FailureMonitor, find_workers
+from rmtool.launch.run_folder import LOCK_FILE, clear_folder, lock_folder, prepare_folder
+from rmtool.launch.stop_request import StopRequest
+from rmtool.launch.supervise import Ranks
+from rmtool.launch.watch import HANG_S, FailureMonitor, find_workers
+from rmtool.planning.plan import Plan, make_plan
 from rmtool.training import tracking
 from rmtool.training import worker_status as status
 from rmtool.training.run_files import LOG_FILE, RESULTS, move_to_previous
 from rmtool.training.worker_status import Status
+from rmtool.ui import SilentUi
 
 
 def shell(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -270,6 +276,49 @@ def test_a_process_that_is_stopped_before_it_has_started_is_a_failure(
         sleeper.wait()
 
 
+def test_a_process_that_is_stopped_for_a_moment_is_none(tmp_path: Path) -> None:
+    sleeper = run_later("import time; time.sleep(60)")
+    monitor = FailureMonitor(tmp_path, 1)
+    try:
+        sleeper.send_signal(signal.SIGSTOP)
+        until(lambda: status.process_state(sleeper.pid) == "stopped", 10)
+        monitor.scanned = 0.0
+        assert monitor.poll() is None
+        monitor.stopped_since[sleeper.pid] -= HANG_S
+        monitor.scanned = 0.0
+        assert monitor.poll()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_a_process_that_ended_well_while_it_was_looked_at_is_no_failure(tmp_path: Path) -> None:
+    gone = run_later("")
+    gone.wait()
+    status.mark_exited(tmp_path, 0, 0, None)
+    monitor, seen = FailureMonitor(tmp_path, 1), Status(0, gone.pid)
+    assert monitor._ended(seen) is None
+    (tmp_path / "rank-0.json").write_text(json.dumps(vars(seen)))
+    assert monitor._ended(seen)
+
+
+def test_files_that_rmtool_did_not_write_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / report.REPORT_FILE).touch()  # a dry run writes it
+    prepare_folder(tmp_path, False)
+    (tmp_path / tracking.METRICS_FILE).touch()
+    with pytest.raises(RmtoolError) as caught:
+        prepare_folder(tmp_path, True)
+    assert (caught.value.id, tracking.METRICS_FILE in caught.value.what) == ("E0601", True)
+    (tmp_path / LOCK_FILE).touch()
+    prepare_folder(tmp_path, False)
+
+
+def test_a_run_folder_that_cannot_be_written_is_an_error() -> None:
+    with pytest.raises(RmtoolError) as caught:
+        prepare_folder(Path("/proc"), False)
+    assert caught.value.id == "E0501"
+
+
 TORCHRUN = """\
 Failures:
 [1]:
@@ -341,6 +390,194 @@ def test_status_files_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     clear_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# Processes that write what a rank does and end; nothing is trained.
+
+RANK = """
+import json, os, sys, time
+folder, statuses, budget, seconds = sys.argv[1:]
+for rank, status in enumerate(json.loads(statuses)):
+    with open(f"{folder}/rank-{rank}.json", "w") as file:
+        json.dump({"rank": rank, "pid": os.getpid(), **status}, file)
+    open(f"{folder}/rank-{rank}.log", "w").close()
+if budget != "none":
+    with open(f"{folder}/pack-budget.json", "w") as file:
+        json.dump({"tokens_per_pack": 8192, "budget": int(budget)}, file)
+time.sleep(float(seconds))
+"""
+FULL = {"exit": 5, "error": RmtoolError("E0503", "out of memory", "a hint").as_dict()}
+LOST = {"exit": 8, "error": RmtoolError("E0805", "lost", "a hint").as_dict()}
+
+
+class Said(SilentUi):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    loaded = recipe.load_recipe("debug", [("train.tokens_per_pack", 8192)])
+    return make_plan(loaded, Path("nowhere"))
+
+
+def run_ranks(
+    plan: Plan, folder: Path, patch: pytest.MonkeyPatch, statuses: list[dict[str, Any]], budget: int | None = None,
+    nodes: int = 1, processes: int = 1, signal_before: bool = False, seconds: float = 0,
+) -> tuple[bool, list[str]]:  # fmt: skip
+    """What `_run_processes` returns, and what it says."""
+    layout = replace(plan.recipe.launch, nodes=nodes, gpus_per_node=processes)
+    plan = replace(plan, output=folder, recipe=replace(plan.recipe, launch=layout), world_size=nodes * processes)
+    words = [sys.executable, "-c", RANK, str(folder), json.dumps(statuses), str(budget).lower(), str(seconds)]
+    patch.setattr(launch, "launch_command", lambda *_: words)
+    request, ui = StopRequest(), Said()
+    if signal_before:
+        patch.setattr(Ranks, "stop_if_requested", lambda self: request._receive(signal.SIGTERM, None))
+    return launch._run_processes(plan, ui, request), ui.lines  # type: ignore[arg-type]
+
+
+def test_processes_of_one_node_are_started_again_with_smaller_packs(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run_ranks(plan, tmp_path, monkeypatch, [FULL, LOST], 4096, processes=2)
+    said = "out of memory at 8,192 tokens per pack: starting the processes again with 4,096"
+    assert found == (False, [said])
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"nodes": 2}, "E0503"),  # the launchers of the others would not know
+        ({"signal_before": True}, "E0503"),
+        ({"budget": None}, "E0503"),  # nothing would be different
+        ({"budget": 8192}, "E0503"),
+        ({"statuses": [{"exit": 0}, {"exit": 0}]}, None),
+        ({"statuses": [{"exit": 0}], "budget": None}, "E0801"),
+        ({"statuses": [LOST, LOST], "budget": None}, "E0805"),
+    ],
+)
+def test_nothing_is_started_again_otherwise(
+    change: dict[str, Any], error: str | None, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"statuses": [FULL, LOST], "budget": 4096, "processes": 2, **change}
+    if error is None:
+        assert run_ranks(plan, tmp_path, monkeypatch, **given) == (True, [])
+        return
+    with pytest.raises(RmtoolError) as caught:
+        run_ranks(plan, tmp_path, monkeypatch, **given)
+    assert caught.value.id == error
+
+
+@pytest.mark.timeout(60)
+def test_processes_that_hang_after_one_has_failed_are_ended(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(launch, "GRACE_S", 2.0)
+    with pytest.raises(RmtoolError) as caught:
+        run_ranks(plan, tmp_path, monkeypatch, [FULL, {}], processes=2, seconds=1000)
+    assert caught.value.id == "E0503"
+    assert find_workers() == []
+
+
+@pytest.mark.parametrize(
+    ("statuses", "nodes", "code"),
+    [
+        ([{"exit": 75}, {"exit": 75}], 1, 75),
+        ([{"exit": 130}, {"exit": 130}], 1, 130),
+        ([LOST, LOST], 2, 143),  # the other node has left before there was something to save
+        ([LOST, LOST], 1, None),
+    ],
+)
+def test_ranks_that_were_asked_to_stop_have_not_failed(
+    statuses: list[dict[str, Any]],
+    nodes: int,
+    code: int | None,
+    plan: Plan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(Stopped if code else RmtoolError) as caught:
+        run_ranks(plan, tmp_path, monkeypatch, statuses, nodes=nodes, processes=2, signal_before=True)
+    assert getattr(caught.value, "exit_code", None) == (code or 8)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "again", "passed_on"),
+    [
+        ([{"saves": True}, {"saves": True}], False, True),
+        ([{"saves": True}, {"exit": 75}], False, True),
+        ([{"saves": True}, {"saves": True}], True, False),
+        ([{"saves": True}, {"saves": False}], False, False),
+        ([{"saves": True}], False, False),  # the other one has hardly begun
+    ],
+)
+def test_a_request_is_passed_on_where_all_ranks_save(
+    statuses: list[dict[str, Any]], again: bool, passed_on: bool, plan: Plan, tmp_path: Path
+) -> None:
+    rank = run_later("import time; time.sleep(60)")
+    try:
+        for number, status_ in enumerate(statuses):
+            (tmp_path / f"rank-{number}.json").write_text(json.dumps({"rank": number, "pid": rank.pid, **status_}))
+        layout = replace(plan.recipe.launch, gpus_per_node=2)
+        two = replace(plan, output=tmp_path, recipe=replace(plan.recipe, launch=layout))
+        request, ui = StopRequest(), Said()
+        ranks = Ranks(two, rank, FailureMonitor(tmp_path, 2), request, ui)  # type: ignore[arg-type]
+        ranks.stop_if_requested()
+        request._receive(signal.SIGTERM, None)
+        request.again = again
+        if not passed_on:
+            with pytest.raises(Stopped):
+                ranks.stop_if_requested()
+            assert rank.poll() is None
+            return
+        ranks.stop_if_requested()
+        ranks.stop_if_requested()
+        assert rank.wait(10) == -signal.SIGTERM
+        assert ui.lines == ["SIGTERM: finishing the step, then saving a snapshot (send it again to stop at once)"]
+    finally:
+        rank.kill()
+        rank.wait()
+
+
+@pytest.mark.parametrize("repo_id", [None, "me/rm"])
+def test_a_run_defers_signals_and_takes_them_again_for_the_push(
+    repo_id: str | None, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After out of memory, the folder is made ready again: the snapshots are kept, and old status files removed."""
+    plan = replace(plan, output=tmp_path, recipe=replace(plan.recipe, hub=replace(plan.recipe.hub, repo_id=repo_id)))
+    called: list[str] = []
+    monkeypatch.setattr(launch, "begin", lambda plan, restart, ui: called.append(f"begin, restart: {restart}"))
+    ended = iter([False, True])
+    monkeypatch.setattr(launch, "_run_processes", lambda *_: (called.append("run"), next(ended))[1])
+    with StopRequest() as request:
+        for name in ("defer", "at_once"):
+            monkeypatch.setattr(request, name, lambda *_, name=name: called.append(name))
+        launch.run(plan, Said(), request, restart=True)  # type: ignore[arg-type]
+    assert called == [
+        *("begin, restart: True", "defer", "run", "begin, restart: False", "run"),
+        *(["at_once"] if repo_id else []),
+    ]
+
+
+def test_a_run_that_finished_before_the_lock_is_not_replaced(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / checkpoint.MANIFEST).write_text("{}")
+    with pytest.raises(RmtoolError) as caught:
+        launch.run(replace(plan, output=tmp_path), Said(), StopRequest())  # type: ignore[arg-type]
+    assert caught.value.id == "E0601"
+
+
+def test_a_folder_is_locked_by_one_process(tmp_path: Path) -> None:
+    with lock_folder(tmp_path):
+        with pytest.raises(RmtoolError) as caught, lock_folder(tmp_path):
+            pass
+        assert caught.value.id == "E0602"
+    with lock_folder(tmp_path):
+        pass
 
 
 COMPILED = ("train", "--recipe", "debug", "--set", "train.compile=true", "--set", "train.max_steps=3")

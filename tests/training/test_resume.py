@@ -10,19 +10,28 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from accelerate import Accelerator
 from helpers import ROOT, pair_rows, write_jsonl
 
+from rmtool.checkpoint import MANIFEST
 from rmtool.config import Recipe
+from rmtool.data.rejects import Rejects
+from rmtool.dataset.split import load_split
 from rmtool.errors import RmtoolError, Stopped
 from rmtool.launch.run_folder import begin
+from rmtool.model.loading import training_encoder
 from rmtool.planning.plan import make_plan
 from rmtool.recipe import CONFIG_FILE, as_dict, dump_recipe, load_recipe
 from rmtool.training import resume, worker
+from rmtool.training.checkpoint_writer import CheckpointWriter
+from rmtool.training.engine import Engine
+from rmtool.training.pack_budget import read_pack_budget, write_pack_budget
 from rmtool.training.saver import Saver
+from rmtool.training.snapshots import Snapshots
 from rmtool.ui import SilentUi
 
 EVERY_TIME = ("step_seconds", "peak_memory")  # metrics that differ in every run
@@ -182,8 +191,54 @@ def test_an_evaluation_that_was_interrupted_is_done_first(killed: Path, root: Pa
             train(recipe, killed / "run")
     assert caught.value.exit_code == 75
     assert [row["step"] for row in rows(killed / "run")] == [1]
+    train_until(recipe, killed / "run", 3)
+    [done] = (killed / "run/snapshots").glob("step-*3/progress.json")
+    assert json.loads(done.read_text())["progress"]["pending"] is None  # not again
     train(recipe, killed / "run")
     assert_same_run(killed / "run", root / "alone")
+
+
+def test_snapshots_are_deleted_after_the_model_is_saved(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(CheckpointWriter, "finish", full)
+    with pytest.raises(OSError, match="no space left"):
+        train(load(killed), killed / "run")
+    assert Snapshots(killed / "run", 2).steps() == [9, 8]  # none after the last step
+
+
+def test_a_disk_without_room_is_an_error_before_the_first_step(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(killed / "run")
+    monkeypatch.setattr("rmtool.training.snapshots.free_bytes", lambda folder: 0)
+    with pytest.raises(RmtoolError) as caught:
+        train(load(killed), killed / "run")
+    assert caught.value.id == "E0502"
+    assert not (killed / "run/metrics.jsonl").exists()
+
+
+def test_steps_that_were_skipped_before_a_resume_count(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For train.max_skips, and in the report."""
+    shutil.rmtree(killed / "run")
+    recipe, update, norms = load(killed, ("train.on_nonfinite", "skip"), ("train.max_skips", 1)), Engine.update, []
+
+    def fail_at(step: int) -> None:
+        def failing(self: Engine, rate: float) -> float:
+            norms.append(update(self, rate))
+            return float("nan") if len(norms) == step else norms[-1]
+
+        monkeypatch.setattr(Engine, "update", failing)
+
+    fail_at(2)
+    train_until(recipe, killed / "run", 3)
+    fail_at(5)
+    with pytest.raises(RmtoolError) as caught:
+        train(recipe, killed / "run")
+    assert caught.value.id == "E0802"
+    assert "step 5: the gradient norm is NaN or inf, and 1 steps before it were skipped" in caught.value.what
+    monkeypatch.setattr(Engine, "update", update)
+    train(recipe, killed / "run")
+    assert [each["step"] for each in json.loads((killed / "run/report.json").read_text())["skipped_steps"]] == [2]
 
 
 # What changed.
@@ -267,6 +322,11 @@ CHANGES = {
         in_files(lambda place: (place / "lm/chat_template.jinja").write_text("{{ messages }}")),
         "tokenizer",
     ),
+    "tokenizer file": (
+        in_files(lambda place: (place / "lm/tokenizer_config.json").rename(place / "lm/tokenizer_other.json")),
+        "tokenizer",
+    ),
+    "score head": (in_files(lambda place: (place / "lm/value_head.bin").write_bytes(b"1")), "model weights"),
     "package version": (another_version, "version of torch"),
 }
 
@@ -317,6 +377,7 @@ HARMLESS: dict[str, Set] = {
     "snapshots": [("train.save_every", 3), ("train.save_minutes", 1), ("train.keep_snapshots", 1)],
     "output": [("hub.repo_id", "a/b"), ("name", "other")],
     "cache": [("data.cache", False)],
+    "a model on the Hub, which the training process compares": [("model.path", "me/model")],
     "processes and engine": [("launch.gpus_per_node", 2), ("launch.engine", "zero3")],
     "gradient checkpointing": [("train.gradient_checkpointing", True)],
 }
@@ -347,11 +408,73 @@ def test_every_recipe_key_is_compared_or_harmless_for_a_reason(killed: Path) -> 
     assert all(resume.HARMLESS.values())
 
 
+# Sorted by sections; all others are in `HARMLESS`.
+DECIDES_STEPS = {
+    "model": "weights head",
+    "data": "holdout columns rating_margins max_pairs_per_prompt max_length on_long on_empty on_identical",
+    "train": "batch_size learning_rate epochs max_steps seed schedule warmup_steps warmup_ratio weight_decay betas eps "
+    "max_grad_norm use_margins loss label_smoothing center_rewards_coefficient freeze precision keep metric_for_best "
+    "save_dtype",
+    "lora": "rank alpha targets quantize",
+}
+
+
+def test_every_key_that_decides_the_steps_is_compared_and_no_other(killed: Path) -> None:
+    known = resume.identity(load(killed), [None], None)
+    changed = {name: "other" for name, value in known.items() if value is not None}
+    compared = {name for name, *_ in resume.changes(known, changed) if "version" not in name}
+    assert compared == {f"{section}.{key}" for section, keys in DECIDES_STEPS.items() for key in keys.split()}
+
+
+@pytest.mark.parametrize("package", ["rmtool", "torch", "transformers", "accelerate", "deepspeed", "numpy"])
+def test_every_package_that_decides_the_steps_is_compared(
+    package: str, killed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, known = resume.metadata.version, resume.identity(load(killed), [None], None)
+    monkeypatch.setattr(resume.metadata, "version", lambda name: "9.9" if name == package else version(name))
+    changed = resume.identity(load(killed), [None], None)
+    assert resume.changes(known, changed) == [(f"version of {package}", version(package), "9.9")]
+
+
+def test_random_weights_have_no_files_to_compare(killed: Path) -> None:
+    recipe = load(killed, ("model.weights", "random"))
+    known = resume.identity(recipe, [None], killed / "lm")
+    flip(killed / "lm/model.safetensors")
+    assert resume.identity(recipe, [None], killed / "lm") == known
+
+
+def test_all_of_the_pairs_is_in_their_digest(killed: Path) -> None:
+    """The launcher does not know the rows of a Hub dataset, and a process not those of another."""
+    recipe = load(killed)
+    encoder, _ = training_encoder(recipe, killed / "lm")
+    split = load_split(recipe, encoder, Rejects(), SilentUi())
+
+    def digest(split: Any) -> str:
+        return worker._rank_fingerprint(recipe, killed / "lm", "", split)["data"]
+
+    def edited(part: str, **values: Any) -> Any:
+        data = getattr(split, part)
+        rows = [replace(data.metadata[0], **values), *list(data.metadata)[1:]]
+        return SimpleNamespace(**{**vars(split), part: SimpleNamespace(metadata=rows, groups=data.groups)})
+
+    assert digest(edited("train")) == digest(split)
+    first, held_out = split.train.metadata[0], split.eval.metadata[0]
+    changed = [
+        edited("train", margins=(9.0,)),
+        edited("train", weight=2.0),
+        edited("train", preferences=tuple((loser, winner) for winner, loser in first.preferences)),
+        edited("eval", margins=(9.0,)),
+    ]
+    assert held_out.margins != (9.0,)
+    assert digest(split) not in map(digest, changed)
+
+
 # Starting again.
 
 
 def test_restart_moves_everything_of_the_old_run(killed: Path) -> None:
     run = killed / "run"
+    write_pack_budget(run, 300, 150)
     names = {path.name for path in run.iterdir()} - {".data-read", "rank-0.json"}
     assert names >= {"snapshots", "metrics.jsonl", "held_out.jsonl", "report.json", "config.yaml"}
     assert any(name.startswith("best-step-") for name in names)
@@ -365,12 +488,46 @@ def test_a_run_without_snapshots_is_moved_and_that_is_said(killed: Path) -> None
     run = killed / "run"
     shutil.rmtree(run / "snapshots")
     (run / "previous/model").mkdir(parents=True)
+    write_pack_budget(run, 300, 150)  # of a run that was out of memory in its first steps
     before = (run / "metrics.jsonl").read_bytes()
     [said] = begin_again(killed, [])
     assert "has no snapshot: starting at step 1" in said
     assert (run / "previous-2/metrics.jsonl").read_bytes() == before
     assert (run / "previous/model").is_dir()
+    assert read_pack_budget(run, 300) == 150
+    (run / "metrics.jsonl").touch()
     assert begin_again(killed, []) == []  # there is nothing to move
+    for name in ("best-step-3", "snapshots"):  # nor is either of these a step that another run could go on from
+        (run / name).mkdir()
+        [said] = begin_again(killed, [])
+        assert "previous-" in said
+    (run / "metrics.jsonl").write_bytes(before)
+    [said] = begin_again(killed, [])
+    assert "previous-" in said
+
+
+def test_a_damaged_snapshot_is_left_to_the_training_process(killed: Path) -> None:
+    (killed / "run/snapshots/step-00000007/progress.json").write_text("{")
+    assert begin_again(killed, [("train.seed", 7)]) == []
+
+
+def test_a_finished_run_replaces_what_is_in_previous(killed: Path) -> None:
+    run = killed / "run"
+    for folder, text in ((run / "previous/model", "older"), (run / "model", "old")):
+        folder.mkdir(parents=True)
+        (folder / MANIFEST).write_text(text)
+    assert begin_again(killed, []) == []
+    assert (run / "previous/model" / MANIFEST).read_text() == "old"
+    assert not (run / "snapshots").exists()
+    assert [path.name for path in run.glob("previous*")] == ["previous"]
+
+
+def test_another_node_leaves_the_files_of_the_run_to_node_0(killed: Path) -> None:
+    before = {path.name for path in (killed / "run").iterdir()}
+    plan = replace(make_plan(load(killed), killed / "run"), node=1)
+    plan.folder.mkdir()
+    begin(plan, True, SilentUi())
+    assert {path.name for path in (killed / "run").iterdir()} == before | {"node-1"}
 
 
 # Kills at random instants.
@@ -388,7 +545,7 @@ def kill_chain(root: Path, kills: int, seed: int) -> dict[str, Any]:
 def test_kills_at_random_instants_end_in_the_same_run(tmp_path: Path, causal_lm: Path) -> None:
     make_inputs(tmp_path, causal_lm)
     found = kill_chain(tmp_path, 4, seed=1)
-    assert found["killed"] >= 2
+    assert found["killed"] >= 1  # on a machine that gets faster meanwhile, the run may end before the second one
 
 
 @pytest.mark.chaos

@@ -6,18 +6,21 @@ import errno
 import io
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
 from rmtool.checkpoint import Manifest
-from rmtool.config import Recipe
-from rmtool.errors import RmtoolError
+from rmtool.config import Recipe, TrackConfig
+from rmtool.dist import DistInfo
+from rmtool.errors import RmtoolError, Stopped
 from rmtool.recipe import load_recipe
 from rmtool.training import snapshots as module
 from rmtool.training.checkpoint_writer import CheckpointWriter
@@ -27,6 +30,7 @@ from rmtool.training.optim import build_optimizer
 from rmtool.training.progress import Best
 from rmtool.training.saver import Saver, read_progress
 from rmtool.training.snapshots import Snapshots
+from rmtool.training.tracking import Tracker
 from rmtool.ui import SilentUi
 
 METRICS = "metrics.jsonl"
@@ -136,6 +140,40 @@ def test_the_newest_are_kept_with_the_best_checkpoints_that_they_name(saver: Sav
     assert not (run / "best-step-1").exists()
     assert (run / "best-step-3").exists()
     assert sorted(path.name for path in saver.snapshots.folder.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_a_snapshot_is_durable_before_it_has_its_name(
+    saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files, the manifest after all others, the folders with their names, then the rename and the names it changes."""
+    done, sync, rename = list[str](), os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        sync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append(f"{path.relative_to(tmp_path)} -> {target.relative_to(tmp_path)}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(saver.snapshots, "keep", 9)
+    take_steps(saver, 1)
+    temporary, final = "snapshots/.tmp-step-00000003", "snapshots/step-00000003"
+    at = done.index(f"{temporary} -> {final}")
+    inside = [temporary, *(str((tmp_path / temporary / name).relative_to(tmp_path)) for name in names_in(saver, 3))]
+    assert set(inside) <= set(done[:at])
+    manifest = done.index(f"{temporary}/MANIFEST.json")
+    files = [name for name in inside if (tmp_path / name.replace(temporary, final)).is_file()]
+    assert all(done.index(name) <= manifest for name in files)
+    assert all(at > done.index(name) > manifest for name in inside if name not in files)
+    assert done[at + 1 :] == ["snapshots", "."]
+
+
+def names_in(saver: Saver, step: int) -> list[str]:
+    folder = saver.snapshots.folder_of(step)
+    return [str(path.relative_to(folder)) for path in folder.rglob("*")]
 
 
 # Every I/O call of a save.
@@ -310,6 +348,7 @@ DAMAGES: dict[str, Callable[[Path, Path], Any]] = {
     "half": lambda path, other: os.truncate(path, path.stat().st_size // 2),
     "flipped": lambda path, other: path.write_bytes(flipped(path.read_bytes())),
     "of another step": lambda path, other: shutil.copy(other, path),
+    "unreadable": lambda path, other: (path.unlink(), path.symlink_to(path)),
 }
 
 
@@ -345,6 +384,7 @@ def test_a_damaged_file_is_found_and_the_snapshot_before_is_used(
     assert {*contents(run / "snapshots/step-00000002"), FILES[-1]} == set(FILES)
     other = run / "snapshots/step-00000001" / name.replace("best-step-2", "best-step-1")
     DAMAGES[damage](run / "snapshots/step-00000002" / name, other)
+    (run / "snapshots/damaged-step-00000002/state").mkdir(parents=True)  # of an earlier time
     ui = Lines()
     found = Snapshots(run, 2).find(ui.say)
     assert found
@@ -364,6 +404,25 @@ def test_a_folder_that_has_the_name_of_another_step_is_damaged(two: Path, tmp_pa
     assert found
     assert found.step == 1
     assert "MANIFEST.json: of step 1" in ui.lines[0]
+
+
+def test_a_snapshot_of_another_format_is_not_used(two: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(two, tmp_path / "run")
+    path = run / "snapshots/step-00000002/MANIFEST.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    ui = Lines()
+    found = Snapshots(run, 2).find(ui.say)
+    assert found
+    assert found.step == 1
+    assert "MANIFEST.json: of step 2 in format 2" in ui.lines[0]
+
+
+def test_only_complete_folders_with_a_number_count(two: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(two, tmp_path / "run")
+    (run / "snapshots/step-00000003").mkdir()
+    (run / "snapshots/step-copy").mkdir()
+    (run / "snapshots/step-copy/MANIFEST.json").write_text("{}")
+    assert Snapshots(run, 2).steps() == [2, 1]
 
 
 def test_without_a_valid_snapshot_there_is_none(two: Path, tmp_path: Path) -> None:
@@ -396,6 +455,46 @@ def test_the_disk_is_asked_for_room_before_the_first_step(
     take_steps(saver, 2)
     monkeypatch.setattr(module, "free_bytes", lambda folder: one)
     saver.start()  # those that are there have their room
+    fewer = make_saver(tmp_path, engine, keep_snapshots=1)
+    fewer.start()
+    monkeypatch.setattr(module, "free_bytes", lambda folder: one - 1)
+    with pytest.raises(RmtoolError):
+        fewer.start()  # the next one needs room before the others are deleted
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(engine: Engine, tmp_path: Path) -> None:
+    saver = make_saver(tmp_path, engine)
+    saver.snapshots.folder.touch()
+    with pytest.raises(RmtoolError) as caught:
+        saver.start()
+    assert (caught.value.id, caught.value.what) == ("E0501", f"cannot write {tmp_path}/snapshots: File exists")
+
+
+def test_a_snapshot_that_cannot_be_deleted_does_not_count(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path, **_: object) -> None:
+        next(path for path in folder.iterdir() if path.is_file()).unlink()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(module.shutil, "rmtree", fail)
+    take_steps(saver, 1)
+    assert saver.snapshots.steps() == [3, 2]
+    assert "cannot delete the snapshot of step 1: Input/output error" in saver.ui.lines  # type: ignore[attr-defined]
+
+
+def test_a_full_disk_while_metrics_are_restored_loses_none(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    take_step(saver)
+    before = (saver.snapshots.run / METRICS).read_bytes()
+    found = saver.snapshots.find(saver.ui.say)
+    assert found
+    monkeypatch.setattr("rmtool.training.saver.write_file", fail)
+    with pytest.raises(RmtoolError) as caught:
+        saver.resume(found, 9)
+    assert caught.value.id == "E0501"
+    assert (saver.snapshots.run / METRICS).read_bytes() == before
 
 
 def test_a_run_folder_that_vanished_is_an_error(saver: Saver) -> None:
@@ -405,13 +504,14 @@ def test_a_run_folder_that_vanished_is_an_error(saver: Saver) -> None:
     with pytest.raises(RmtoolError) as caught:
         saver.save()
     assert (caught.value.id, caught.value.exit_code) == ("E0502", 5)
+    assert not saver.snapshots.run.exists()
 
 
 def test_a_node_that_does_not_see_the_run_folder_is_an_error(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
-    saver.snapshots.require_shared()
+    saver.start()
     monkeypatch.setattr(module, "gather_object", lambda values: [*values, False if values == [True] else values[0]])
     with pytest.raises(RmtoolError) as caught:
-        saver.snapshots.require_shared()
+        saver.start()
     assert caught.value.id == "E0506"
     assert "rank 1" in caught.value.what
     assert "train.save_minutes=null" in caught.value.hint
@@ -450,3 +550,78 @@ def test_what_snapshots_cost_is_said_and_they_go_at_the_end(saver: Saver) -> Non
     take_steps(keeps, 1)
     keeps.finish()
     assert keeps.snapshots.steps() == [1]
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_ranks_whose_clocks_differ_save_together(saver: Saver, due: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is that of all ranks, not of this one's clock."""
+    off = make_saver(saver.snapshots.run, saver.engine, save_every=None, save_minutes=10)
+    off.saved -= 0 if due else 700
+    others = DistInfo(0, 2, lambda values: torch.full_like(values, float(due)))
+    monkeypatch.setattr(Engine, "dist", others)
+    assert off._due() == due
+
+
+def test_a_stop_without_snapshots_is_no_preemption(saver: Saver) -> None:
+    off = make_saver(saver.snapshots.run, saver.engine, save_every=None, save_minutes=None)
+    with pytest.raises(Stopped, match="no snapshot was saved") as caught:
+        off.save_before_stop(0, None)
+    assert caught.value.exit_code == 143
+
+
+def test_a_step_that_has_a_snapshot_is_not_saved_again_before_a_stop(saver: Saver) -> None:
+    before = contents(saver.snapshots.folder)
+    saver.save_before_stop(2, None)
+    assert contents(saver.snapshots.folder) == before
+    take_step(saver)
+    with pytest.raises(AssertionError):
+        saver.save_before_stop(2, None)
+    saver.save_before_stop(3, {"loss": 1.0})
+    assert read_progress(saver.snapshots.folder_of(3))["progress"]["pending"] == {"loss": 1.0}
+
+
+def test_rows_that_a_full_disk_did_not_take_are_in_the_snapshot(saver: Saver) -> None:
+    saver.tracker = tracker = Tracker(saver.snapshots.run, TrackConfig(), {"name": "x"}, saver.ui, resumed=True)
+    file, tracker.file = tracker.file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - closed below
+    tracker.log({"step": 3})
+    tracker.file.close()
+    tracker.file = file
+    saver.progress.step = 3
+    saver.save()
+    tracker.close()
+    assert (saver.snapshots.folder_of(3) / METRICS).read_text().splitlines()[-1] == '{"step": 3}'
+
+
+def draws() -> list[float]:
+    return [torch.rand(1).item(), float(np.random.rand()), random.random()]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_goes_on_with_its_random_numbers(rank: int, saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "dist", DistInfo(rank, 2))
+    draws()
+    take_steps(saver, 1)
+    expected = draws()
+    assert draws() != expected
+    again, found = make_saver(saver.snapshots.run, saver.engine), saver.snapshots.find(saver.ui.say)
+    assert found
+    again.resume(found, 9)
+    assert draws() == expected
+    monkeypatch.setattr(Engine, "dist", DistInfo(2, 3))  # one more than before
+    again.resume(found, 9)
+
+
+def test_a_resumed_run_keeps_the_best_checkpoints_of_snapshots_that_are_intact(saver: Saver) -> None:
+    """Of an older snapshot that is damaged, none."""
+    run = saver.snapshots.run
+    add_best(saver, 2)
+    take_steps(saver, 1)
+    (saver.snapshots.folder_of(2) / "progress.json").write_text("{")
+    again, found = make_saver(run, saver.engine), saver.snapshots.find(saver.ui.say)
+    assert found
+    assert found.step == 3
+    assert (run / "best-step-1").exists()
+    again.resume(found, 9)
+    assert (run / "best-step-2").exists()
+    assert not (run / "best-step-1").exists()
+    assert again.seconds_before == again.progress.seconds > 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,11 +26,18 @@ from rmtool.data.rejects import Rejects
 from rmtool.dataset.split import load_split
 from rmtool.errors import ExitCode, RmtoolError
 from rmtool.model.loading import training_encoder
-from rmtool.model.out_of_memory import is_out_of_memory
+from rmtool.model.out_of_memory import is_out_of_memory, unless_out_of_memory
 from rmtool.model.reward_model import RewardModel
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
-from rmtool.training import worker
-from rmtool.training.nonfinite import SkippedStep, stop_or_skip
+from rmtool.training import nonfinite, worker
+from rmtool.training.engine import Engine
+from rmtool.training.nonfinite import (
+    SkippedStep,
+    input_gradient_norm,
+    nan_unless_finite,
+    stop_or_skip,
+    trace_step,
+)
 from rmtool.training.pack_budget import read_pack_budget, write_pack_budget
 from rmtool.training.step import Trainer, training_step
 from rmtool.training.tracking import read_metrics
@@ -82,6 +91,24 @@ def test_a_skipped_step_leaves_no_trace_and_names_its_row(kind: str, loss: str, 
     assert not last["same"]
 
 
+@pytest.mark.parametrize(
+    ("rewards", "loss", "finite"),
+    [
+        ([1.0, 2.0], 0.5, True),
+        ([math.inf, 2.0], 0.0, False),  # a hinge
+        ([math.nan, 2.0], 0.0, False),
+        ([1e20, 2.0], math.inf, False),  # a square of finite rewards
+    ],
+)
+def test_a_reward_or_a_loss_alone_is_enough(rewards: list[float], loss: float, finite: bool) -> None:
+    rewards_N = torch.tensor(rewards, requires_grad=True)
+    term = nan_unless_finite(rewards_N, torch.tensor([loss]))
+    term.backward()
+    assert rewards_N.grad is not None
+    assert (term.item() == 0) == finite
+    assert rewards_N.grad.tolist() == [0.0, 0.0] if finite else rewards_N.grad.isnan().all()
+
+
 def test_a_weight_of_inf_stops_the_run_and_moves_no_weight(recipe: Path) -> None:
     trainer, batches = start(str(recipe), [("train.on_nonfinite", "stop")])
     take(trainer, batches[0], 1, "none")
@@ -101,6 +128,24 @@ def test_a_gradient_without_a_single_cause_names_all_rows(recipe: Path, monkeypa
     assert result.skipped
     assert sorted(result.skipped.rows) == sorted(str(item.metadata.place) for item in batches[0])
     assert result.metrics() == {"skipped": True}
+
+
+def test_ranks_trace_equally_many_rows_and_each_row_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass under ZeRO-3 needs all ranks; this one has fewer rows than another."""
+    others = iter([[], 3, ["a:1"]])  # its rows of NaN, its number of rows, its rows with such a gradient
+    monkeypatch.setattr(nonfinite, "gather_object", lambda values: [*values, next(others)])
+    own, stand_in = (SimpleNamespace(metadata=SimpleNamespace(place=place)) for place in ("a:7", "a:0"))
+    traced: list[Any] = []
+    found = trace_step(4, [], [own, own], stand_in, lambda item: bool(traced.append(item)))  # type: ignore
+    assert traced == [own, own, stand_in]
+    assert found.rows == ("a:7 (rank 0)", "a:1 (rank 1)")
+
+
+def test_the_input_gradient_needs_no_trainable_embedding_and_leaves_no_hook() -> None:
+    embedding = torch.nn.Embedding(3, 2).requires_grad_(False)
+    norm = input_gradient_norm(embedding, lambda: 3 * embedding(torch.tensor([1])).sum())
+    assert norm == pytest.approx(3 * math.sqrt(2))
+    assert not embedding(torch.tensor([1])).requires_grad
 
 
 def test_more_skips_than_allowed_stop_the_run() -> None:
@@ -279,6 +324,7 @@ def test_an_evaluation_out_of_memory_is_run_again_with_smaller_packs(recipe: Pat
         trainer.recipe, training_encoder(trainer.recipe, Path(trainer.recipe.model.path))[0], Rejects(), said
     )
     plain = run_eval(trainer, data.train, said)
+    assert trainer.engine.wrapped.training  # else gradient checkpointing would be off in the next step
     said.lines.clear()
     memory = FakeMemory(trainer, lambda sizes: sizes[-1] > 120)
     assert run_eval(trainer, data.train, said) == pytest.approx(plain, abs=1e-6)
@@ -289,6 +335,14 @@ def test_an_evaluation_out_of_memory_is_run_again_with_smaller_packs(recipe: Pat
     assert caught.value.id == "E0503"
     assert "pairs.jsonl:" in str(caught.value.place)
     assert "out of memory in a row of" in caught.value.what
+
+
+def test_a_bug_is_not_taken_for_a_full_device() -> None:
+    def fail() -> None:
+        raise RuntimeError("The size of tensor a must match")
+
+    with pytest.raises(RuntimeError, match="must match"):
+        unless_out_of_memory(fail)
 
 
 def test_what_torch_raises_without_memory() -> None:
@@ -305,6 +359,44 @@ def test_a_smaller_budget_is_for_the_same_recipe(tmp_path: Path) -> None:
     write_pack_budget(tmp_path, 8192, 4096)
     assert (read_pack_budget(tmp_path, 8192), read_pack_budget(tmp_path, 6000)) == (4096, 6000)
     assert [path.name for path in tmp_path.iterdir()] == ["pack-budget.json"]
+
+
+def test_all_ranks_start_with_the_smallest_budget_of_them(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes may not share the folder in which one was out of memory."""
+    monkeypatch.setattr("rmtool.training.step.gather_object", lambda values: [*values, 60])
+    trainer, _ = start(str(recipe))
+    assert trainer.tokens_per_pack == 60
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_rank_that_others_wait_for_leaves_its_budget_and_ends(full: bool, recipe: Path) -> None:
+    trainer, batches = start(str(recipe))
+    FakeMemory(trainer, lambda sizes: len(sizes) == 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "can_retry", False)
+        if full:
+            patch.setattr(trainer, "folder", trainer.folder / "gone")
+        with pytest.raises(RmtoolError) as caught:
+            training_step(trainer, batches[0], 1e-3, 1)
+    assert (caught.value.id, caught.value.what) == ("E0503", "out of memory at 240 tokens per pack")
+    hint = "set train.tokens_per_pack=120" if full else "continues from the last snapshot with 120 tokens per pack"
+    assert hint in caught.value.hint
+    assert read_pack_budget(recipe.parent, 240) == (240 if full else 120)
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_a_gradient_of_nan_that_deepspeed_has_used_is_a_bug(applied: bool) -> None:
+    """It decides by a flag of its own; a run whose weights are NaN must not go on."""
+    wrapped = SimpleNamespace(
+        set_gradient_accumulation_boundary=None,
+        step=lambda: None,
+        get_global_grad_norm=lambda: float("nan"),
+        was_step_applied=lambda: applied,
+    )
+    engine = Engine(Accelerator(cpu=True), None, wrapped, SimpleNamespace(param_groups=[]), None)  # type: ignore[arg-type]
+    assert not engine.can_retry
+    with pytest.raises(AssertionError, match="NaN") if applied else nullcontext():
+        assert math.isnan(engine.update(1e-3))
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from rmtool.launch.stop_request import hold_back_signals
 from rmtool.recipe import load_recipe
 from rmtool.training import stopping, worker
 from rmtool.training.stopping import Stopping, deadline_of
-from rmtool.training.worker_status import DEADLINE, STOP_SIGNALS
+from rmtool.training.worker_status import DEADLINE, STOP_SIGNALS, read_status
 from rmtool.ui import SilentUi
 
 
@@ -241,3 +241,21 @@ def test_a_run_leaves_after_a_step_or_between_forwards(
     assert (progress["pending"] is not None) == pending
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == logged
     assert asked[0] == answer
+    assert read_status(tmp_path / "rank-0.json").saves  # which the launcher waits for
+
+
+def test_the_time_limit_knows_how_long_steps_and_snapshots_take(
+    causal_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seconds = tmp_path / "r.yaml", list[tuple[float, float]]()
+    path.write_text(RECIPE.format(model=causal_lm, data=write_jsonl(tmp_path / "pairs.jsonl", pair_rows(16))))
+    requested = Stopping.requested
+
+    def record(self: Stopping) -> bool:
+        seconds.append((self.step_seconds, self.save_seconds))
+        return requested(self)
+
+    monkeypatch.setattr(Stopping, "requested", record)
+    worker.run(load_recipe(str(path), [("train.save_every", 1)]), tmp_path, Accelerator(cpu=True), SilentUi())
+    assert seconds[0][0] > 0  # after the first step
+    assert seconds[0][1] > 0
