@@ -15,7 +15,7 @@ import psutil
 import pytest
 from helpers import PROGRAM, SHARED, pair_rows, until, write_jsonl
 from kill_chain import steps
-from test_resume import assert_same_run
+from same_run import assert_same_run
 
 from rmtool.training.worker_status import LAUNCHER
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from helpers import ROOT, pair_rows, write_jsonl
+from same_run import assert_same_run, rows, weights
 
 from rmtool.checkpoint import MANIFEST
 from rmtool.config import Recipe
@@ -34,7 +35,6 @@ from rmtool.training.saver import Saver
 from rmtool.training.snapshots import Snapshots
 from rmtool.ui import SilentUi
 
-EVERY_TIME = ("step_seconds", "peak_memory")  # metrics that differ in every run
 Set = list[tuple[str, Any]]
 
 
@@ -84,30 +84,6 @@ def train_until(recipe: Recipe, folder: Path, step: int) -> None:
         patch.setattr(Saver, "save", save_and_stop)
         with pytest.raises(Killed):
             train(recipe, folder)
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in EVERY_TIME} for row in found]
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model" / "model.safetensors").read_bytes()
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    """Bit-identical weights; every step once, with the same metrics; the same files, and nothing left over."""
-    assert weights(folder) == weights(other)
-    assert rows(folder) == rows(other)
-    assert [row["step"] for row in rows(folder)] == list(range(1, len(rows(other)) + 1))
-    for name in ("held_out.jsonl", "report.json", "model/config.json"):
-        texts = [(each / name).read_text().replace(str(each.parent), "") for each in (folder, other)]
-        assert texts[0] == texts[1]
-    assert (folder / "curves.png").exists()
-    left = {path.name for path in folder.iterdir()} - {path.name for path in other.iterdir()}
-    # A run that was killed before its first snapshot is in previous/.
-    assert {name for name in left if not name.startswith("previous")} <= {"said.log"}
-    assert not (folder / "snapshots").exists()
 
 
 @pytest.fixture(scope="module")
