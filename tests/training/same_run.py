@@ -23,7 +23,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert weights(folder) == weights(other)
     assert rows(folder) == rows(other)
     assert [row["step"] for row in rows(folder)] == list(range(1, len(rows(other)) + 1))
-    for name in ("held_out.jsonl", "report.json", "model/config.json"):
+    for name in ("held_out.jsonl", "eval_samples.jsonl", "report.json", "model/config.json"):
         texts = [(each / name).read_text().replace(str(each.parent), "") for each in (folder, other)]
         assert texts[0] == texts[1]
     assert (folder / "curves.png").exists()

@@ -346,6 +346,8 @@ DAMAGES: dict[str, Callable[[Path, Path], Any]] = {
     "missing": lambda path, other: path.unlink(),
     "empty": lambda path, other: path.write_bytes(b""),
     "half": lambda path, other: os.truncate(path, path.stat().st_size // 2),
+    "longer": lambda path, other: path.write_bytes(path.read_bytes() + b"}"),
+    "zeros": lambda path, other: path.write_bytes(bytes(path.stat().st_size)),  # after a power failure
     "flipped": lambda path, other: path.write_bytes(flipped(path.read_bytes())),
     "of another step": lambda path, other: shutil.copy(other, path),
     "unreadable": lambda path, other: (path.unlink(), path.symlink_to(path)),
