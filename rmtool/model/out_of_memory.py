@@ -15,6 +15,9 @@ from rmtool.errors import Place, RmtoolError
 
 # torch raises a plain RuntimeError when malloc fails; what comes before these words is a line of its source.
 _CPU = re.compile(r"\[enforce fail at alloc_cpu\.cpp:\d+\] .*DefaultCPUAllocator: can't allocate memory")
+# The CUDA runtime's and NCCL's, in errors of other types than the allocator's, and cuBLAS's for its workspace.
+_CUDA = re.compile(r"CUDA error: out of memory|Cuda failure.*'out of memory'")
+_CUBLAS = re.compile(r"CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
 
 T = TypeVar("T")
 
@@ -35,7 +38,11 @@ def row_out_of_memory(place: Place, tokens: int) -> RmtoolError:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch raised this because the GPU or the host is out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or (type(error) is RuntimeError and bool(_CPU.match(str(error))))
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if isinstance(error, torch.AcceleratorError | torch.distributed.DistBackendError):
+        return bool(_CUDA.search(str(error)))
+    return type(error) is RuntimeError and bool(_CPU.match(str(error)) or _CUBLAS.match(str(error)))
 
 
 def unless_out_of_memory(run: Callable[[], T]) -> T | None:

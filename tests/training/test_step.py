@@ -354,6 +354,25 @@ def test_what_torch_raises_without_memory() -> None:
     assert not is_out_of_memory(ValueError(str(cpu.value)))
 
 
+NCCL = "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error, NCCL version 2.27.5\nLast error:\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "expected"),
+    [
+        (torch.AcceleratorError, "CUDA error: out of memory\nCUDA kernel errors might be reported later", True),
+        (torch.AcceleratorError, "CUDA error: an illegal memory access was encountered", False),
+        (torch.distributed.DistBackendError, NCCL + "Cuda failure 2 'out of memory'", True),
+        (torch.distributed.DistBackendError, NCCL + "Cuda failure 'out of memory'", True),
+        (torch.distributed.DistBackendError, NCCL + "socketProgress: Connection closed by remote peer", False),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`", False),
+    ],
+)
+def test_what_cuda_raises_without_memory(kind: type[RuntimeError], message: str, expected: bool) -> None:
+    assert is_out_of_memory(kind(message)) == expected
+
+
 def test_a_smaller_budget_is_for_the_same_recipe(tmp_path: Path) -> None:
     assert read_pack_budget(tmp_path, 8192) == 8192
     write_pack_budget(tmp_path, 8192, 4096)
