@@ -35,7 +35,7 @@ def lr_multiplier(train: TrainConfig, step: int, total: int) -> float:
         return (step + 1) / warmup
     if train.schedule == "constant":
         return 1.0
-    progress = (step - warmup) / max(1, total - warmup)
+    progress = (step - warmup) / (total - warmup)
     return 1.0 - progress if train.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

@@ -121,6 +121,7 @@ os.kill(os.getpid(), signal.SIGTERM)
 from rmtool.training.stopping import Stopping
 with Stopping(lambda values: values, lambda *_: None) as asked:
     print(asked.requested(), asked.reason)
+os.kill(os.getpid(), signal.SIGTERM)  # held back again, while it leaves
 """
 
 

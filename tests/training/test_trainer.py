@@ -30,6 +30,7 @@ from rmtool.model.loss import bradley_terry
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.tokenization.tokenized_dataset import tokenize_records
 from rmtool.training import worker as train
+from rmtool.training.checkpoint_writer import CheckpointWriter
 from rmtool.training.engine import Engine, deepspeed_config
 from rmtool.training.optim import build_optimizer
 from rmtool.training.step import Trainer, training_step
@@ -320,11 +321,14 @@ def test_the_best_checkpoint_is_kept(
 
 
 def test_patience_ends_a_run(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = list[int]()  # nothing, where the last checkpoint is kept
+    monkeypatch.setattr(CheckpointWriter, "save_best", lambda self, best: written.append(best.step))
     fake_evals(monkeypatch, [0.7, 0.8, 0.8, 0.7, 1.0])
     folder = run(set_(recipe, early_stopping_patience=2, eval_every=1, epochs=4), tmp_path / "run")
     assert len(lines(folder)) == 4
     fake_evals(monkeypatch, [0.7, 0.8, 0.8, 0.9, 1.0] + [1.0] * 9)
     assert len(lines(run(set_(recipe, early_stopping_patience=2, eval_every=1, epochs=4), tmp_path / "longer"))) == 7
+    assert written == []
 
 
 def test_four_bits_need_a_gpu(recipe: Recipe, tmp_path: Path) -> None:
