@@ -103,8 +103,10 @@ def begin(plan: Plan, restart: bool, ui: Ui) -> None:
     Raises:
         RmtoolError: E0603 when the interrupted run is a different one.
     """
-    if not plan.node:  # other nodes have only status files and logs
+    if not plan.node:
         _keep_or_move(plan, restart, ui)
+    elif restart:  # other nodes have only status files and logs, and this
+        (plan.folder / PACK_BUDGET_FILE).unlink(missing_ok=True)
     clear_folder(plan.folder)
 
 

@@ -135,10 +135,18 @@ def _model_identity(folder: Path | None, weights: bool) -> Identity:
 
 
 def _hash(files: Sequence[Path]) -> str:
-    """Hash the names and contents of files."""
+    """Hash the names and contents of files.
+
+    Raises:
+        RmtoolError: E0501 when one cannot be read.
+    """
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0")
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        try:
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        except OSError as error:
+            hint = "check its permissions and the disk, or copy it again"
+            raise RmtoolError("E0501", f"cannot read {file}: {error.strerror}", hint) from error
     return digest.hexdigest()[:16]

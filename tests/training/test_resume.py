@@ -314,6 +314,16 @@ def begin_again(place: Path, overrides: Set, restart: bool = False) -> list[str]
     return ui.lines
 
 
+def test_a_model_file_that_cannot_be_read_is_named(killed: Path) -> None:
+    tokenizer = killed / "lm/tokenizer.json"
+    tokenizer.unlink()
+    (killed / "lm/tokenizer.json").symlink_to(killed / "lm/tokenizer.json")  # a loop: open fails
+    with pytest.raises(RmtoolError) as caught:
+        resume._hash([tokenizer])
+    assert (caught.value.id, caught.value.exit_code) == ("E0501", 5)
+    assert caught.value.what.startswith(f"cannot read {tokenizer}: ")
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changed_is_refused_by_name_before_a_process_starts(
     killed: Path, monkeypatch: pytest.MonkeyPatch, name: str
