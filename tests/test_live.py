@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
+import re
+import termios
 
 import pytest
+from helpers import until
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -47,6 +52,22 @@ def test_a_curve_goes_from_its_lowest_to_its_highest_value() -> None:
     for value in range(8):
         curve.add(value)
     assert curve.sparkline() == "▁▂▃▄▅▆▇█"
+
+
+def test_the_view_follows_a_terminal_that_is_resized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    master, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (40, 80))
+    with open(terminal, "w") as err:
+        ui = TerminalUi(io.StringIO(), err)
+        with ui.training("debug", 500) as board:
+            board.step(STEP)
+            termios.tcsetwinsize(terminal, (40, 60))
+            until(lambda: ui.err.width == 60, 10)
+        shown = os.read(master, 2**16).decode()
+    os.close(master)
+    assert re.findall("╰─+╯", shown)[-1] == f"╰{'─' * 58}╯"
 
 
 @pytest.mark.parametrize("width", [80, 200])

@@ -113,11 +113,15 @@ class _Board:
 
 def _console(file: IO[str]) -> Console:
     """Return a console as wide as its own terminal: rich asks the process's standard streams, which may be a log."""
-    width = None
+    return Console(file=file, width=_width(file), highlight=False)
+
+
+def _width(file: IO[str]) -> int | None:
+    """The columns of a terminal, unless COLUMNS decides."""
     if file.isatty() and "COLUMNS" not in os.environ:
         with contextlib.suppress(OSError):
-            width = os.get_terminal_size(file.fileno()).columns or None  # containers have terminals of size 0
-    return Console(file=file, width=width, highlight=False)
+            return os.get_terminal_size(file.fileno()).columns or None  # containers have terminals of size 0
+    return None
 
 
 def _clean(text: str) -> str:
@@ -184,8 +188,13 @@ class TerminalUi:
         view = LiveView(name, total)
         for numbers in past:
             view.step(numbers)
+
+        def resized() -> LiveView:
+            self.err.width = _width(self.err.file) or self.err.width
+            return view
+
         if self.err.is_terminal:
-            with Live(view, console=self.err, refresh_per_second=4):
+            with Live(get_renderable=resized, console=self.err, refresh_per_second=4):
                 yield _Board(view)
         else:
             with self.progress("Training", total, "steps") as bar:
