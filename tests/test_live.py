@@ -64,7 +64,7 @@ def test_the_view_follows_a_terminal_that_is_resized(monkeypatch: pytest.MonkeyP
         with ui.training("debug", 500) as board:
             board.step(STEP)
             termios.tcsetwinsize(terminal, (40, 60))
-            until(lambda: ui.err.width == 60, 10)
+            until(lambda: ui.err.width == 60, 2)
         shown = os.read(master, 2**16).decode()
     os.close(master)
     assert re.findall("╰─+╯", shown)[-1] == f"╰{'─' * 58}╯"
