@@ -39,8 +39,9 @@ def has_token(text: str) -> bool:
 
 def _known() -> set[str]:
     """The values with which this process is logged in."""
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    stored = _read(os.environ.get("HF_TOKEN_PATH") or str(home / "token"))
+    # Not Path.expanduser, which fails for a user without a home folder.
+    home = os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface")
+    stored = _read(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"))
     passwords = re.findall(r"\bpassword\s+(\S+)", _read(os.environ.get("NETRC") or os.path.expanduser("~/.netrc")))
     values = {os.environ.get(name, "").strip() for name in _VARIABLES} | {stored.strip(), *passwords}
     return {value for value in values if len(value) >= _MIN_LENGTH}
