@@ -28,6 +28,10 @@ WRITTEN = (SNAPSHOTS, HELD_OUT_FILE, METRICS_FILE, CURVES_FILE, REPORT_FILE, LEN
 RESULTS = ("model", *WRITTEN, REJECTS_FILE, CONFIG_FILE, PLAN_FILE, LOG_FILE, PACK_BUDGET_FILE)
 
 
+def step_name(step: int) -> str:
+    return f"{STEP}{step:08d}"
+
+
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(STEP))
 
@@ -35,6 +39,7 @@ def step_of(folder: Path) -> int:
 def step_folders(snapshots: Path, complete: bool = True) -> list[Path]:
     """The snapshots, newest first; by their names, as clocks may be wrong. A complete one has a manifest."""
     found = [path for path in snapshots.glob(f"{STEP}*") if path.name.removeprefix(STEP).isdecimal()]
+    found = [path for path in found if path.name == step_name(step_of(path))]  # else it is a user's copy, "step-7"
     found = [path for path in found if (path / MANIFEST_FILE).exists() or not complete]
     return sorted(found, key=step_of, reverse=True)
 

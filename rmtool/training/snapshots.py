@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from rmtool.checkpoint import fsync
 from rmtool.errors import RmtoolError
 from rmtool.training.durable import Entries, difference, disk_error, file_entry, free_bytes, write_file
-from rmtool.training.run_files import DAMAGED, MANIFEST_FILE, SNAPSHOTS, STEP, TEMPORARY, step_folders, step_of
+from rmtool.training.run_files import DAMAGED, MANIFEST_FILE, SNAPSHOTS, TEMPORARY, step_folders, step_name, step_of
 
 FORMAT = 1  # of the files in a snapshot
 _AGAIN = "free disk space or restore the folder, then run the same command again"
@@ -62,7 +62,7 @@ class Snapshots:
         """
         with self._writable():
             for step in self._main(self._steps_on_disk):
-                folder = self.folder / f"{STEP}{step:08d}"
+                folder = self.folder_of(step)
                 found, problem = self._verify(folder, step)
                 if found:
                     return found
@@ -152,7 +152,7 @@ class Snapshots:
         return self._main(lambda: [step_of(path) for path in step_folders(self.folder)])
 
     def folder_of(self, step: int) -> Path:
-        return self.folder / f"{STEP}{step:08d}"
+        return self.folder / step_name(step)
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0, and return its result on all.

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from rmtool.training.follower import BROKEN, DONE, FAILED, LOST
+from rmtool.training.worker_status import LAUNCHER
 from rmtool.ui import Ui
 
 START_S = 60  # for the imports and the connection
@@ -33,9 +34,15 @@ class TrackerProcess:
         self.name, self.ui, self.start_by = name, ui, time.monotonic() + START_S
         self.started = self.finishing = self.broken = self.done = False
         self.failure, self.unread = "", b""
-        # In its own session: Ctrl-C is for the run, whose end is the end of this process, too.
+        # Ctrl-C is for the run, and so is what the launcher does to processes with its mark. The end of the run is the
+        # end of this process, too, but it first logs the last steps, and may upload for a while.
+        environment = {key: value for key, value in os.environ.items() if key != LAUNCHER}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-m", module],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
         self.orders: IO[bytes] = self.process.stdin  # type: ignore[assignment]
         self.notices: IO[bytes] = self.process.stdout  # type: ignore[assignment]

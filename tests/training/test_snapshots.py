@@ -424,7 +424,12 @@ def test_only_complete_folders_with_a_number_count(two: Path, tmp_path: Path) ->
     (run / "snapshots/step-00000003").mkdir()
     (run / "snapshots/step-copy").mkdir()
     (run / "snapshots/step-copy/MANIFEST.json").write_text("{}")
+    shutil.copytree(run / "snapshots/step-00000002", run / "snapshots/step-9")  # as a user may back one up
     assert Snapshots(run, 2).steps() == [2, 1]
+    found = Snapshots(run, 2).find(Lines().say)
+    assert found
+    assert found.step == 2
+    assert (run / "snapshots/step-9").exists()
 
 
 def test_without_a_valid_snapshot_there_is_none(two: Path, tmp_path: Path) -> None:

@@ -19,9 +19,11 @@ from wandb_host import WandbHost, silent_port
 
 from rmtool.config import TrackConfig
 from rmtool.errors import RmtoolError
+from rmtool.launch.watch import find_workers
 from rmtool.training import tracker_process, tracking
 from rmtool.training.tracking import Tracker, draw_curves, read_metrics
 from rmtool.training.wandb_process import PROBE_S
+from rmtool.training.worker_status import LAUNCHER
 from rmtool.ui import TerminalUi
 
 ROWS = [{"step": step, "train/rm/loss": 0.5**step} for step in (1, 2, 3)]
@@ -198,6 +200,14 @@ def test_an_upload_that_takes_long_goes_on_without_the_run_for_some_time(
     assert notices == ["wandb: https://host/run", "wandb goes on in the background, for at most 3 s"]
     for child in psutil.Process().children():
         child.wait(20)
+
+
+def test_the_launcher_does_not_end_trackers_with_the_ranks(track: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the last steps of a run that leaves early are not logged, and no upload goes on."""
+    monkeypatch.setenv(LAUNCHER, str(os.getpid()))
+    found = []
+    track(WORKING, before=lambda process: found.append((process.poll(), find_workers())))
+    assert found == [(None, [])]
 
 
 def test_a_process_that_does_not_start_is_reported_while_the_run_goes_on(
