@@ -218,7 +218,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 
 def _raise_stopped(plan: Plan, failure: Failure | None, request: StopRequest) -> None:
-    """Raise if the ranks have saved and left, or if those of other nodes have left before there was something to save.
+    """Raise if the ranks have left in time, or if those of other nodes have left before there was something to save.
 
     Raises:
         Stopped: without a text, as the main process has said it.
@@ -226,6 +226,8 @@ def _raise_stopped(plan: Plan, failure: Failure | None, request: StopRequest) ->
     status = failure.status if failure else None
     if status and status.exit in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
         raise Stopped("", status.exit)
+    if status and status.exit == 128 + signal.SIGTERM:  # of a rank that left by itself, and saves no snapshots
+        raise Stopped("", ExitCode.INTERRUPTED if request.name == signal.SIGINT.name else status.exit)
     lost = status and status.error and status.error["code"] == "E0805"
     if request.name and lost and plan.recipe.launch.nodes > 1:
         raise request.stopped()

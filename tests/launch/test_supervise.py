@@ -488,6 +488,7 @@ def test_processes_that_hang_after_one_has_failed_are_ended(
     [
         ([{"exit": 75}, {"exit": 75}], 1, 75),
         ([{"exit": 130}, {"exit": 130}], 1, 130),
+        ([{"exit": 143}, {"exit": 143}], 1, 143),  # the recipe turns snapshots off
         ([LOST, LOST], 2, 143),  # the other node has left before there was something to save
         ([LOST, LOST], 1, None),
     ],
