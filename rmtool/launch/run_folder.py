@@ -59,7 +59,7 @@ def _refuse_foreign(output: Path) -> None:
         return
     names = [name for name in (*RESULTS, PREVIOUS) if (output / name).exists()]
     names = [name for name in names if name not in (REPORT_FILE, LENGTHS_FILE)]  # a dry run may have written these
-    names += sorted(path.name for pattern in (".tmp-*", "rank-*") for path in output.glob(pattern))
+    names += sorted(path.name for pattern in (".tmp-*", "rank-*", f"{BEST_PREFIX}*") for path in output.glob(pattern))
     if names:
         what = f"{output} contains {', '.join(names)}, which a run would replace, but rmtool did not write"
         raise RmtoolError("E0601", what, "pass a different --output")
@@ -78,6 +78,8 @@ def refuse_finished(output: Path, overwrite: bool) -> None:
     """
     if is_finished(output) and not overwrite:
         hint = "pass a different --output, or --overwrite to move the finished run to previous/"
+        if (output / SNAPSHOTS).exists():  # kept, or killed before it deleted them
+            hint += f"; the run no longer needs {output / SNAPSHOTS}"
         raise RmtoolError("E0601", f"{output} already contains a finished run", hint)
 
 

@@ -15,7 +15,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +24,12 @@ import psutil
 from rmtool.errors import ExitCode, RmtoolError, Stopped
 from rmtool.launch.run_folder import begin, lock_folder, refuse_finished
 from rmtool.launch.stop_request import StopRequest, hold_back_signals
+from rmtool.launch.train_log import open_log
 from rmtool.launch.watch import Failure, FailureMonitor, Position, find_workers, read_statuses
 from rmtool.planning.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, WORKER, Plan, launch_command
 from rmtool.recipe import CONFIG_FILE, dump_recipe, engine_of
 from rmtool.training.pack_budget import read_pack_budget
-from rmtool.training.run_files import LOG_FILE
+from rmtool.training.run_files import LAUNCH_LOG, LOG_FILE
 from rmtool.training.tracking import PLAN_FILE
 from rmtool.training.worker_status import DEADLINE, LAUNCHER, Status, log_file
 from rmtool.ui import TerminalUi
@@ -57,7 +58,10 @@ def run(plan: Plan, ui: TerminalUi, request: StopRequest, overwrite: bool = Fals
         refuse_finished(plan.output, overwrite)  # again: another run may have finished before the lock
         begin(plan, restart, ui)
         request.defer()
-        while not _run_processes(plan, ui, request):
+        while True:
+            with open_log(plan.folder / LOG_FILE) as log:
+                if _run_processes(plan, (ui, log), request):
+                    break
             begin(plan, False, ui)
         if plan.recipe.hub.repo_id:  # the push may take minutes; without one, the run is complete
             request.at_once(plan.output)
@@ -79,24 +83,24 @@ def _check_devices(plan: Plan) -> None:
         raise RmtoolError("E0207", "the address of node 0 is not set", "pass --main-address, or set MASTER_ADDR")
 
 
-def _run_processes(plan: Plan, ui: TerminalUi, request: StopRequest) -> bool:
+def _run_processes(plan: Plan, uis: Sequence[TerminalUi], request: StopRequest) -> bool:
     """Run the training processes; return False if they must be started again, with smaller packs."""
     output, tokens_per_pack = plan.folder, plan.recipe.train.tokens_per_pack
     budget = read_pack_budget(output, tokens_per_pack)
     (output / CONFIG_FILE).write_text(dump_recipe(plan.recipe), encoding="utf-8")
     (output / PLAN_FILE).write_text(_plan_json(plan), encoding="utf-8")
     (output / ACCELERATE_FILE).write_text(ACCELERATE_CONFIG, encoding="utf-8")
-    with _events_pipe(output) as pipe, open(output / LOG_FILE, "wb") as log:
+    with _events_pipe(output) as pipe, open(output / LAUNCH_LOG, "wb") as launched:
         child = subprocess.Popen(
             launch_command(plan.recipe, plan.output, plan.node),
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=launched,
             stderr=subprocess.STDOUT,
             env=_environment(plan, request),
             start_new_session=True,
             preexec_fn=hold_back_signals,
         )
-        ranks = Ranks(plan, child, FailureMonitor(output, plan.recipe.launch.gpus_per_node), request, ui)
+        ranks = Ranks(plan, child, FailureMonitor(output, plan.recipe.launch.gpus_per_node), request, uis)
         try:
             _follow(ranks, pipe)
             code = child.poll()
@@ -106,7 +110,7 @@ def _run_processes(plan: Plan, ui: TerminalUi, request: StopRequest) -> bool:
     _raise_stopped(plan, failure, request)
     smaller = read_pack_budget(output, tokens_per_pack)  # that a rank has left before it ended
     if failure and smaller < budget and plan.recipe.launch.nodes == 1 and not request.name:
-        ui.say(f"out of memory at {budget:,} tokens per pack: starting the processes again with {smaller:,}")
+        ranks.say(f"out of memory at {budget:,} tokens per pack: starting the processes again with {smaller:,}")
         return False
     _raise_failure(plan, failure, code)  # other nodes' launchers would not know that they must start again
     return True
@@ -155,9 +159,13 @@ class Ranks:
     child: subprocess.Popen[bytes]
     monitor: FailureMonitor
     request: StopRequest
-    ui: TerminalUi
+    uis: Sequence[TerminalUi]
     position: Position = field(default_factory=Position)
     asked: bool = False
+
+    def say(self, text: str) -> None:
+        for ui in self.uis:
+            ui.say(text)
 
     def stop_if_requested(self) -> None:
         """Pass a request on to ranks that save; end those that have nothing to save, and all on a second request.
@@ -175,7 +183,7 @@ class Ranks:
         self.request.pass_on(statuses)
         if not self.asked:
             self.asked = True
-            self.ui.say(f"{self.request.name}: {self.position.last_actions()} (send it again to stop at once)")
+            self.say(f"{self.request.name}: {self.position.last_actions()} (send it again to stop at once)")
 
 
 def _follow(ranks: Ranks, pipe: int) -> None:
@@ -184,8 +192,10 @@ def _follow(ranks: Ranks, pipe: int) -> None:
     Raises:
         Stopped: on a request, if the ranks have nothing to save.
     """
-    buffer, replay, child, monitor = b"", Replay(ranks.ui), ranks.child, ranks.monitor
-    with selectors.DefaultSelector() as selector, contextlib.closing(replay):
+    buffer, replays, child, monitor = b"", [Replay(ui) for ui in ranks.uis], ranks.child, ranks.monitor
+    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
+        for replay in replays:
+            stack.callback(replay.close)
         selector.register(pipe, selectors.EVENT_READ)
         while True:
             exited = child.poll() is not None
@@ -195,7 +205,8 @@ def _follow(ranks: Ranks, pipe: int) -> None:
                 *lines, buffer = (buffer + os.read(pipe, 1 << 16)).split(b"\n")
                 for line in lines:
                     ranks.position.line(line)
-                    replay.line(line.decode())
+                    for replay in replays:
+                        replay.line(line.decode())
             elif exited:
                 return
             failure = monitor.poll()
@@ -245,7 +256,7 @@ def _raise_failure(plan: Plan, failure: Failure | None, code: int | None) -> Non
         error = RmtoolError.from_dict(status.error)
         error.what = f"{name}: {error.what}" if plan.world_size > 1 else error.what
         raise error
-    log = log_file(plan.folder, status.rank) if status else plan.folder / LOG_FILE
+    log = log_file(plan.folder, status.rank) if status else plan.folder / LAUNCH_LOG
     lines = _read(log).splitlines()[-LOG_LINES:]
     tail = "\n    ".join(["", *lines]) if lines else None
     if status and status.exit == ExitCode.BUG:
@@ -253,7 +264,7 @@ def _raise_failure(plan: Plan, failure: Failure | None, code: int | None) -> Non
     if failure and failure.stopped:
         what, hint = "is stopped (SIGSTOP)", "check what stopped it, a scheduler or a debugger"
     else:
-        what, hint = describe_death(exit_code(_read(plan.folder / LOG_FILE), status, code))
+        what, hint = describe_death(exit_code(_read(plan.folder / LAUNCH_LOG), status, code))
     raise RmtoolError("E0801", f"{name} {what}", f"{hint}; see {log}", found=tail)
 
 

@@ -15,7 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rmtool.checkpoint import public_name
 from rmtool.checkpoint.download import HEADS, TOKENIZER_FILES
 from rmtool.config import Recipe
 from rmtool.data.sources import SourceCount
@@ -116,8 +115,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _describe(source: SourceCount) -> str:
-    name = public_name(source.path)
-    return f"{name}, {source.taken:,} of {source.records:,} {source.counted}, content {source.digest[:12]}"
+    return f"{source.taken:,} of {source.records:,} {source.counted}, content {source.digest[:12]}"
 
 
 def _model_identity(folder: Path | None, weights: bool) -> Identity:

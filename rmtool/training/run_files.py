@@ -18,14 +18,15 @@ from rmtool.training.eval_samples import SAMPLES_FILE
 from rmtool.training.tracking import CURVES_FILE, METRICS_FILE, PLAN_FILE, TENSORBOARD
 from rmtool.training.worker_status import BEST_PREFIX, PACK_BUDGET_FILE
 
-LOG_FILE = "train.log"  # output of `accelerate launch`; each rank has its own log
+LOG_FILE = "train.log"  # what the terminal shows
+LAUNCH_LOG = "launch.log"  # output of `accelerate launch`; each rank has its own log
 PREVIOUS = "previous"
 SNAPSHOTS, STEP, MANIFEST_FILE = "snapshots", "step-", "MANIFEST.json"
 PROGRESS_FILE = "progress.json"  # in a snapshot
 TEMPORARY, DAMAGED = ".tmp-", "damaged-"  # prefixes of folders in snapshots/ that do not count
 # What the training processes write again when a run starts, and what the launcher has written before.
 WRITTEN = (SNAPSHOTS, HELD_OUT_FILE, METRICS_FILE, CURVES_FILE, REPORT_FILE, LENGTHS_FILE, SAMPLES_FILE, TENSORBOARD)
-RESULTS = ("model", *WRITTEN, REJECTS_FILE, CONFIG_FILE, PLAN_FILE, LOG_FILE, PACK_BUDGET_FILE)
+RESULTS = ("model", *WRITTEN, REJECTS_FILE, CONFIG_FILE, PLAN_FILE, LOG_FILE, LAUNCH_LOG, PACK_BUDGET_FILE)
 
 
 def step_name(step: int) -> str:

@@ -58,7 +58,7 @@ class Snapshots:
         """Return the newest complete snapshot. Temporary folders are removed, and damaged ones renamed.
 
         Raises:
-            RmtoolError: E0501 when they cannot be.
+            RmtoolError: E0501 when they cannot be; E0603 a snapshot is of an rmtool with a different format.
         """
         with self._writable():
             for step in self._main(self._steps_on_disk):
@@ -176,6 +176,10 @@ class Snapshots:
             return None, f"{MANIFEST_FILE}: {error.strerror}"
         if isinstance(entries, str):
             return None, f"{MANIFEST_FILE}: {entries}"
+        if isinstance(entries, int):
+            what = f"cannot resume from step {step}: the snapshot has format {entries}, this rmtool reads {FORMAT}"
+            hint = "use the rmtool version that wrote it, or pass --restart to start at step 1"
+            raise RmtoolError("E0603", what, hint, found=str(folder))
         names = sorted(entries)[self.rank :: self.world_size]
         found = next(filter(None, (difference(folder, name, entries[name]) for name in names)), None)
         problem = next(filter(None, gather_object([found])), None)
@@ -259,18 +263,20 @@ def _files(folder: Path, outside: Sequence[Path]) -> list[str]:
     return inner + [os.path.relpath(path, folder) for path in outside]
 
 
-def _read_manifest(folder: Path, step: int) -> Entries | str:
-    """Return the files of a snapshot, or what is wrong with its manifest."""
+def _read_manifest(folder: Path, step: int) -> Entries | str | int:
+    """Return the files of a snapshot, what is wrong with its manifest, or the number of a different format."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
+        if manifest["format"] != FORMAT:
+            return int(manifest["format"])
         given = manifest["files"].items()
         files: Entries = {name: {"size": int(each["size"]), "sha256": each["sha256"]} for name, each in given}
-        found = manifest["step"], manifest["format"]
+        found = manifest["step"]
     except FileNotFoundError:
         return "missing"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "corrupted"
-    return files if found == (step, FORMAT) else f"of step {found[0]} in format {found[1]}"
+    return files if found == step else f"of step {found}"
 
 
 def _snapshot(folder: Path, step: int, entries: Entries) -> Snapshot:

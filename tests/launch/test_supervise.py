@@ -50,6 +50,8 @@ def test_the_debug_recipe_learns_what_depends_on_the_prompt(
     assert shown.returncode == 0, shown.stderr
     assert "Traceback" not in shown.stderr
     assert all(word in shown.stderr for word in ("Plan: debug", "Training: ", "eval/rm: accuracy"))
+    log = (folder / "runs/debug/train.log").read_text()
+    assert all(word in log for word in ("Data ", "Training: 130/130 steps", "eval/rm: accuracy"))
     assert "checkpoint: runs/debug/model" in shown.stdout
     result = json.loads(shell("eval", "runs/debug", "--json", cwd=folder).stdout)
     assert result["pairs"] == 200
@@ -108,7 +110,9 @@ def test_a_worker_that_fails_or_dies_is_reported_by_the_launcher(causal_lm: Path
     died = shell("train", *flags, cwd=tmp_path)
     assert died.returncode == 8
     assert "error[E0801]: the training process ended with exit code 9 and reported no error" in died.stderr
-    assert "train.log" in died.stderr
+    assert "launch.log" in died.stderr
+    log = (tmp_path / "runs/smollm2-135m/train.log").read_text()
+    assert "error[E0801]: the training process ended with exit code 9" in log
     assert "memory" not in died.stderr
 
 
@@ -309,6 +313,10 @@ def test_files_that_rmtool_did_not_write_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(RmtoolError) as caught:
         prepare_folder(tmp_path, True)
     assert (caught.value.id, tracking.METRICS_FILE in caught.value.what) == ("E0601", True)
+    (tmp_path / tracking.METRICS_FILE).unlink()
+    (tmp_path / "best-step-4").mkdir()
+    with pytest.raises(RmtoolError, match="best-step-4"):
+        prepare_folder(tmp_path, True)
     (tmp_path / LOCK_FILE).touch()
     prepare_folder(tmp_path, False)
 
@@ -436,7 +444,7 @@ def run_ranks(
     request, ui = StopRequest(), Said()
     if signal_before:
         patch.setattr(Ranks, "stop_if_requested", lambda self: request._receive(signal.SIGTERM, None))
-    return launch._run_processes(plan, ui, request), ui.lines  # type: ignore[arg-type]
+    return launch._run_processes(plan, [ui], request), ui.lines  # type: ignore[arg-type]
 
 
 def test_processes_of_one_node_are_started_again_with_smaller_packs(
@@ -526,7 +534,7 @@ def test_a_request_is_passed_on_where_all_ranks_save(
         layout = replace(plan.recipe.launch, gpus_per_node=2)
         two = replace(plan, output=tmp_path, recipe=replace(plan.recipe, launch=layout))
         request, ui = StopRequest(), Said()
-        ranks = Ranks(two, rank, FailureMonitor(tmp_path, 2), request, ui)  # type: ignore[arg-type]
+        ranks = Ranks(two, rank, FailureMonitor(tmp_path, 2), request, [ui])  # type: ignore[arg-type]
         ranks.stop_if_requested()
         request._receive(signal.SIGTERM, None)
         request.again = again
@@ -570,6 +578,11 @@ def test_a_run_that_finished_before_the_lock_is_not_replaced(plan: Plan, tmp_pat
     with pytest.raises(RmtoolError) as caught:
         launch.run(replace(plan, output=tmp_path), Said(), StopRequest())  # type: ignore[arg-type]
     assert caught.value.id == "E0601"
+    assert "snapshots" not in caught.value.hint
+    (tmp_path / "snapshots").mkdir()  # kept, or the process was killed before it deleted them
+    with pytest.raises(RmtoolError) as caught:
+        prepare_folder(tmp_path, False)
+    assert f"the run no longer needs {tmp_path / 'snapshots'}" in caught.value.hint
 
 
 def test_a_folder_is_locked_by_one_process(tmp_path: Path) -> None:

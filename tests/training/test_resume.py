@@ -369,6 +369,11 @@ HARMLESS: dict[str, Set] = {
 }
 
 
+def test_data_under_another_name_goes_on(killed: Path) -> None:
+    (killed / "pairs.jsonl").rename(killed / "other.jsonl")
+    assert begin_again(killed, [("data.train", [str(killed / "other.jsonl")])]) == []
+
+
 @pytest.mark.parametrize("name", HARMLESS)
 def test_what_may_change_goes_on(killed: Path, name: str) -> None:
     assert begin_again(killed, HARMLESS[name]) == []

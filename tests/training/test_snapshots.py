@@ -408,15 +408,17 @@ def test_a_folder_that_has_the_name_of_another_step_is_damaged(two: Path, tmp_pa
     assert "MANIFEST.json: of step 1" in ui.lines[0]
 
 
-def test_a_snapshot_of_another_format_is_not_used(two: Path, tmp_path: Path) -> None:
+def test_a_snapshot_of_another_format_is_refused_and_stays(two: Path, tmp_path: Path) -> None:
     run = shutil.copytree(two, tmp_path / "run")
     path = run / "snapshots/step-00000002/MANIFEST.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
-    ui = Lines()
-    found = Snapshots(run, 2).find(ui.say)
-    assert found
-    assert found.step == 1
-    assert "MANIFEST.json: of step 2 in format 2" in ui.lines[0]
+    before, ui = contents(run), Lines()
+    with pytest.raises(RmtoolError) as caught:
+        Snapshots(run, 2).find(ui.say)
+    assert (caught.value.id, caught.value.exit_code) == ("E0603", 6)
+    assert "the snapshot has format 2, this rmtool reads 1" in caught.value.what
+    assert "--restart" in caught.value.hint
+    assert contents(run) == before
 
 
 def test_only_complete_folders_with_a_number_count(two: Path, tmp_path: Path) -> None:
