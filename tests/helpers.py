@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import transformers as hf
 from transformers import AutoModelForSequenceClassification
@@ -25,6 +26,8 @@ from rmtool.errors import Place
 from rmtool.model.classifier import disable_dropout, init_score_head
 from rmtool.model.reward_model import RewardModel
 from rmtool.tokenization.response_group import ResponseGroup, build_group
+from rmtool.training.worker_status import LAUNCHER
+from rmtool.ui import SilentUi
 
 ROOT = Path(__file__).parent.parent
 DEBUG_MODEL = ROOT / "recipes" / "debug" / "model"
@@ -193,6 +196,28 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def numbered_records(count: int) -> list[Record]:
     return [preference_record(Row(Place("x", n), row)) for n, row in enumerate(pair_rows(count), 1)]
+
+
+class Lines(SilentUi):
+    """What is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def started_by(launcher: int) -> list[psutil.Process]:
+    """Every living process that the rmtool command with this process id started, directly or not."""
+    found = psutil.process_iter(["environ"])
+    return [each for each in found if (each.info["environ"] or {}).get(LAUNCHER) == str(launcher)]
+
+
+def logged_steps(run: Path) -> int:
+    """The lines of metrics.jsonl in a run folder."""
+    metrics = run / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def free_port() -> int:

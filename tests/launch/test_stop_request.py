@@ -15,12 +15,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import PROGRAM, free_port, until
+from helpers import PROGRAM, free_port, logged_steps, started_by, until
 
 from rmtool.errors import Stopped
 from rmtool.launch.stop_request import REPEAT_S, StopRequest, hold_back_signals
 from rmtool.launch.watch import Position
-from rmtool.training.worker_status import LAUNCHER, Status, process_state
+from rmtool.training.worker_status import Status, process_state
 
 
 class Clock:
@@ -219,12 +219,10 @@ class Run:
         self.process.wait()
 
     def started(self) -> list[psutil.Process]:
-        found = psutil.process_iter(["environ"])
-        return [each for each in found if (each.info["environ"] or {}).get(LAUNCHER) == str(self.process.pid)]
+        return started_by(self.process.pid)
 
     def steps(self) -> int:
-        metrics = self.output / "metrics.jsonl"
-        return metrics.read_text().count("\n") if metrics.exists() else 0
+        return logged_steps(self.output)
 
     def status(self, rank: int) -> dict[str, object]:
         path = self.output / f"rank-{rank}.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PROGRAM, ROOT, group_members, pair_rows, until, write_jsonl
+from helpers import PROGRAM, ROOT, Lines, group_members, pair_rows, until, write_jsonl
 
 from rmtool import checkpoint, recipe
 from rmtool.data import rejects
@@ -30,7 +30,6 @@ from rmtool.training import tracking
 from rmtool.training import worker_status as status
 from rmtool.training.run_files import LOG_FILE, RESULTS, move_to_previous
 from rmtool.training.worker_status import Status
-from rmtool.ui import SilentUi
 
 
 def shell(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -418,14 +417,6 @@ FULL = {"exit": 5, "error": RmtoolError("E0503", "out of memory", "a hint").as_d
 LOST = {"exit": 8, "error": RmtoolError("E0805", "lost", "a hint").as_dict()}
 
 
-class Said(SilentUi):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     loaded = recipe.load_recipe("debug", [("train.tokens_per_pack", 8192)])
@@ -441,7 +432,7 @@ def run_ranks(
     plan = replace(plan, output=folder, recipe=replace(plan.recipe, launch=layout), world_size=nodes * processes)
     words = [sys.executable, "-c", RANK, str(folder), json.dumps(statuses), str(budget).lower(), str(seconds)]
     patch.setattr(launch, "launch_command", lambda *_: words)
-    request, ui = StopRequest(), Said()
+    request, ui = StopRequest(), Lines()
     if signal_before:
         patch.setattr(Ranks, "stop_if_requested", lambda self: request._receive(signal.SIGTERM, None))
     return launch._run_processes(plan, [ui], request), ui.lines  # type: ignore[arg-type]
@@ -533,7 +524,7 @@ def test_a_request_is_passed_on_where_all_ranks_save(
             (tmp_path / f"rank-{number}.json").write_text(json.dumps({"rank": number, "pid": rank.pid, **status_}))
         layout = replace(plan.recipe.launch, gpus_per_node=2)
         two = replace(plan, output=tmp_path, recipe=replace(plan.recipe, launch=layout))
-        request, ui = StopRequest(), Said()
+        request, ui = StopRequest(), Lines()
         ranks = Ranks(two, rank, FailureMonitor(tmp_path, 2), request, [ui])  # type: ignore[arg-type]
         ranks.stop_if_requested()
         request._receive(signal.SIGTERM, None)
@@ -565,7 +556,7 @@ def test_a_run_defers_signals_and_takes_them_again_for_the_push(
     with StopRequest() as request:
         for name in ("defer", "at_once"):
             monkeypatch.setattr(request, name, lambda *_, name=name: called.append(name))
-        launch.run(plan, Said(), request, restart=True)  # type: ignore[arg-type]
+        launch.run(plan, Lines(), request, restart=True)  # type: ignore[arg-type]
     assert called == [
         *("begin, restart: True", "defer", "run", "begin, restart: False", "run"),
         *(["at_once"] if repo_id else []),
@@ -576,7 +567,7 @@ def test_a_run_that_finished_before_the_lock_is_not_replaced(plan: Plan, tmp_pat
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / checkpoint.MANIFEST).write_text("{}")
     with pytest.raises(RmtoolError) as caught:
-        launch.run(replace(plan, output=tmp_path), Said(), StopRequest())  # type: ignore[arg-type]
+        launch.run(replace(plan, output=tmp_path), Lines(), StopRequest())  # type: ignore[arg-type]
     assert caught.value.id == "E0601"
     assert "snapshots" not in caught.value.hint
     (tmp_path / "snapshots").mkdir()  # kept, or the process was killed before it deleted them

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from accelerate import Accelerator
+from helpers import logged_steps
 
 from rmtool.launch.run_folder import clear_folder
 from rmtool.model import loading  # noqa: F401 - imports transformers here, not in each fork
@@ -51,15 +52,10 @@ def start(recipe: str, folder: Path) -> int:
         os._exit(code)
 
 
-def steps(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-
 def ended(pid: int, seconds: float = 1e9, folder: Path = Path(), last_step: float = 1e9) -> bool:
     """Wait for the fork, at most for some seconds or until the run in `folder` is at some step."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end and steps(folder) <= last_step:
+    while time.monotonic() < end and logged_steps(folder) <= last_step:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             assert os.waitstatus_to_exitcode(status) == 0
@@ -77,10 +73,13 @@ def main() -> None:
     first = time.monotonic() - started
     assert ended(pid)
     duration, killed, folder = time.monotonic() - started, 0, root / "killed"
-    share = steps(root / "alone") / (kills + 1)  # a run gets on by less than this, so that no run is the last one
+    share = logged_steps(root / "alone") / (
+        kills + 1
+    )  # a run gets on by less than this, so that no run is the last one
     while killed < kills:
         pid = start(recipe, folder)
-        if ended(pid, draw.uniform(0, first + 2 * (duration - first) / kills), folder, share * (killed + 1)):
+        seconds = draw.uniform(0, first + 2 * (duration - first) / kills)
+        if ended(pid, seconds, folder, share * (killed + 1)):
             break
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

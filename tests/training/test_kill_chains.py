@@ -13,11 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers import PROGRAM, SHARED, pair_rows, until, write_jsonl
-from kill_chain import steps
+from helpers import PROGRAM, SHARED, logged_steps, pair_rows, started_by, until, write_jsonl
 from same_run import assert_same_run
-
-from rmtool.training.worker_status import LAUNCHER
 
 CACHE = Path.home() / ".cache" / "rmtool"
 HH = SHARED / "data" / "hh-rlhf-harmless-base.test.jsonl.gz"
@@ -31,8 +28,7 @@ class Command:
         self.process = subprocess.Popen(words, stdout=self.log, stderr=self.log, start_new_session=True)
 
     def started(self) -> list[psutil.Process]:
-        own = [each for each in psutil.process_iter(["environ"]) if each.info["environ"]]
-        return [each for each in own if each.info["environ"].get(LAUNCHER) == str(self.process.pid)]
+        return started_by(self.process.pid)
 
     def kill(self, draw: random.Random) -> str:
         """Kill the launcher, one training process, or all; wait until nothing of it is left."""
@@ -59,18 +55,18 @@ def train_killed(words: list[str], root: Path, kills: int, seed: int) -> dict[st
     """Train `alone` without a kill, then `killed` with so many; return what happened."""
     begun = time.monotonic()
     alone = Command([*words, "--output", str(root / "alone")], root / "alone.log")
-    until(lambda: steps(root / "alone") > 0 or alone.process.poll() is not None, 600)
+    until(lambda: logged_steps(root / "alone") > 0 or alone.process.poll() is not None, 600)
     start_s = time.monotonic() - begun
     alone.wait()
-    total, seconds = steps(root / "alone"), time.monotonic() - begun
+    total, seconds = logged_steps(root / "alone"), time.monotonic() - begun
     draw, kinds, killed = random.Random(seed), list[str](), root / "killed"
     words = [*words, "--output", str(killed)]
     while len(kinds) < kills:
-        run, before = Command(words, root / "killed.log"), steps(killed)
+        run, before = Command(words, root / "killed.log"), logged_steps(killed)
         end, last_step = time.monotonic() + draw.uniform(0, start_s), 0.0
         if draw.random() < 0.7:  # in the steps; else more likely before the first one
             last_step = before + draw.uniform(0, 1.4 * total / (kills + 1))
-        while steps(killed) < last_step if last_step else time.monotonic() < end:
+        while logged_steps(killed) < last_step if last_step else time.monotonic() < end:
             assert run.process.poll() is None, (root / "killed.log").read_text()[-3000:]
             time.sleep(0.01)
         time.sleep(draw.uniform(0, (seconds - start_s) / total))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
-from helpers import ROOT, pair_rows, write_jsonl
+from helpers import ROOT, Lines, pair_rows, write_jsonl
 from same_run import assert_same_run, rows, weights
 
 from rmtool.checkpoint import MANIFEST
@@ -36,14 +36,6 @@ from rmtool.training.snapshots import Snapshots
 from rmtool.ui import SilentUi
 
 Set = list[tuple[str, Any]]
-
-
-class Lines(SilentUi):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def make_inputs(root: Path, causal_lm: Path, **train: Any) -> Path:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import Lines
 
 from rmtool.checkpoint import Manifest
 from rmtool.config import Recipe, TrackConfig
@@ -31,7 +32,6 @@ from rmtool.training.progress import Best
 from rmtool.training.saver import Saver, read_progress
 from rmtool.training.snapshots import Snapshots
 from rmtool.training.tracking import Tracker
-from rmtool.ui import SilentUi
 
 METRICS = "metrics.jsonl"
 
@@ -50,16 +50,6 @@ def make_engine(seed: int = 0) -> Engine:
 def settings(**train: Any) -> Recipe:
     given = [(f"train.{name}", value) for name, value in train.items()]
     return load_recipe("debug", given)
-
-
-class Lines(SilentUi):
-    """What is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def make_saver(run: Path, engine: Engine, **train: Any) -> Saver:

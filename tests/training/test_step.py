@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 import weakref
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import PROGRAM, group_members, pair_rows, write_jsonl
+from helpers import PROGRAM, Lines, free_port, group_members, pair_rows, write_jsonl
 from step_ranks import start, state, take
 
 from rmtool.config import TrainConfig
@@ -42,17 +41,8 @@ from rmtool.training.pack_budget import read_pack_budget, write_pack_budget
 from rmtool.training.step import Trainer, training_step
 from rmtool.training.tracking import read_metrics
 from rmtool.training.trainer import run_eval
-from rmtool.ui import SilentUi
 
 HERE = Path(__file__).parent
-
-
-class Said(SilentUi):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture
@@ -170,7 +160,7 @@ def test_a_run_reports_the_steps_that_it_skipped(recipe: Path, tmp_path: Path, m
     monkeypatch.setattr(RewardModel, "forward", forward)
     monkeypatch.setattr("rmtool.training.worker.choose_layout", lambda model, *_: shared(model))
     (tmp_path / CONFIG_FILE).write_text(dump_recipe(load_recipe(str(recipe), [("train.tokens_per_pack", 10**6)])))
-    worker.run(load_recipe(str(tmp_path / CONFIG_FILE)), tmp_path, Accelerator(cpu=True), said := Said())
+    worker.run(load_recipe(str(tmp_path / CONFIG_FILE)), tmp_path, Accelerator(cpu=True), said := Lines())
     rows = read_metrics(tmp_path)
     assert [row.get("skipped", False) for row in rows] == [False, True, False, False]
     assert not [name for name in rows[1] if name.startswith("train/rm/") and name != "train/rm/lr"]
@@ -185,16 +175,10 @@ def shared(model: RewardModel) -> Any:
     return SimpleNamespace(reason=None)
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def on_ranks(recipe: Path, count: int, *faults: str) -> list[list[dict[str, Any]]]:
     """What each rank reports of each step."""
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}  # fmt: skip
+              "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}  # fmt: skip
     if "ddp" in recipe.read_text():
         common["ACCELERATE_USE_CPU"] = "true"
     running = [
@@ -276,7 +260,7 @@ class FakeMemory:
 def test_a_step_out_of_memory_is_taken_again_with_smaller_packs(where: str, recipe: Path) -> None:
     """Bit-identical to a run whose budget was halved at that step; the second pack fails, after the first one."""
     trainer, batches = start(str(recipe))
-    trainer.ui = said = Said()
+    trainer.ui = said = Lines()
     take(trainer, batches[0], 1, "none")
     memory = FakeMemory(trainer, lambda sizes: len(sizes) == 2, where)
     found = [training_step(trainer, batch, 1e-3, step) for step, batch in enumerate(batches[1:3], 2)]
@@ -293,7 +277,7 @@ def test_a_step_out_of_memory_is_taken_again_with_smaller_packs(where: str, reci
 
 def test_a_small_device_halves_until_the_packs_fit(recipe: Path) -> None:
     trainer, batches = start(str(recipe), [("train.tokens_per_pack", 10**6)])
-    trainer.ui = said = Said()
+    trainer.ui = said = Lines()
     FakeMemory(trainer, lambda sizes: sizes[-1] > 100)
     training_step(trainer, batches[0], 1e-3, 1)
     tokens = sum(item.group.unique_tokens for item in batches[0])
@@ -319,7 +303,7 @@ def test_a_row_that_alone_is_too_much_is_named(recipe: Path) -> None:
 
 def test_an_evaluation_out_of_memory_is_run_again_with_smaller_packs(recipe: Path) -> None:
     trainer, _ = start(str(recipe))
-    trainer.ui = said = Said()
+    trainer.ui = said = Lines()
     data = load_split(
         trainer.recipe, training_encoder(trainer.recipe, Path(trainer.recipe.model.path))[0], Rejects(), said
     )
