@@ -90,7 +90,7 @@ ERRORS = {
     "E0504": "torch.compile failed",
     "E0505": "4-bit weights need a CUDA device and bitsandbytes",
     "E0506": "a node does not see the run folder of node 0",
-    "E0507": "track.tensorboard needs the package tensorboard",
+    "E0507": "a package that a setting requires is not installed",
     "E0570": "a file of the checkpoint cannot be read",
     "E0601": "output exists",
     "E0602": "another process is training in the run folder",

@@ -25,7 +25,7 @@ HOUSE = (
     ("packing",),
     ("tokenization",),
     ("data",),
-    ("recipe", "config", "ui", "errors", "redaction", "checkpoint", "dist"),
+    ("recipe", "config", "ui", "errors", "redaction", "checkpoint", "dist", "packages"),
 )
 GROUND = set(HOUSE[-1])
 FLOOR = {name: floor for floor, names in enumerate(HOUSE) for name in names}

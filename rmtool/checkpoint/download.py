@@ -18,6 +18,7 @@ from typing import Any
 
 from rmtool.checkpoint.foreign import ADAPTER, PICKLED_HEADS, QUANTIZATION_FILES
 from rmtool.errors import Place, RmtoolError, first_line
+from rmtool.packages import hub_http
 from rmtool.ui import Ui
 
 WEIGHTS = "model.safetensors"
@@ -45,7 +46,6 @@ def download(repo_id: str, revision: str | None, ui: Ui, weights: bool) -> Path:
             weights file is missing; E0472 the index is corrupted; E0502 the disk is full; E0701 the Hub has no such
             repository or cannot be reached, and the cache has no complete copy.
     """
-    import httpx2
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -53,7 +53,7 @@ def download(repo_id: str, revision: str | None, ui: Ui, weights: bool) -> Path:
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=30)
         return _fetch(repo_id, info, revision, ui, weights)
     # RuntimeError: the Xet storage; ValueError: the page of a proxy.
-    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
+    except (hub_http().HTTPError, OSError, RuntimeError, ValueError) as error:
         if getattr(error, "errno", None) in _OF_THIS_MACHINE:
             raise _cannot_store(repo_id, os.strerror(error.errno)) from error  # type: ignore[union-attr, arg-type]
         try:

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from rmtool.data.json_errors import JsonError, parse_json
 from rmtool.errors import Place, RmtoolError, first_line
+from rmtool.packages import hub_http, require_package
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,10 +63,11 @@ def load_hub_dataset(source: str) -> Any:
     """Load a Hub dataset.
 
     Raises:
-        RmtoolError: E0203 when the split is unknown; E0701 when the Hub is not reachable, or has no such dataset.
+        RmtoolError: E0203 when the split is unknown; E0507 without the package datasets; E0701 when the Hub is not
+            reachable, or has no such dataset.
     """
+    require_package("datasets", f"the Hub dataset {source}", "pass a local file")
     import datasets
-    import httpx2
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     name, _, split = source.partition(":")
@@ -74,7 +76,7 @@ def load_hub_dataset(source: str) -> Any:
         return datasets.load_dataset(name, split=split)
     except ValueError as error:  # an unknown split or configuration
         raise RmtoolError("E0203", f"{source}: {first_line(error)}", "set the split as owner/name:split") from error
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError) as error:
+    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, hub_http().HTTPError) as error:
         hint = "check the name and the network, or pass a local file"
         what = f"cannot find the dataset {name} locally or on the Hub"
         raise RmtoolError("E0701", what, hint, found=first_line(error)) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from rmtool.errors import Place, RmtoolError
+from rmtool.packages import hub_http
 
 LOGIN = "run `hf auth login` or set HF_TOKEN, with a token that has write access"
 AGAIN = "run rmtool push again later"
@@ -23,15 +24,13 @@ STATUS_HINTS = {
 
 def library_errors() -> tuple[type[Exception], ...]:
     """Return what huggingface_hub raises when network or Hub fail; ValueError and KeyError: an unexpected answer."""
-    import httpx2
     from huggingface_hub.errors import DeviceCodeError, OIDCError
 
-    return (httpx2.HTTPError, OSError, OIDCError, DeviceCodeError, RuntimeError, ValueError, KeyError)
+    return (hub_http().HTTPError, OSError, OIDCError, DeviceCodeError, RuntimeError, ValueError, KeyError)
 
 
 def explain(error: BaseException, repo_id: str) -> RmtoolError:
     """Return the error for an exception of a push to `repo_id`: E0273 to E0275, E0277, E0570, E0771 to E0775."""
-    import httpx2
     from huggingface_hub.errors import BadRequestError, DeviceCodeError, HfHubHTTPError, OIDCError
 
     if isinstance(error, RuntimeError) and error.__cause__:  # how the library wraps the failure of one file
@@ -40,13 +39,13 @@ def explain(error: BaseException, repo_id: str) -> RmtoolError:
         return _explain_status(error, repo_id)
     if isinstance(error, OSError) and error.filename:
         return unreadable(error)
-    network = "check the network (and HF_ENDPOINT, if set), then run rmtool push again"
+    http, network = hub_http(), "check the network (and HF_ENDPOINT, if set), then run rmtool push again"
     proxy = f"{AGAIN}; check whether a proxy answers instead of the Hub"
     meanings: tuple[tuple[Any, str, str, str], ...] = (
         ((OIDCError, DeviceCodeError, UnicodeEncodeError), "E0273", "invalid Hub token", LOGIN),
         (PermissionError, "E0275", "the token has no write access", LOGIN),  # from the Xet storage
-        (httpx2.TimeoutException, "E0772", "the Hub did not answer in time", AGAIN),
-        ((httpx2.HTTPError, OSError), "E0771", "the connection to the Hub failed", network),
+        (http.TimeoutException, "E0772", "the Hub did not answer in time", AGAIN),
+        ((http.HTTPError, OSError), "E0771", "the connection to the Hub failed", network),
         (RuntimeError, "E0775", "the upload of a file failed", AGAIN),
         ((ValueError, KeyError), "E0774", "unexpected answer from the Hub", proxy),
     )

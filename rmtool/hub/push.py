@@ -27,6 +27,7 @@ from rmtool.checkpoint.foreign import require_unquantized
 from rmtool.errors import Place, RmtoolError
 from rmtool.hub.card import model_card
 from rmtool.hub.errors import LOGIN, explain, library_errors, one_line, unreadable
+from rmtool.packages import hub_http
 from rmtool.ui import Ui
 
 if TYPE_CHECKING:
@@ -232,11 +233,10 @@ def _open_repo(api: HfApi, repo_id: str, private: bool, ui: Ui) -> str:
 
 def _client() -> Any:
     """Return the library's HTTP client, with a timeout and without endless repeats."""
-    import httpx2
     from huggingface_hub.utils._http import hf_request_event_hook  # its own, which refuses requests in offline mode
 
     hooks: dict[str, list[Any]] = {"request": [hf_request_event_hook, _limit], "response": [_fail_on_conflict]}
-    return httpx2.Client(follow_redirects=True, event_hooks=hooks)
+    return hub_http().Client(follow_redirects=True, event_hooks=hooks)
 
 
 def _limit(request: Any) -> None:

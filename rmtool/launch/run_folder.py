@@ -84,8 +84,10 @@ def refuse_finished(output: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def lock_folder(output: Path) -> Iterator[None]:
+def lock_folder(output: Path, ui: Ui) -> Iterator[None]:
     """Lock the run folder, so that two runs cannot mix their files. The lock ends with the process.
+
+    On a file system without locks, a notice says so, and the run goes on.
 
     Raises:
         RmtoolError: E0602 when another process has locked it.
@@ -96,6 +98,8 @@ def lock_folder(output: Path) -> Iterator[None]:
         except BlockingIOError as error:
             hint = "wait until it ends, or pass a different --output"
             raise RmtoolError("E0602", f"{output} is in use by another rmtool process", hint) from error
+        except OSError as error:
+            ui.say(f"note: cannot lock {output} ({error.strerror}): do not start a second run with this --output")
         yield
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import selectors
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,24 +21,24 @@ from pathlib import Path
 
 import psutil
 
-from rmtool.errors import ExitCode, RmtoolError, Stopped
+from rmtool.errors import RmtoolError
+from rmtool.launch.failure import raise_failure, raise_stopped
 from rmtool.launch.run_folder import begin, lock_folder, refuse_finished
 from rmtool.launch.stop_request import StopRequest, hold_back_signals
 from rmtool.launch.train_log import open_log
-from rmtool.launch.watch import Failure, FailureMonitor, Position, find_workers, read_statuses
+from rmtool.launch.watch import FailureMonitor, Position, find_workers, read_statuses
+from rmtool.packages import require_package
 from rmtool.planning.plan import ACCELERATE_CONFIG, ACCELERATE_FILE, WORKER, Plan, launch_command
 from rmtool.recipe import CONFIG_FILE, dump_recipe, engine_of
 from rmtool.training.pack_budget import read_pack_budget
 from rmtool.training.run_files import LAUNCH_LOG, LOG_FILE
 from rmtool.training.tracking import PLAN_FILE
-from rmtool.training.worker_status import DEADLINE, LAUNCHER, Status, log_file
+from rmtool.training.worker_status import DEADLINE, LAUNCHER
 from rmtool.ui import TerminalUi
 from rmtool.ui.pipe import Replay
 
-EVENTS_FILE = ".events"
 GRACE_S = 4.0  # from SIGTERM to SIGKILL
 PATIENCE_S = 3.0  # for the other processes to end by themselves after a failure
-LOG_LINES = 20  # of the failed process's log, in the error
 # Not inherited by the training processes: settings for other programs, and the variables of what started this command.
 FOREIGN_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PET_", "PMI_", "OMPI_", "MPI_", "MV2_")
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -52,9 +52,9 @@ def run(plan: Plan, ui: TerminalUi, request: StopRequest, overwrite: bool = Fals
         RmtoolError: the error of the first process that failed; E0801 when it died without one, E7001 when it met a
             bug; E0207, E0601 to E0603 before any process starts.
     """
-    _check_devices(plan)
+    _check_node(plan)
     plan.folder.mkdir(exist_ok=True)
-    with lock_folder(plan.folder):
+    with lock_folder(plan.folder, ui):
         refuse_finished(plan.output, overwrite)  # again: another run may have finished before the lock
         begin(plan, restart, ui)
         request.defer()
@@ -67,11 +67,11 @@ def run(plan: Plan, ui: TerminalUi, request: StopRequest, overwrite: bool = Fals
             request.at_once(plan.output)
 
 
-def _check_devices(plan: Plan) -> None:
+def _check_node(plan: Plan) -> None:
     """Each process needs its own GPU; on a host without GPUs all processes share the cores.
 
     Raises:
-        RmtoolError: E0207 when there are more processes than GPUs, or several nodes and no address.
+        RmtoolError: E0207 when there are more processes than GPUs, or several nodes and no address; E0507 no DeepSpeed.
     """
     import torch
 
@@ -79,6 +79,8 @@ def _check_devices(plan: Plan) -> None:
     if found and launch.gpus_per_node > found:
         what = f"cannot start {launch.gpus_per_node} processes on this node: it has {found} GPU{'s' * (found > 1)}"
         raise RmtoolError("E0207", what, f"pass --gpus-per-node {found}; the steps stay the same")
+    if engine_of(launch).startswith("zero"):
+        require_package("deepspeed", f"launch.engine={launch.engine}", "set launch.engine=ddp")
     if launch.nodes > 1 and not launch.main_address:
         raise RmtoolError("E0207", "the address of node 0 is not set", "pass --main-address, or set MASTER_ADDR")
 
@@ -90,13 +92,13 @@ def _run_processes(plan: Plan, uis: Sequence[TerminalUi], request: StopRequest) 
     (output / CONFIG_FILE).write_text(dump_recipe(plan.recipe), encoding="utf-8")
     (output / PLAN_FILE).write_text(_plan_json(plan), encoding="utf-8")
     (output / ACCELERATE_FILE).write_text(ACCELERATE_CONFIG, encoding="utf-8")
-    with _events_pipe(output) as pipe, open(output / LAUNCH_LOG, "wb") as launched:
+    with _events_pipe() as (events, pipe), open(output / LAUNCH_LOG, "wb") as launched:
         child = subprocess.Popen(
             launch_command(plan.recipe, plan.output, plan.node),
             stdin=subprocess.DEVNULL,
             stdout=launched,
             stderr=subprocess.STDOUT,
-            env=_environment(plan, request),
+            env=_environment(plan, request, events),
             start_new_session=True,
             preexec_fn=hold_back_signals,
         )
@@ -107,12 +109,12 @@ def _run_processes(plan: Plan, uis: Sequence[TerminalUi], request: StopRequest) 
         finally:
             _stop(child)
     failure = ranks.monitor.poll()
-    _raise_stopped(plan, failure, request)
+    raise_stopped(plan, failure, request)
     smaller = read_pack_budget(output, tokens_per_pack)  # that a rank has left before it ended
     if failure and smaller < budget and plan.recipe.launch.nodes == 1 and not request.name:
         ranks.say(f"out of memory at {budget:,} tokens per pack: starting the processes again with {smaller:,}")
         return False
-    _raise_failure(plan, failure, code)  # other nodes' launchers would not know that they must start again
+    raise_failure(plan, failure, code)  # other nodes' launchers would not know that they must start again
     return True
 
 
@@ -121,7 +123,7 @@ def _plan_json(plan: Plan) -> str:
     return json.dumps(plan.as_dict() | {"rows": dict(plan.rows())}, indent=2) + "\n"
 
 
-def _environment(plan: Plan, request: StopRequest) -> dict[str, str]:
+def _environment(plan: Plan, request: StopRequest, events: Path) -> dict[str, str]:
     import torch
 
     environment = {
@@ -134,21 +136,21 @@ def _environment(plan: Plan, request: StopRequest) -> dict[str, str]:
         environment["ACCELERATE_USE_CPU"] = "true"
     if request.deadline is not None:
         environment[DEADLINE] = str(request.deadline)
-    return environment | {"RMTOOL_EVENTS": str(plan.folder / EVENTS_FILE), LAUNCHER: str(os.getpid())}
+    return environment | {"RMTOOL_EVENTS": str(events), LAUNCHER: str(os.getpid())}
 
 
 @contextlib.contextmanager
-def _events_pipe(output: Path) -> Iterator[int]:
-    path = output / EVENTS_FILE
-    path.unlink(missing_ok=True)
-    os.mkfifo(path)
-    # Also open for writing: a pipe without a writer always counts as readable.
-    descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-        path.unlink(missing_ok=True)
+def _events_pipe() -> Iterator[tuple[Path, int]]:
+    """Not in the run folder: shared file systems may have no pipes."""
+    with tempfile.TemporaryDirectory(prefix="rmtool-") as folder:
+        path = Path(folder, "events")
+        os.mkfifo(path)
+        # Also open for writing: a pipe without a writer always counts as readable.
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+        try:
+            yield path, descriptor
+        finally:
+            os.close(descriptor)
 
 
 @dataclass
@@ -226,74 +228,3 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         end = time.monotonic() + GRACE_S
         while (child.poll() is None or find_workers()) and time.monotonic() < end:
             time.sleep(0.1)
-
-
-def _raise_stopped(plan: Plan, failure: Failure | None, request: StopRequest) -> None:
-    """Raise if the ranks have left in time, or if those of other nodes have left before there was something to save.
-
-    Raises:
-        Stopped: without a text, as the main process has said it.
-    """
-    status = failure.status if failure else None
-    if status and status.exit in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
-        raise Stopped("", status.exit)
-    if status and status.exit == 128 + signal.SIGTERM:  # of a rank that left by itself, and saves no snapshots
-        raise Stopped("", ExitCode.INTERRUPTED if request.name == signal.SIGINT.name else status.exit)
-    lost = status and status.error and status.error["code"] == "E0805"
-    if request.name and lost and plan.recipe.launch.nodes > 1:
-        raise request.stopped()
-
-
-def _raise_failure(plan: Plan, failure: Failure | None, code: int | None) -> None:
-    """Raise what the failed process reported, or what ended it; `code` is the exit code of `accelerate launch`."""
-    if failure is None and code == 0 and len(read_statuses(plan.folder)) == plan.recipe.launch.gpus_per_node:
-        return
-    status = failure.status if failure else None
-    name = "the training process"
-    if plan.world_size > 1:
-        name = f"rank {status.rank} of {plan.world_size}" if status else "a process that was still starting up"
-    if status and status.error:
-        error = RmtoolError.from_dict(status.error)
-        error.what = f"{name}: {error.what}" if plan.world_size > 1 else error.what
-        raise error
-    log = log_file(plan.folder, status.rank) if status else plan.folder / LAUNCH_LOG
-    lines = _read(log).splitlines()[-LOG_LINES:]
-    tail = "\n    ".join(["", *lines]) if lines else None
-    if status and status.exit == ExitCode.BUG:
-        raise RmtoolError("E7001", f"internal error in {name}", f"see the traceback in {log} and report it", found=tail)
-    if failure and failure.stopped:
-        what, hint = "is stopped (SIGSTOP)", "check what stopped it, a scheduler or a debugger"
-    else:
-        what, hint = describe_death(exit_code(_read(plan.folder / LAUNCH_LOG), status, code))
-    raise RmtoolError("E0801", f"{name} {what}", f"{hint}; see {log}", found=tail)
-
-
-def _read(log: Path) -> str:
-    return log.read_text(encoding="utf-8", errors="replace")
-
-
-def exit_code(log: str, status: Status | None, code: int | None) -> int | None:
-    """The exit code of a process, negative for a signal: from torchrun's table or subprocess's exception in the log.
-
-    `code` is that of `accelerate launch`: 1 for whatever happened to its processes, so it counts only without a rank.
-    """
-    pid = status.pid if status else r"\d+"
-    if found := re.findall(r"died with <Signals\.\w+: (\d+)>", log):
-        return -int(found[-1])
-    if found := re.findall(rf"exitcode +: (-?\d+) \(pid: {pid}\)|returned non-zero exit status (\d+)", log):
-        return int("".join(found[-1]))  # torchrun lists what failed first last
-    return code if status is None or (code or 0) < 0 else None
-
-
-def describe_death(code: int | None) -> tuple[str, str]:
-    """What ended a process that reported no error, and a hint."""
-    number = -code if code and code < 0 else (code or 0) - 128  # 137: a shell's 128 + SIGKILL
-    if number == signal.SIGKILL:  # the kernel's, when the host is out of memory; for a GPU, torch raises an exception
-        hint = "if the host was out of memory, lower train.tokens_per_pack"
-        return "was killed by the system (SIGKILL), often out of memory", hint
-    if number == signal.SIGTERM:
-        return "was terminated (SIGTERM)", "check whether the scheduler or a user ended it"
-    if number in (signal.SIGSEGV, signal.SIGABRT):
-        return f"crashed ({signal.Signals(number).name})", "check the Python traceback in its log"
-    how = "" if code is None else f" with signal {number}" if code < 0 else f" with exit code {code}"
-    return f"ended{how} and reported no error", "check the last lines of its log"

@@ -20,9 +20,10 @@ from rmtool.data.sources import SourceCount, draw_share, load_source
 from rmtool.dataset.batches import count_pairs
 from rmtool.dataset.split import none_held_out, resolve_sources, row_options
 from rmtool.errors import RmtoolError
+from rmtool.packages import require_packages
 from rmtool.recipe import as_source, engine_of, recipe_hash, world_size
 from rmtool.training.schedule import UNKNOWN, Schedule, require_reachable, schedule_rows
-from rmtool.training.tracking import describe_tracking, require_installed
+from rmtool.training.tracking import describe_tracking
 from rmtool.ui import SilentUi, Ui
 
 # accelerate reads what a command leaves out from a file in the user's home, unless it is given another one.
@@ -144,9 +145,9 @@ def make_plan(recipe: Recipe, output: Path, node: int = 0, launcher: str = "", u
 
     Raises:
         RmtoolError: E0207 the node rank is out of range, E0209 a setting that the steps cannot reach, E02xx and E03xx
-            as loading does, E0302 nothing is left to train on, E0308 nothing is held out, E0507 no TensorBoard.
+            as loading does, E0302 nothing is left to train on, E0308 nothing is held out, E0507 a package is missing.
     """
-    require_installed(recipe.track)
+    require_packages(recipe)
     launch, train, holdout = recipe.launch, recipe.train, recipe.data.holdout
     if node >= launch.nodes:
         hint = f"set --node-rank to 0 to {launch.nodes - 1}, or set --nodes"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import itertools
 import json
 from collections import deque
@@ -23,6 +22,7 @@ from typing import Any
 from rmtool.data.notations import has_media_token
 from rmtool.data.record import Message, Messages, Record
 from rmtool.errors import Place, RmtoolError
+from rmtool.packages import version_of
 from rmtool.tokenization.batch_tokenizer import BatchTokenizer, Conversation, Result
 from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
 from rmtool.tokenization.template_check import TemplateCheck
@@ -119,7 +119,7 @@ class Encoder:
         if vocabulary is None:
             return None
         options = [self.max_length, self.on_long, self.on_empty, self.strip_trailing_id, self.vocabulary]
-        versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
+        versions = [version_of(name) for name in ("transformers", "tokenizers", "jinja2")]
         digest = hashlib.sha256(json.dumps([vocabulary, options, versions]).encode())
         for folder in ("data", "tokenization"):  # a different version of this code finds no entries
             for file in sorted((Path(__file__).parent.parent / folder).glob("*.py")):

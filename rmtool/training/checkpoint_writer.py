@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 
 from rmtool.checkpoint import Manifest, public_name, write_folder, write_manifest
 from rmtool.config import Recipe
 from rmtool.model.precision import PRECISIONS, compute_precision
 from rmtool.model.weights import meta_copy
+from rmtool.packages import version_of
 from rmtool.recipe import as_dict, as_source
 from rmtool.tokenization.encoder import Encoder
 from rmtool.training.engine import Engine
@@ -92,5 +92,5 @@ def build_manifest(recipe: Recipe, encoder: Encoder, fingerprint: str, padded_re
         train_data=[public_name(as_source(source).path) for source in recipe.data.train],
         padded_reason=padded_reason,
         settings=as_dict(recipe)["train"] | {"lora": as_dict(recipe)["lora"]},
-        versions={name: metadata.version(name) for name in packages},
+        versions={name: version for name in packages if (version := version_of(name))},
     )

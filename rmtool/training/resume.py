@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rmtool.checkpoint.download import HEADS, TOKENIZER_FILES
 from rmtool.config import Recipe
 from rmtool.data.sources import SourceCount
 from rmtool.errors import RmtoolError
+from rmtool.packages import version_of
 from rmtool.recipe import as_dict
 
 _COMPARED = "its content is compared"
@@ -74,7 +74,7 @@ def identity(
         **{name: source and _describe(source) for name, source in zip(names, sources, strict=True)},
         **_model_identity(model, recipe.model.weights == "pretrained"),
         "training and eval pairs": pairs,
-        **{f"version of {name}": metadata.version(name) for name in PACKAGES},
+        **{f"version of {name}": version_of(name) for name in PACKAGES},
     }
 
 

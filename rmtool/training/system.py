@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from rmtool.packages import version_of
+
 PACKAGES = ("rmtool", "torch", "transformers", "accelerate", "deepspeed")
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that training depends on."""
-    return {name: metadata.version(name) for name in PACKAGES}
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that training depends on; None for one that is not installed."""
+    return {name: version_of(name) for name in PACKAGES}
 
 
 def system_figures(accelerator: Accelerator) -> dict[str, Any]:

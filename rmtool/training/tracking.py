@@ -11,7 +11,6 @@ trackers, which may go on uploading.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import time
@@ -47,17 +46,6 @@ def describe_tracking(track: TrackConfig, folder: Path) -> str:
     places += [f"TensorBoard in {folder / TENSORBOARD}"] if track.tensorboard else []
     strict = " (a failure is an error)" if track.strict else ""
     return f"{', '.join(places)}{strict}" if places else FAILED
-
-
-def require_installed(track: TrackConfig) -> None:
-    """Check that the trackers are there.
-
-    Raises:
-        RmtoolError: E0507.
-    """
-    if track.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        hint = "run pip install tensorboard, or set track.tensorboard=false"
-        raise RmtoolError("E0507", "TensorBoard is not installed", hint)
 
 
 class Tracker:

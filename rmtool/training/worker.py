@@ -256,6 +256,7 @@ def _run_in(folder: Path, rank: int) -> int:
         accelerator = start_accelerator(recipe)
         ui = worker_ui(accelerator.is_main_process)
         run(recipe, folder, accelerator, ui)
+        accelerator.end_training()  # closes the process group, which torch would warn of
     except Stopped as stopped:
         code = stopped.exit_code
         if ui:

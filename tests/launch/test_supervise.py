@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -326,57 +327,6 @@ def test_a_run_folder_that_cannot_be_written_is_an_error() -> None:
     assert caught.value.id == "E0501"
 
 
-TORCHRUN = """\
-Failures:
-[1]:
-  rank      : 0 (local_rank: 0)
-  exitcode  : 8 (pid: 70)
-------------------------------------------------------------
-Root Cause (first observed failure):
-[0]:
-  rank      : 1 (local_rank: 1)
-  exitcode  : -9 (pid: 71)
-  traceback : Signal 9 (SIGKILL) received by PID 71
-"""
-
-
-@pytest.mark.parametrize(
-    ("log", "rank", "code", "expected"),
-    [
-        (TORCHRUN, 1, 1, -9),
-        (TORCHRUN, 0, 1, 8),
-        (TORCHRUN, None, 1, -9),
-        ("subprocess.CalledProcessError: Command '[...]' died with <Signals.SIGSEGV: 11>.", 0, 1, -11),
-        ("subprocess.CalledProcessError: Command '[...]' returned non-zero exit status 137.", 0, 1, 137),
-        ("", 0, 1, None),  # accelerate's own code, which does not depend on the rank's
-        ("", 0, -9, -9),  # accelerate itself was killed, and its processes with it
-        ("", None, 9, 9),
-    ],
-)
-def test_the_exit_code_of_a_rank_is_in_the_log(log: str, rank: int | None, code: int, expected: int | None) -> None:
-    assert launch.exit_code(log, None if rank is None else Status(rank, 70 + rank), code) == expected
-
-
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        (-signal.SIGKILL, "was killed by the system (SIGKILL), often out of memory"),
-        (128 + signal.SIGKILL, "was killed by the system (SIGKILL), often out of memory"),
-        (-signal.SIGSEGV, "crashed (SIGSEGV)"),
-        (-signal.SIGABRT, "crashed (SIGABRT)"),
-        (-signal.SIGTERM, "was terminated (SIGTERM)"),
-        (-signal.SIGUSR1, "ended with signal 10 and reported no error"),
-        (3, "ended with exit code 3 and reported no error"),
-        (255, "ended with exit code 255 and reported no error"),
-        (None, "ended and reported no error"),
-    ],
-)
-def test_only_a_killed_process_may_have_been_out_of_memory(code: int | None, words: str) -> None:
-    what, hint = launch.describe_death(code)
-    assert what == words
-    assert ("memory" in hint) == ("SIGKILL" in what)
-
-
 def test_a_process_starts_only_while_its_launcher_lives(tmp_path: Path) -> None:
     script = (
         "from pathlib import Path; from rmtool.training.worker_status import mark_started; "
@@ -577,12 +527,29 @@ def test_a_run_that_finished_before_the_lock_is_not_replaced(plan: Plan, tmp_pat
 
 
 def test_a_folder_is_locked_by_one_process(tmp_path: Path) -> None:
-    with lock_folder(tmp_path):
-        with pytest.raises(RmtoolError) as caught, lock_folder(tmp_path):
+    ui = Lines()
+    with lock_folder(tmp_path, ui):
+        with pytest.raises(RmtoolError) as caught, lock_folder(tmp_path, ui):
             pass
         assert caught.value.id == "E0602"
-    with lock_folder(tmp_path):
+    with lock_folder(tmp_path, ui):
         pass
+    assert not ui.lines
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_used_without(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    ui = Lines()
+    with lock_folder(tmp_path, ui):
+        pass
+    (line,) = ui.lines
+    assert line.startswith(f"note: cannot lock {tmp_path} ({os.strerror(code)})")
 
 
 COMPILED = ("train", "--recipe", "debug", "--set", "train.compile=true", "--set", "train.max_steps=3")
