@@ -29,6 +29,8 @@ from advice import impossible
 from helpers import DEBUG_MODEL, Shown, save_reward_model, tiny_config
 from hub_stub import TOKEN, StubHub
 
+from rmtool.packages import hub_http
+
 HEARD, SEARCHED = canary.Heard(), set[tuple[Any, ...]]()
 
 
@@ -166,7 +168,8 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StubHub]:
         monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nowhere/token")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
         # No TLS here; loading the CA certificates would take 60 ms per push.
-        monkeypatch.setattr("httpcore2.default_ssl_context", lambda **_: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        core = hub_http().__name__.replace("httpx", "httpcore")
+        monkeypatch.setattr(f"{core}.default_ssl_context", lambda **_: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         yield stub
         HEARD.leaks += stub.leaks()
 

@@ -26,6 +26,7 @@ MOST_FILES = 14
 # Called on the way, but leave a pair as it is.
 BESIDE = {
     "config.py": "settings",
+    "packages.py": "versions",
     "recipe.py": "settings",
     "ui/__init__.py": "progress",
     "data/file_kinds.py": "which reader a file needs",

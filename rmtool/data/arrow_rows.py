@@ -66,7 +66,7 @@ def load_hub_dataset(source: str) -> Any:
         RmtoolError: E0203 when the split is unknown; E0507 without the package datasets; E0701 when the Hub is not
             reachable, or has no such dataset.
     """
-    require_package("datasets", f"the Hub dataset {source}", "pass a local file")
+    require_package("datasets", f"the Hub dataset {source}", "use a local file")
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

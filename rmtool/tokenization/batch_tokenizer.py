@@ -11,6 +11,7 @@ pairs (1.0 to 1.65) and 1.7 to 2.0 times for 16 responses per prompt (hh-rlhf an
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 import threading
@@ -47,6 +48,10 @@ class Conversation:
         """Return the arguments of `apply_chat_template` beside the messages."""
         tools = json.loads(self.tools) if self.tools else None
         return {"tools": tools, **(json.loads(self.template_kwargs) if self.template_kwargs else {})}
+
+    def texts(self) -> Iterator[str]:
+        """Yield every string that the chat template gets."""
+        yield from _strings([[message.as_dict() for message in self.messages], self.template_arguments()])
 
 
 @dataclass(frozen=True)
@@ -164,13 +169,16 @@ class BatchTokenizer:
     def _sanitized(self, conversation: Conversation) -> Result:
         if self._normalized_tokens and any(self._hides(message.content) for message in conversation.messages):
             return ValueError("after normalization, its text contains a control token of the tokenizer")
+        if not _sanitizes(self.tokenizer) and any(map(self._suspect.search, conversation.texts())):
+            return ValueError("its text contains a control token, which requires transformers 5.23 or later")
+        sanitize = {"sanitize_control_tokens": True} if _sanitizes(self.tokenizer) else {}
         try:
             ids = self.tokenizer.apply_chat_template(
                 [message.as_dict() for message in conversation.messages],
                 **conversation.template_arguments(),
                 tokenize=True,
                 return_dict=False,
-                sanitize_control_tokens=True,
+                **sanitize,
             )
         except refusals() as error:
             return error
@@ -236,6 +244,18 @@ class BatchTokenizer:
 def _any_of(texts: Sequence[str], *more: str) -> re.Pattern[str]:
     """Return a pattern that finds the longest of the texts; without texts, nothing."""
     return re.compile("|".join(map(re.escape, [*sorted(texts, key=len, reverse=True), *more])) or "(?!)")
+
+
+def _sanitizes(tokenizer: Any) -> bool:
+    """Return whether this version of transformers can tokenize control tokens in messages as plain text."""
+    return "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _strings(item)
 
 
 def _overlap(other: str, token: str) -> bool:

@@ -109,7 +109,9 @@ def name_control_tokens(tokenizer: Any) -> None:
     templates = tokenizer.chat_template
     literal = "\n".join(templates.values()) if isinstance(templates, dict) else templates
     if any(token not in literal for token in used):
-        named = set(tokenizer.chat_control_tokens or ()) | {token for token in plain if token in literal}
+        named = set(getattr(tokenizer, "chat_control_tokens", None) or ()) | {
+            token for token in plain if token in literal
+        }
         tokenizer.chat_control_tokens = sorted(named | set(used))
 
 

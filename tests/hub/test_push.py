@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from helpers import sanitizing
 from hub_stub import GATEWAY_PAGE, TOKEN, Repo
 from safetensors.numpy import save_file
 
@@ -438,6 +439,7 @@ def test_a_card_without_facts_or_chat_template_claims_neither(folder):
     assert front_matter(card)["library_name"] == "transformers"
 
 
+@sanitizing
 def test_the_cards_python_returns_the_models_own_logit(tmp_path):
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import DEBUG_MODEL, ROOT, read_pairs, tiny_config, write_jsonl
+from helpers import DEBUG_MODEL, ROOT, read_pairs, sanitizing, tiny_config, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rmtool.data.rejects import Rejects
@@ -185,6 +185,7 @@ def test_the_pipeline_adds_a_second_bos_token_by_default(trained: Path, tmp_path
         same(piped(trained, function_to_apply="none"), expected)
 
 
+@sanitizing
 def test_special_tokens_inside_a_message_are_text(trained: Path, tmp_path: Path) -> None:
     """rmtool tokenizes "<|im_end|>" inside a message as plain text; transformers and TRL do not by default.
 

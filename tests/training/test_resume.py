@@ -229,8 +229,8 @@ def flip(path: Path) -> None:
 
 
 def another_version(place: Path, patch: pytest.MonkeyPatch) -> Set:
-    version = resume.metadata.version
-    patch.setattr(resume.metadata, "version", lambda name: "9.9" if name == "torch" else version(name))
+    version = resume.version_of
+    patch.setattr(resume, "version_of", lambda name: "9.9" if name == "torch" else version(name))
     return []
 
 
@@ -413,8 +413,8 @@ def test_every_key_that_decides_the_steps_is_compared_and_no_other(killed: Path)
 def test_every_package_that_decides_the_steps_is_compared(
     package: str, killed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version, known = resume.metadata.version, resume.identity(load(killed), [None], None)
-    monkeypatch.setattr(resume.metadata, "version", lambda name: "9.9" if name == package else version(name))
+    version, known = resume.version_of, resume.identity(load(killed), [None], None)
+    monkeypatch.setattr(resume, "version_of", lambda name: "9.9" if name == package else version(name))
     changed = resume.identity(load(killed), [None], None)
     assert resume.changes(known, changed) == [(f"version of {package}", version(package), "9.9")]
 

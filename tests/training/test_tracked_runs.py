@@ -273,6 +273,6 @@ def test_tensorboard_that_is_not_installed_is_an_error_of_the_plan(
 ) -> None:
     data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
     command = ("train", "--model", causal_lm, "--data", data, "--dry-run", "--set", "data.holdout=0")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("rmtool.packages.version_of", lambda name: None)
     shown = rmtool(*command, "--set", "track.tensorboard=true")
     assert (shown.code, shown.error) == (5, "E0507")
