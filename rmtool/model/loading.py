@@ -89,12 +89,11 @@ def load_for_inference(
         embedding_rows(config),
     )
     require_embedded(encoder)
-    if manifest and not chat_template:
-        _check_fingerprint(encoder, manifest, folder)
+    notices = _check_fingerprint(encoder, manifest, folder) if manifest and not chat_template else []
     precision = precision or (manifest.precision if manifest else "fp32")
     model, head = _load_model(folder, compute_precision(precision), config.pad_token_id or 0)
     layout = choose_layout(model, model, encoder.max_length)
-    notices = [*_pad_notices(tokenizer, config.pad_token_id), *precision_notices(precision)]
+    notices += [*_pad_notices(tokenizer, config.pad_token_id), *precision_notices(precision)]
     notices += positions_notice(config, encoder.max_length, manifest.max_length if manifest else 0)
     if head.name != HEAD_WEIGHT:
         notices.append(f"score head: loaded from {head.name}")
@@ -142,14 +141,18 @@ def last_id(tokenizer: Any) -> int:
     return Encoder(tokenizer, 2).ids(FINGERPRINT_CONVERSATIONS[0])[-1]
 
 
-def _check_fingerprint(encoder: Encoder, manifest: Manifest, folder: Path) -> None:
-    if encoder.fingerprint() != manifest.fingerprint:
+def _check_fingerprint(encoder: Encoder, manifest: Manifest, folder: Path) -> list[str]:
+    same = encoder.matches(manifest.fingerprint)
+    if same is None:
+        return ["the tokenizer is not compared with that in training: this requires transformers 5.23 or later"]
+    if not same:
         raise RmtoolError(
             "E0403",
             "tokenizer or chat template mismatch: token ids differ from those in training",
             "restore the checkpoint's tokenizer files, or set model.chat_template=FILE.jinja on purpose",
             Place(str(folder)),
         )
+    return []
 
 
 # ------------------------------------------------------------------------------------------------- for training

@@ -36,6 +36,10 @@ _PLAIN: tuple[Messages, ...] = tuple(
 )
 
 
+class NeedsTransformersError(ValueError):
+    """The text of a message contains a control token, and this version of transformers would take it for one."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Messages, and what else the chat template gets: JSON of a list of tools and of an object, or empty."""
@@ -170,7 +174,7 @@ class BatchTokenizer:
         if self._normalized_tokens and any(self._hides(message.content) for message in conversation.messages):
             return ValueError("after normalization, its text contains a control token of the tokenizer")
         if not _sanitizes(self.tokenizer) and any(map(self._suspect.search, conversation.texts())):
-            return ValueError("its text contains a control token, which requires transformers 5.23 or later")
+            return NeedsTransformersError("its text contains a control token: requires transformers 5.23 or later")
         sanitize = {"sanitize_control_tokens": True} if _sanitizes(self.tokenizer) else {}
         try:
             ids = self.tokenizer.apply_chat_template(

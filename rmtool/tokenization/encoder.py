@@ -23,7 +23,7 @@ from rmtool.data.notations import has_media_token
 from rmtool.data.record import Message, Messages, Record
 from rmtool.errors import Place, RmtoolError
 from rmtool.packages import version_of
-from rmtool.tokenization.batch_tokenizer import BatchTokenizer, Conversation, Result
+from rmtool.tokenization.batch_tokenizer import BatchTokenizer, Conversation, NeedsTransformersError, Result
 from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
 from rmtool.tokenization.template_check import TemplateCheck
 from rmtool.tokenization.truncation import shorten
@@ -127,16 +127,32 @@ class Encoder:
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
-        """Return the sha256 of the ids of FINGERPRINT_CONVERSATIONS: equal for tokenizers that give the same ids."""
+        """Return two sha256 of ids, the same for tokenizers that give the same: of all FINGERPRINT_CONVERSATIONS, empty
+        where transformers cannot tokenize all, and of those without control tokens.
+        """
+        plain = [chat for chat in FINGERPRINT_CONVERSATIONS if "<" not in chat[0].content]
+        try:
+            every = self._digest(FINGERPRINT_CONVERSATIONS)
+        except NeedsTransformersError:
+            every = ""
+        return f"{every}:{self._digest(plain)}"
+
+    def _digest(self, conversations: Sequence[Messages]) -> str:
         from jinja2 import TemplateError
 
         digest = hashlib.sha256()
-        for conversation in FINGERPRINT_CONVERSATIONS:
+        for conversation in conversations:
             try:
                 digest.update(json.dumps(self.ids(conversation)).encode())
             except TemplateError:  # a template may refuse an empty message; then it always does
                 digest.update(b"refused")
         return digest.hexdigest()
+
+    def matches(self, fingerprint: str) -> bool | None:
+        """Return whether a fingerprint is that of this encoder; None if they have no part in common to compare."""
+        parts = zip(self.fingerprint().split(":"), fingerprint.split(":"), strict=False)
+        equal = [one == other for one, other in parts if one and other]
+        return all(equal) if equal else None
 
     def encode(self, record: Record) -> tuple[ResponseGroup | None, str | None]:
         """Return the record's group and what happened to it: None, "truncated", or, without a group, "too_long" or

@@ -23,6 +23,7 @@ from rmtool.data.rejects import Rejects
 from rmtool.data.responses import score_record
 from rmtool.data.rows import Row, read_rows
 from rmtool.errors import Place, RmtoolError
+from rmtool.tokenization import batch_tokenizer
 from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.tokenized_dataset import tokenize_records
 
@@ -436,13 +437,30 @@ def test_responses_that_only_rendering_makes_equal_are_counted_apart(tokenizer: 
 
 
 def test_the_fingerprint_sees_the_template_and_the_vocabulary(tokenizer: Any) -> None:
-    import copy
-
     first = encoder(tokenizer).fingerprint()
     assert first == encoder(copy.deepcopy(tokenizer), max_length=9).fingerprint()
     other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("<|im_end|>", "", 1)
     assert encoder(other).fingerprint() != first
+    assert [encoder(each).matches(first) for each in (tokenizer, other)] == [True, False]
+
+
+@sanitizing
+def test_fingerprints_of_older_transformers_and_of_older_checkpoints_are_compared_as_far_as_they_go(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, other = encoder(tokenizer).fingerprint(), copy.deepcopy(tokenizer)
+    other.chat_template = other.chat_template.replace("assistant", "model") + "x"
+    whole = new.partition(":")[0]  # what checkpoints had before
+    assert encoder(tokenizer).matches(whole) is True
+    assert encoder(other).matches(whole) is False
+    monkeypatch.setattr(batch_tokenizer, "_sanitizes", lambda tokenizer: False)
+    old = encoder(tokenizer).fingerprint()
+    assert old == ":" + new.partition(":")[2]
+    assert [encoder(each).matches(new) for each in (tokenizer, other)] == [True, False]
+    assert encoder(tokenizer).matches(whole) is None
+    monkeypatch.undo()
+    assert [encoder(each).matches(old) for each in (tokenizer, other)] == [True, False]
 
 
 def test_an_empty_response_is_reported_with_its_place(tokenizer: Any, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_templates import KINDS, TEMPLATES, with_template
-from helpers import pair_rows, write_jsonl
+from helpers import pair_rows, sanitizing, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
@@ -31,6 +31,7 @@ def slow(tokenizer: Any, conversation: Conversation) -> list[int]:
     return ids
 
 
+@sanitizing
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["ChatML", "Llama 3", "Llama 2", "Tulu", "DeepSeek"])
 @SAMPLES
@@ -78,6 +79,7 @@ def test_text_is_cut_only_where_the_tokenizer_would(tokenizer: Any, token: Added
             assert list(ids) == slow(reader, conversation)
 
 
+@sanitizing
 def test_batches_end_anywhere_and_errors_stay_in_their_place(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
