@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from rmtool.model import reward_model as models
-from rmtool.packing import packs as attention
+from rmtool.packing import attention
 from rmtool.packing.packs import PackedBatch, PackLayout, pack
 from rmtool.tokenization.response_group import NO_PARENT
 
@@ -237,7 +237,7 @@ def plain_kernel(
 
 
 def install_kernel(monkeypatch: Patch, kernel: Callable[..., Any] = plain_kernel) -> None:
-    """Batches run through the one-kernel path of `packs.py`, with `kernel` in the kernel's place."""
+    """Batches run through the one-kernel path of `attention.py`, with `kernel` in the kernel's place."""
 
     def one_call(module: Any, query: Any, key: Any, value: Any, mask: None, **given: Any) -> Any:
         window, packed = given.get("sliding_window"), given["packed"]

@@ -10,8 +10,9 @@ from helpers import FAMILIES, GROUPS, alone, build, gradients, relative
 
 from rmtool.model.classifier import apply_liger
 from rmtool.model.layout_choice import choose_layout
+from rmtool.packing.attention import _node_by_node, _varlen
 from rmtool.packing.layers import compile_layers
-from rmtool.packing.packs import _node_by_node, _varlen, pack
+from rmtool.packing.packs import pack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
