@@ -11,6 +11,9 @@ tokens of one node.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +24,8 @@ from rmtool.packing.packs import PackLayout
 
 NAME = "rmtool_packed"
 HALF = (torch.float16, torch.bfloat16)
+# What `torch.nn.attention.varlen` takes: half precision on NVIDIA's Ampere or later, and heads up to this size.
+KERNEL_CAPABILITY, KERNEL_WIDTH = (8, 0), 256
 
 # What attention modules pass besides the arguments named in `packed_attention`, and that does not change its result
 # when it is None, False or already applied. Anything else with a value (a soft cap, sinks, a mask) is unsupported.
@@ -52,13 +57,35 @@ def packed_attention(
     if packed is None:
         raise UnsupportedAttentionError("the model does not pass keyword arguments to its attention layers")
     _refuse_unsupported(module, attention_mask, dropout, others)
-    if query_1HTD.is_cuda and torch.is_autocast_enabled("cuda"):
+    dtype, device = query_1HTD.dtype, query_1HTD.device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    attend = _node_by_node
+    if takes_kernel(dtype, _kernel_width(query_1HTD, value_1KTD), _capability(device)):
         # Rotary embedding in fp32 leaves query and key in fp32; autocast knows torch's attention, not the kernel.
-        half = torch.get_autocast_dtype("cuda")
-        query_1HTD, key_1KTD, value_1KTD = (tensor.to(half) for tensor in (query_1HTD, key_1KTD, value_1KTD))
-    one_kernel = query_1HTD.is_cuda and query_1HTD.dtype in HALF and query_1HTD.shape[-1] % 8 == 0
-    attend = _varlen if one_kernel else _node_by_node
+        query_1HTD, key_1KTD, value_1KTD = (tensor.to(dtype) for tensor in (query_1HTD, key_1KTD, value_1KTD))
+        attend = _varlen
     return attend(query_1HTD, key_1KTD, value_1KTD, scaling, sliding_window, packed), None
+
+
+def takes_kernel(dtype: torch.dtype, width: int, capability: tuple[int, int] | None) -> bool:
+    """Whether one kernel call can compute a pack's attention.
+
+    Args:
+        width: the head size that the kernel would be called with.
+        capability: of the CUDA device; None for other devices.
+    """
+    return capability is not None and capability >= KERNEL_CAPABILITY and dtype in HALF and width <= KERNEL_WIDTH
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def _kernel_width(query_1HTD: torch.Tensor, value_1KTD: torch.Tensor) -> int:
+    """The head size for the kernel, which wants one for all, a multiple of 8; values may have another than queries."""
+    return -(-max(query_1HTD.shape[-1], value_1KTD.shape[-1]) // 8) * 8
 
 
 def _refuse_unsupported(
@@ -121,21 +148,39 @@ def _varlen(
     """One kernel call for the pack; its causal mask ends at the last key (tests/packing/test_attention_gpu.py)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q_THD, k_TKD, v_TKD = (tensor[0].transpose(0, 1) for tensor in (query_1HTD, key_1KTD, value_1KTD))
+    size, width = query_1HTD.shape[-1], _kernel_width(query_1HTD, value_1KTD)
+    q_THD, k_TKD, v_TKD = (_widened(part, width)[0].transpose(0, 1) for part in (query_1HTD, key_1KTD, value_1KTD))
+    # One gather of both. In its backward, index_select adds up on the way; an index expression would sort the index.
+    keys, values = torch.stack((k_TKD, v_TKD)).index_select(1, packed.kv_index).unbind(0)
+    grouped: dict[str, Any] = {}
+    if q_THD.shape[1] != k_TKD.shape[1] and _has_enable_gqa(varlen_attn):
+        grouped["enable_gqa"] = True
     output_THD = varlen_attn(
         q_THD.contiguous(),
-        k_TKD[packed.kv_index],
-        v_TKD[packed.kv_index],
+        keys,
+        values,
         packed.cu_seqlens_q,
         packed.cu_seqlens_k,
         packed.max_q,
         packed.max_k,
-        scale=scaling,
+        scale=size**-0.5 if scaling is None else scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=q_THD.shape[1] != k_TKD.shape[1],
+        **grouped,
     )
     assert isinstance(output_THD, torch.Tensor)
-    return output_THD[None]
+    return output_THD[None, ..., : value_1KTD.shape[-1]]
+
+
+def _widened(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """Fill each head up with zeros, which change no product of queries and keys."""
+    missing = width - tensor.shape[-1]
+    return F.pad(tensor, (0, missing)) if missing else tensor
+
+
+@functools.cache
+def _has_enable_gqa(kernel: Callable[..., Any]) -> bool:
+    """Whether fewer key heads than query heads have to be asked for: since torch 2.12."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 # Not compiled: it loops over the nodes of one pack, and each pack has others.
