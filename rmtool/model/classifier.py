@@ -224,12 +224,3 @@ def set_pad_token(classifier: PreTrainedModel, pad_id: int) -> None:
         # Nothing attends to the pad token: no need to fit its row to the others' mean.
         classifier.resize_token_embeddings(pad_id + 1, mean_resizing=False)
     config.pad_token_id = classifier.config.pad_token_id = pad_id
-
-
-def apply_liger(classifier: PreTrainedModel) -> None:
-    """Install Liger's kernels for norms, rotary embedding and MLP. Not its fused cross entropy, which would replace the
-    model's forward by a causal LM's, with an `lm_head` that a reward model lacks.
-    """
-    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
-
-    _apply_liger_kernel_to_instance(classifier, fused_linear_cross_entropy=False, cross_entropy=False)

@@ -23,7 +23,6 @@ from rmtool.config import LoraConfig, Recipe
 from rmtool.errors import Place, RmtoolError, first_line
 from rmtool.model.classifier import (
     HEAD,
-    apply_liger,
     backbone_parameters,
     build_classifier,
     disable_dropout,
@@ -31,6 +30,7 @@ from rmtool.model.classifier import (
     set_pad_token,
 )
 from rmtool.model.layout_choice import choose_layout
+from rmtool.model.liger import apply_liger
 from rmtool.model.limits import embedding_rows, positions_notice, require_embedded
 from rmtool.model.model_config import read_config
 from rmtool.model.precision import PRECISIONS, compute_precision, default_device, precision_notices
@@ -202,8 +202,7 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
         notices.append(f"score head: new (initialized with train.seed {train.seed})")
     notices += unread_notice(head)
     if train.liger == "auto" and torch.cuda.is_available():
-        apply_liger(classifier)
-        notices.append("Liger kernels: on")
+        notices.append(apply_liger(classifier))
     if train.freeze == "backbone":
         notices.append("trainable: score head only")
     make_trainable(classifier, recipe)

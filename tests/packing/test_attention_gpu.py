@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import FAMILIES, GROUPS, alone, build, gradients, relative
 
-from rmtool.model.classifier import apply_liger
 from rmtool.model.layout_choice import choose_layout
+from rmtool.model.liger import apply_liger
 from rmtool.packing.attention import _node_by_node, _varlen
 from rmtool.packing.layers import compile_layers
 from rmtool.packing.packs import pack
