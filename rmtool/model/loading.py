@@ -92,7 +92,11 @@ def load_for_inference(
     if manifest and not chat_template:
         _check_fingerprint(encoder, manifest, folder)
     precision = precision or (manifest.precision if manifest else "fp32")
-    model, head = _load_model(folder, compute_precision(precision), config.pad_token_id or 0)
+    used, device = compute_precision(precision), default_device()
+    # On a CPU, autocast copies fp32 weights anyway.
+    dtype = PRECISIONS[used] if device.type == "cuda" else torch.float32
+    model, head = _load_model(folder, used, dtype, config.pad_token_id or 0)
+    model.to(device)
     layout = choose_layout(model, model, encoder.max_length)
     notices = [*_pad_notices(tokenizer, config.pad_token_id), *precision_notices(precision)]
     notices += positions_notice(config, encoder.max_length, manifest.max_length if manifest else 0)
@@ -102,9 +106,7 @@ def load_for_inference(
     return LoadedModel(model, encoder, manifest, tuple(notices), layout.reason)
 
 
-def _load_model(folder: Path, precision: str, pad_id: int) -> tuple[RewardModel, HeadOrigin]:
-    # On a CPU, autocast copies fp32 weights anyway.
-    dtype = PRECISIONS[precision] if default_device().type == "cuda" else torch.float32
+def _load_model(folder: Path, precision: str, dtype: torch.dtype, pad_id: int) -> tuple[RewardModel, HeadOrigin]:
     classifier, head = build_classifier(folder, dtype=dtype)
     if head.name is None:
         raise RmtoolError(
@@ -113,8 +115,7 @@ def _load_model(folder: Path, precision: str, pad_id: int) -> tuple[RewardModel,
             f"train one from it: rmtool train --recipe smollm2-135m --model {shlex.quote(str(folder))}",
         )
     disable_dropout(classifier)
-    getattr(classifier, HEAD).float()
-    return RewardModel(classifier, pad_id, precision).to(default_device()).eval(), head
+    return RewardModel(classifier, pad_id, precision).eval(), head
 
 
 def _pad_notices(tokenizer: Any, pad_id: int | None) -> list[str]:
@@ -188,7 +189,6 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
         require_4bit()
     classifier, head = build_classifier(
         folder,
-        dtype=torch.float32,
         random_weights=random_weights,
         quantized=quantized,
         new_head=recipe.model.head == "new",
