@@ -13,10 +13,11 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from rmtool.model.classifier import build_classifier, matrices
-from rmtool.model.layout_choice import _head_inputs
+from rmtool.model.layout_choice import _head_inputs, choose_layout
 from rmtool.model.loading import _load_model, load_for_inference
 from rmtool.model.precision import compute_precision, fast_bf16_device, fp32_compute, lacks_bf16, precision_notices
 from rmtool.model.reward_model import RewardModel
+from rmtool.packing import prefix_sharing
 
 Patch = pytest.MonkeyPatch
 
@@ -222,3 +223,22 @@ def test_4_bit_layers_compute_in_fp32_and_choose_afterwards() -> None:
         states(model)
     assert set(layer.up_proj.computed) == {torch.float32}
     assert (layer.up_proj.compute_dtype, layer.up_proj.compute_type_is_set) == (torch.bfloat16, False)
+
+
+@pytest.mark.slow
+def test_a_4_bit_model_is_judged_by_what_its_attention_gets(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Its embedding is fp32 and its linear layers compute in bf16, whose rounding must not look like a mistake; the
+    kernel is checked in the dtype of its queries.
+    """
+    pytest.importorskip("bitsandbytes")
+    sizes = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}  # blocks of 64 weights
+    build(hf.LlamaConfig(**(DEEPER | sizes), num_labels=1)).classifier.save_pretrained(tmp_path)
+    classifier, _ = build_classifier(tmp_path, quantized=True)
+    assert {weight.dtype for weight in classifier.parameters()} == {torch.uint8, torch.float32}
+    assert classifier.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
+    model = RewardModel(classifier, 0, "bf16")
+    checked: list[float] = []
+    real = prefix_sharing.kernel_failure
+    monkeypatch.setattr(prefix_sharing, "kernel_failure", lambda worst: checked.append(worst) or real(worst))
+    assert choose_layout(model, model, 512).shared
+    assert 0 < checked[0] < prefix_sharing.KERNEL_TOLERANCE
