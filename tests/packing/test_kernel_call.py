@@ -5,7 +5,6 @@ In the kernel's place stands a plain function with its signature, of torch 2.11 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,17 @@ import pytest
 import torch
 import transformers as hf
 from helpers import FAMILIES, GROUPS, TINY, alone, build, gradients, relative
+from kernel_checks import (
+    HALF_FAMILIES,
+    count_calls,
+    half_precision_errors,
+    in_a_process,
+    rewards_and_gradients,
+    take_kernel_on_cpu,
+)
 from mutants import plain_kernel, plain_kernel_of_2_11
+from torch.multiprocessing import ProcessRaisedException
 
-from rmtool.packing import attention
 from rmtool.packing.attention import _node_by_node, _varlen, takes_kernel
 from rmtool.packing.packs import pack
 
@@ -24,9 +31,7 @@ AMPERE, TURING, NO_CUDA = (8, 0), (7, 5), None
 LATENT = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 8}
 LATENT |= {"n_group": 1, "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MODELS = {
-    "llama": FAMILIES["llama"],
     "mistral_window": FAMILIES["mistral_window"],
-    "gemma3": FAMILIES["gemma3"],
     "deepseek_v2": hf.DeepseekV2Config(**(TINY | LATENT | {"num_key_value_heads": 4, "head_dim": 4})),
     "deepseek_v3": hf.DeepseekV3Config(**(TINY | LATENT | {"num_key_value_heads": 4, "head_dim": 4})),
 }
@@ -49,22 +54,6 @@ def test_when_one_kernel_is_called(
     assert takes_kernel(dtype, width, capability) == takes
 
 
-def install(kernel: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, *half: torch.dtype) -> list[int]:
-    """A CPU that takes the kernel, for these dtypes; returns the head size of each call."""
-    calls: list[int] = []
-
-    def counted(q: torch.Tensor, *args: Any, **given: Any) -> torch.Tensor:
-        calls.append(q.shape[-1])
-        return kernel(q, *args, **given)
-
-    counted.__signature__ = inspect.signature(kernel)  # type: ignore[attr-defined]
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", counted)
-    monkeypatch.setattr(attention, "_capability", lambda device: AMPERE)
-    if half:
-        monkeypatch.setattr(attention, "HALF", half)
-    return calls
-
-
 @pytest.mark.parametrize("kernel", [plain_kernel, plain_kernel_of_2_11])
 @pytest.mark.parametrize(("sizes", "key_heads"), [((8, 8), 2), ((24, 16), 4), ((12, 20), 2)], ids=str)
 @pytest.mark.parametrize(("window", "scaling"), [(None, None), (5, 0.4)], ids=str)
@@ -77,7 +66,7 @@ def test_the_kernel_call_computes_what_the_loop_computes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Values and gradients: fewer key heads, values of another size than queries, a scale, a window."""
-    install(kernel, monkeypatch)
+    count_calls(kernel, monkeypatch)
     batch = pack(GROUPS)
     results = []
     for attend in (_varlen, _node_by_node):
@@ -99,10 +88,28 @@ def test_models_call_the_kernel_once_per_layer(family: str, monkeypatch: pytest.
     model = build(MODELS[family])
     expected = alone(model, GROUPS)
     expected_gradients = gradients(model, expected)
-    calls = install(plain_kernel, monkeypatch, torch.float32)
+    calls = count_calls(plain_kernel, monkeypatch)
+    take_kernel_on_cpu(monkeypatch, torch.float32)
     model.share_prompts(True)
     rewards = model(pack(GROUPS))
     assert calls == [16 if family.startswith("deepseek") else 8] * 2
     assert relative(rewards, expected) < 1e-5
     for name, gradient in gradients(model, rewards).items():
         assert relative(gradient, expected_gradients[name]) < 1e-5, name
+
+
+# ------------------------------------------------------------------------- the checks of `test_attention_gpu.py`
+
+
+@pytest.mark.parametrize("family", HALF_FAMILIES)
+def test_bf16_through_the_kernel_is_no_worse_than_padding(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_calls(plain_kernel, monkeypatch)
+    take_kernel_on_cpu(monkeypatch)
+    half_precision_errors(family, "cpu", calls)
+
+
+@pytest.mark.slow
+def test_a_check_in_a_process_of_its_own_fails_here() -> None:
+    in_a_process(rewards_and_gradients, "llama", "cpu")
+    with pytest.raises(ProcessRaisedException, match="KeyError: 'unknown'"):
+        in_a_process(rewards_and_gradients, "unknown", "cpu")
