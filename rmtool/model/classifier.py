@@ -33,12 +33,7 @@ class ScoreHead(nn.Linear):
 
 
 def build_classifier(
-    folder: Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    random_weights: bool = False,
-    quantized: bool = False,
-    new_head: bool = False,
+    folder: Path, *, dtype: torch.dtype, random_weights: bool = False, quantized: bool = False, new_head: bool = False
 ) -> tuple[PreTrainedModel, HeadOrigin]:
     """Build a one-label classifier from `folder`; returns it, and where its score head comes from.
 

@@ -92,11 +92,7 @@ def load_for_inference(
     if manifest and not chat_template:
         _check_fingerprint(encoder, manifest, folder)
     precision = precision or (manifest.precision if manifest else "fp32")
-    used, device = compute_precision(precision), default_device()
-    # On a CPU, autocast copies fp32 weights anyway.
-    dtype = PRECISIONS[used] if device.type == "cuda" else torch.float32
-    model, head = _load_model(folder, used, dtype, config.pad_token_id or 0)
-    model.to(device)
+    model, head = _load_model(folder, compute_precision(precision), config.pad_token_id or 0)
     layout = choose_layout(model, model, encoder.max_length)
     notices = [*_pad_notices(tokenizer, config.pad_token_id), *precision_notices(precision)]
     notices += positions_notice(config, encoder.max_length, manifest.max_length if manifest else 0)
@@ -106,7 +102,11 @@ def load_for_inference(
     return LoadedModel(model, encoder, manifest, tuple(notices), layout.reason)
 
 
-def _load_model(folder: Path, precision: str, dtype: torch.dtype, pad_id: int) -> tuple[RewardModel, HeadOrigin]:
+def _load_model(
+    folder: Path, precision: str, pad_id: int, dtype: torch.dtype | None = None
+) -> tuple[RewardModel, HeadOrigin]:
+    if dtype is None:  # on a CPU, autocast copies fp32 weights anyway
+        dtype = PRECISIONS[precision] if default_device().type == "cuda" else torch.float32
     classifier, head = build_classifier(folder, dtype=dtype)
     if head.name is None:
         raise RmtoolError(
@@ -115,7 +115,7 @@ def _load_model(folder: Path, precision: str, dtype: torch.dtype, pad_id: int) -
             f"train one from it: rmtool train --recipe smollm2-135m --model {shlex.quote(str(folder))}",
         )
     disable_dropout(classifier)
-    return RewardModel(classifier, pad_id, precision).eval(), head
+    return RewardModel(classifier, pad_id, precision).to(default_device()).eval(), head
 
 
 def _pad_notices(tokenizer: Any, pad_id: int | None) -> list[str]:
@@ -189,6 +189,7 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
         require_4bit()
     classifier, head = build_classifier(
         folder,
+        dtype=torch.float32,
         random_weights=random_weights,
         quantized=quantized,
         new_head=recipe.model.head == "new",

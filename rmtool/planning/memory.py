@@ -106,7 +106,7 @@ def _buckets(recipe: Recipe, trainable: int) -> int:
 def fake_model(recipe: Recipe, folder: Path, depth: int | None = None) -> RewardModel:
     """Build the model of a training run, or its first `depth` layers, for use in a FakeTensorMode."""
     with unset_fake_temporarily(), torch.device("meta"):  # peft moves what it adds, which fake tensors forbid
-        classifier, _ = build_classifier(folder, random_weights=True)
+        classifier, _ = build_classifier(folder, dtype=torch.float32, random_weights=True)
         if depth:
             keep_first_layers(getattr(classifier, classifier.base_model_prefix), depth)
         make_trainable(classifier, recipe)

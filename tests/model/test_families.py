@@ -178,7 +178,7 @@ def measure(name: str, switches: dict[str, Any], folder: Path) -> Row:
     tiny(name.split()[0], switches).save_pretrained(folder)
     torch.manual_seed(0)
     try:
-        classifier, _ = build_classifier(folder, random_weights=True)
+        classifier, _ = build_classifier(folder, dtype=torch.float32, random_weights=True)
     except RmtoolError as error:
         return Row(name, "refused", note=f"{error.id} {error}")
     stir(classifier)

@@ -285,7 +285,7 @@ def test_a_template_with_an_unsupported_clock_is_refused(
 
 
 def test_adapters_train_the_head_and_merge_into_an_ordinary_model(checkpoint: Path, tmp_path: Path) -> None:
-    classifier, _ = build_classifier(checkpoint)
+    classifier, _ = build_classifier(checkpoint, dtype=torch.float32)
     names = set(classifier.state_dict())
     add_adapters(classifier, LoraConfig(rank=4, alpha=8))
     trainable = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
@@ -301,7 +301,7 @@ def test_adapters_train_the_head_and_merge_into_an_ordinary_model(checkpoint: Pa
     saved = tmp_path / "saved"
     weights = dict(merged_weights(classifier, torch.float32))
     meta_copy(classifier, torch.float32).save_pretrained(saved, state_dict=weights)
-    again, origin = build_classifier(saved)
+    again, origin = build_classifier(saved, dtype=torch.float32)
     assert origin.name == "score.weight"
     assert set(again.state_dict()) == names
     torch.testing.assert_close(again(ids).logits.detach(), before, atol=1e-5, rtol=1e-5)
@@ -310,7 +310,7 @@ def test_adapters_train_the_head_and_merge_into_an_ordinary_model(checkpoint: Pa
 
 
 def test_unknown_adapter_targets_are_refused(checkpoint: Path) -> None:
-    classifier, _ = build_classifier(checkpoint)
+    classifier, _ = build_classifier(checkpoint, dtype=torch.float32)
     with pytest.raises(RmtoolError) as caught:
         add_adapters(classifier, LoraConfig(rank=4, targets=("nothing",)))
     assert caught.value.exit_code == 2
@@ -319,7 +319,7 @@ def test_unknown_adapter_targets_are_refused(checkpoint: Path) -> None:
 def test_a_trained_head_is_loaded_or_reinitialized(checkpoint: Path, tmp_path: Path) -> None:
     settings = recipe(checkpoint, tmp_path)
     encoder, _ = training_encoder(settings, checkpoint)
-    trained, _ = build_classifier(checkpoint)
+    trained, _ = build_classifier(checkpoint, dtype=torch.float32)
     kept, notices = training_model(settings, checkpoint, encoder)
     assert torch.equal(kept.classifier.score.weight, trained.score.weight)
     assert any("loaded from the checkpoint" in notice for notice in notices)

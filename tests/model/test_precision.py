@@ -99,8 +99,8 @@ def test_bf16_weights_give_the_rewards_of_training(family: str, tmp_path: Path) 
         with torch.no_grad():
             return model(model.collate(GROUPS))
 
-    trained = rewards(build_classifier(tmp_path)[0])
-    model, _ = _load_model(tmp_path, "bf16", torch.bfloat16, 0)
+    trained = rewards(build_classifier(tmp_path, dtype=torch.float32)[0])
+    model, _ = _load_model(tmp_path, "bf16", 0, torch.bfloat16)
     names = {torch.float32: set[str](), torch.bfloat16: set[str]()}
     for name, parameter in model.classifier.named_parameters():
         names[parameter.dtype].add(name)
@@ -233,7 +233,7 @@ def test_a_4_bit_model_is_judged_by_what_its_attention_gets(tmp_path: Path, monk
     pytest.importorskip("bitsandbytes")
     sizes = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}  # blocks of 64 weights
     build(hf.LlamaConfig(**(DEEPER | sizes), num_labels=1)).classifier.save_pretrained(tmp_path)
-    classifier, _ = build_classifier(tmp_path, quantized=True)
+    classifier, _ = build_classifier(tmp_path, dtype=torch.float32, quantized=True)
     assert {weight.dtype for weight in classifier.parameters()} == {torch.uint8, torch.float32}
     assert classifier.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
     model = RewardModel(classifier, 0, "bf16")
