@@ -265,8 +265,8 @@ def one_wrong_key_index(batch: PackedBatch) -> PackedBatch:
     return replace(batch, layout=replace(batch.layout, kv_index=index))
 
 
-def boundless(*args: Any, window_size: tuple[int, int], **kwargs: Any) -> torch.Tensor:
-    return plain_kernel(*args, window_size=(-1, 0), **kwargs)
+def boundless(*args: Any, window_size: tuple[int, int], enable_gqa: bool = False, **given: Any) -> torch.Tensor:
+    return plain_kernel(*args, window_size=(-1, 0), enable_gqa=enable_gqa, **given)
 
 
 def _install_kernel_with(mutate: Mutate, monkeypatch: Patch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,8 @@ from transformers import AutoModelForSequenceClassification
 from transformers.models.llama import modeling_llama
 
 from rmtool.model.liger import apply_liger
+from rmtool.model.loading import training_encoder, training_model
+from rmtool.recipe import load_recipe
 
 PATCHES = pytest.importorskip("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
 
@@ -110,6 +113,14 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
     notice = apply_liger(empty("llama"))
     assert notice.startswith("Liger kernels: off (import of liger_kernel")
+
+
+def test_training_without_the_package_goes_on_with_a_notice(causal_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
+    recipe = load_recipe("debug", [("model.path", str(causal_lm)), ("model.weights", "pretrained")])
+    _, notices = training_model(recipe, causal_lm, training_encoder(recipe, causal_lm)[0])
+    assert [notice for notice in notices if notice.startswith("Liger kernels: off (")]
 
 
 @pytest.mark.parametrize("error", [AttributeError, NotImplementedError, TypeError, ValueError])
