@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from rmtool.model import reward_model as models
-from rmtool.packing import packs as attention
+from rmtool.packing import attention
 from rmtool.packing.packs import PackedBatch, PackLayout, pack
 from rmtool.tokenization.response_group import NO_PARENT
 
@@ -211,7 +211,13 @@ HALF_ONLY = tuple(
 # ------------------------------------------------------------------------- mutants of the layout that the kernel uses
 
 
-def plain_kernel(
+def plain_kernel(*args: Any, enable_gqa: bool = False, **given: Any) -> torch.Tensor:
+    """What `varlen_attn` computes since torch 2.12, by its documents; fewer key heads must be asked for."""
+    assert enable_gqa or args[0].shape[1] == args[1].shape[1]
+    return plain_kernel_of_2_11(*args, **given)
+
+
+def plain_kernel_of_2_11(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -222,22 +228,26 @@ def plain_kernel(
     *,
     scale: float | None,
     window_size: tuple[int, int],
-    enable_gqa: bool,
 ) -> torch.Tensor:
-    """What `varlen_attn` computes, by its documents: sequence by sequence, the last query at the last key."""
+    """The same with the signature of torch 2.11: sequence by sequence, the last query at the last key."""
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256
+    assert q.shape[-1] % 8 == 0
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert all(part.is_contiguous() for part in (q, k, v))
     outputs = []
     for (q0, q1), (k0, k1) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
-        assert (q1 - q0, k1 - k0) <= (max_q, max_k)
+        assert q1 - q0 <= max_q
+        assert k1 - k0 <= max_k
         ago = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
         allowed = (ago >= -window_size[1]) & ((ago <= window_size[0]) | (window_size[0] < 0))
         parts = (part.transpose(0, 1) for part in (q[q0:q1], k[k0:k1], v[k0:k1]))
-        one = F.scaled_dot_product_attention(*parts, attn_mask=allowed, scale=scale, enable_gqa=enable_gqa)
+        one = F.scaled_dot_product_attention(*parts, attn_mask=allowed, scale=scale, enable_gqa=True)
         outputs.append(one.transpose(0, 1))
     return torch.cat(outputs)
 
 
 def install_kernel(monkeypatch: Patch, kernel: Callable[..., Any] = plain_kernel) -> None:
-    """Batches run through the one-kernel path of `packs.py`, with `kernel` in the kernel's place."""
+    """Batches run through the one-kernel path of `attention.py`, with `kernel` in the kernel's place."""
 
     def one_call(module: Any, query: Any, key: Any, value: Any, mask: None, **given: Any) -> Any:
         window, packed = given.get("sliding_window"), given["packed"]
@@ -255,8 +265,8 @@ def one_wrong_key_index(batch: PackedBatch) -> PackedBatch:
     return replace(batch, layout=replace(batch.layout, kv_index=index))
 
 
-def boundless(*args: Any, window_size: tuple[int, int], **kwargs: Any) -> torch.Tensor:
-    return plain_kernel(*args, window_size=(-1, 0), **kwargs)
+def boundless(*args: Any, window_size: tuple[int, int], enable_gqa: bool = False, **given: Any) -> torch.Tensor:
+    return plain_kernel(*args, window_size=(-1, 0), enable_gqa=enable_gqa, **given)
 
 
 def _install_kernel_with(mutate: Mutate, monkeypatch: Patch) -> None:

@@ -46,6 +46,7 @@ BESIDE = {
     "tokenization/template_check.py": "what the chat template leaves out",
     "tokenization/tokenized_dataset.py": "what became of each record",
     "evaluation/metrics.py": "metrics",
+    "packing/attention.py": "called by transformers' layers",
     "model/classifier.py": "names of weights",
     "model/out_of_memory.py": "a pack that does not fit",
     "training/engine.py": "one call for each engine",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rmtool.errors import RmtoolError, first_line
 from rmtool.model.model_config import read_config
@@ -36,6 +38,8 @@ def build_classifier(
     """Build a one-label classifier from `folder`; returns it, and where its score head comes from.
 
     Args:
+        dtype: of the matrices (see `matrices`). All else is fp32: then the residual stream is, too, under autocast, and
+            the forward is that of training, which rounds fp32 matrices to the same numbers.
         random_weights: initialize all weights from the folder's config.json instead of loading them.
         quantized: load the linear layers' weights, but not the head's, in 4 bits (NF4 with double quantization:
             Dettmers et al., arXiv 2305.14314, section 3), and compute their products in bf16.
@@ -48,19 +52,19 @@ def build_classifier(
     config = read_config(folder)
     config.num_labels = 1
     if random_weights:
-        classifier = _initialize(config, dtype)
+        classifier = _initialize(config)
         _require_score_head(classifier)
         return classifier, HeadOrigin()
     stored = read_headers(folder)
     with torch.device("meta"):
-        empty = _initialize(config, dtype)
+        empty = _initialize(config)
     _require_score_head(empty)
     require_values(stored, {name: tuple(value.shape) for name, value in empty.state_dict().items()})
     head = find_score_head(stored, _loading_info(empty, stored), config.get_text_config(), new_head)
     labels = stored.shapes.get(HEAD_WEIGHT, ())
     if new_head and len(labels) == 2:
         config.num_labels = labels[0]
-    classifier = _load(folder, config, dtype, quantized)
+    classifier = _load(folder, config, empty, dtype, quantized)
     if config.num_labels != 1:
         _replace_head(classifier)
     if head.name not in (None, HEAD_WEIGHT):  # transformers does not know it
@@ -108,10 +112,10 @@ def _replace_head(classifier: PreTrainedModel) -> None:
     setattr(classifier, "num_labels", 1)  # noqa: B010 - not declared
 
 
-def _initialize(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def _initialize(config: Any) -> PreTrainedModel:
     try:
         with without_zero3_init():  # every rank initializes the same weights, as one process does
-            return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+            return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     except KeyError as error:  # of an activation, a RoPE type
         what = f"cannot build the model: config.json has the unknown value {error}"
         raise RmtoolError("E0404", what, "use a value that transformers has, or a later transformers") from error
@@ -139,12 +143,39 @@ def _loading_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _load(folder: Path, config: Any, dtype: torch.dtype, quantized: bool) -> PreTrainedModel:
+def _load(folder: Path, config: Any, empty: PreTrainedModel, dtype: torch.dtype, quantized: bool) -> PreTrainedModel:
     extra: dict[str, Any] = {"quantization_config": _four_bit()} if quantized else {}
-    with _loading_errors(folder):
-        return AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, **extra
+    names = set() if dtype == torch.float32 else set(matrices(empty))
+    with _loading_errors(folder), _arriving_in(type(empty), names, dtype):
+        classifier = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **extra
         )
+    for name in names:
+        parameter = classifier.get_parameter(name)
+        parameter.data = parameter.data.to(dtype)  # has arrived in it, unless transformers has changed
+    return classifier
+
+
+def matrices(classifier: PreTrainedModel) -> Iterator[str]:
+    """Yield the names of what activations are multiplied with under autocast: linear layers, but not the score head's,
+    and the experts of mixtures.
+    """
+    for name, parameter in classifier.named_parameters():
+        owner = classifier.get_submodule(name.rpartition(".")[0])
+        linear = isinstance(owner, (nn.Linear, Conv1D)) and not name.startswith(f"{HEAD}.")
+        if linear or (".experts." in name and parameter.dim() == 3):
+            yield name
+
+
+@contextlib.contextmanager
+def _arriving_in(classifier_class: Any, names: set[str], dtype: torch.dtype) -> Iterator[None]:
+    """Cast these weights one by one as they are read: the whole model in fp32 might not fit into memory."""
+    plan = {f"^{re.escape(name)}$": dtype for name in names}
+    classifier_class._get_dtype_plan = lambda _, __: plan
+    try:
+        yield
+    finally:
+        del classifier_class._get_dtype_plan  # what it inherits is found again
 
 
 def init_score_head(classifier: PreTrainedModel, seed: int) -> None:
@@ -224,12 +255,3 @@ def set_pad_token(classifier: PreTrainedModel, pad_id: int) -> None:
         # Nothing attends to the pad token: no need to fit its row to the others' mean.
         classifier.resize_token_embeddings(pad_id + 1, mean_resizing=False)
     config.pad_token_id = classifier.config.pad_token_id = pad_id
-
-
-def apply_liger(classifier: PreTrainedModel) -> None:
-    """Install Liger's kernels for norms, rotary embedding and MLP. Not its fused cross entropy, which would replace the
-    model's forward by a causal LM's, with an `lm_head` that a reward model lacks.
-    """
-    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
-
-    _apply_liger_kernel_to_instance(classifier, fused_linear_cross_entropy=False, cross_entropy=False)

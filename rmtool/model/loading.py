@@ -23,7 +23,6 @@ from rmtool.config import LoraConfig, Recipe
 from rmtool.errors import Place, RmtoolError, first_line
 from rmtool.model.classifier import (
     HEAD,
-    apply_liger,
     backbone_parameters,
     build_classifier,
     disable_dropout,
@@ -31,6 +30,7 @@ from rmtool.model.classifier import (
     set_pad_token,
 )
 from rmtool.model.layout_choice import choose_layout
+from rmtool.model.liger import apply_liger
 from rmtool.model.limits import embedding_rows, positions_notice, require_embedded
 from rmtool.model.model_config import read_config
 from rmtool.model.precision import PRECISIONS, compute_precision, default_device, precision_notices
@@ -101,9 +101,11 @@ def load_for_inference(
     return LoadedModel(model, encoder, manifest, tuple(notices), layout.reason)
 
 
-def _load_model(folder: Path, precision: str, pad_id: int) -> tuple[RewardModel, HeadOrigin]:
-    # On a CPU, autocast copies fp32 weights anyway.
-    dtype = PRECISIONS[precision] if default_device().type == "cuda" else torch.float32
+def _load_model(
+    folder: Path, precision: str, pad_id: int, dtype: torch.dtype | None = None
+) -> tuple[RewardModel, HeadOrigin]:
+    if dtype is None:  # on a CPU, autocast copies fp32 weights anyway
+        dtype = PRECISIONS[precision] if default_device().type == "cuda" else torch.float32
     classifier, head = build_classifier(folder, dtype=dtype)
     if head.name is None:
         raise RmtoolError(
@@ -112,7 +114,6 @@ def _load_model(folder: Path, precision: str, pad_id: int) -> tuple[RewardModel,
             f"train one from it: rmtool train --recipe smollm2-135m --model {shlex.quote(str(folder))}",
         )
     disable_dropout(classifier)
-    getattr(classifier, HEAD).float()
     return RewardModel(classifier, pad_id, precision).to(default_device()).eval(), head
 
 
@@ -205,8 +206,7 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
         notices.append(f"score head: new (initialized with train.seed {train.seed})")
     notices += unread_notice(head)
     if train.liger == "auto" and torch.cuda.is_available():
-        apply_liger(classifier)
-        notices.append("Liger kernels: on")
+        notices.append(apply_liger(classifier))
     if train.freeze == "backbone":
         notices.append("trainable: score head only")
     make_trainable(classifier, recipe)

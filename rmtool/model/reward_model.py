@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from rmtool.model.classifier import HEAD, ScoreHead, full_shape, is_matrix
 from rmtool.model.precision import PRECISIONS
-from rmtool.packing import packs
+from rmtool.packing import attention
 from rmtool.packing.packs import Batch, PackedBatch, pack, pad
 from rmtool.tokenization.pack_plan import plan_packs
 from rmtool.tokenization.response_group import ResponseGroup
@@ -78,7 +78,7 @@ class RewardModel(nn.Module):
     def share_prompts(self, shares: bool) -> None:
         """Switch prefix sharing on (packed batches) or off (padded batches)."""
         self.shares_prompts = shares
-        self.classifier.set_attn_implementation(packs.NAME if shares else self.stock_attention)
+        self.classifier.set_attn_implementation(attention.NAME if shares else self.stock_attention)
 
     def collate(self, groups: Sequence[ResponseGroup]) -> Batch:
         """Build the batch of these groups, packed or padded as this model wants it, on its device."""

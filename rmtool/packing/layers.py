@@ -33,7 +33,7 @@ def compile_layers(backbone: PreTrainedModel, backend: str = "inductor") -> int:
     """Compile each decoder layer with torch.compile; returns how many.
 
     Lengths are symbols, so that packs of any size run the same code, and layers of one kind share it. Packed attention
-    is left out (`packs.py`).
+    is left out (`attention.py`).
     """
     layers = decoder_layers(backbone)
     for layer in layers:

@@ -2,7 +2,7 @@
 
 In: a model as transformers built it, and a function that runs it both ways. Out: None, or the reason for padded
 batches; an error for a model that padding changes. Four checks, because each alone lets wrong rewards through: what the
-model declares (llama4 looks right otherwise), what its attention asks for (`packs.py`), a probe with random ids in
+model declares (llama4 looks right otherwise), what its attention asks for (`attention.py`), a probe with random ids in
 fp32 (only that catches phimoe and qwen2_moe with a window, which is in their mask but not passed to attention), and the
 attention kernel of half precision on the same ids (`attention_check.py`). The probe is in fp32 because half precision
 moves rewards by up to a fifth of their spread, more than many mistakes do.
@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rmtool.errors import RmtoolError
-from rmtool.packing.packs import UnsupportedAttentionError
+from rmtool.packing.attention import UnsupportedAttentionError
 from rmtool.tokenization.response_group import ResponseGroup, build_group
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}

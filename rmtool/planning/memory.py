@@ -26,8 +26,8 @@ from rmtool.model.classifier import build_classifier
 from rmtool.model.loading import make_trainable
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing
+from rmtool.packing.attention import UnsupportedAttentionError
 from rmtool.packing.layers import decoder_layers, keep_first_layers
-from rmtool.packing.packs import UnsupportedAttentionError
 from rmtool.recipe import engine_of, world_size
 from rmtool.tokenization.response_group import ResponseGroup, build_group
 from rmtool.training.engine import LIVE_PARAMETERS, PERSISTENT_PARAMETERS, REDUCE_BUCKET

@@ -32,7 +32,7 @@ from rmtool.model.layout_choice import choose_layout
 from rmtool.model.reward_model import RewardModel
 from rmtool.model.stored_weights import HeadOrigin
 from rmtool.packing import prefix_sharing
-from rmtool.packing.packs import UnsupportedAttentionError
+from rmtool.packing.attention import UnsupportedAttentionError
 from rmtool.tokenization.response_group import ResponseGroup
 
 TABLE = ROOT / "tests" / "FAMILIES.md"

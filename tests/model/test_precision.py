@@ -10,11 +10,14 @@ import torch
 import transformers as hf
 from helpers import GROUPS, build, tiny_config
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
-from rmtool.model.layout_choice import _head_inputs
-from rmtool.model.loading import load_for_inference
+from rmtool.model.classifier import build_classifier, matrices
+from rmtool.model.layout_choice import _head_inputs, choose_layout
+from rmtool.model.loading import _load_model, load_for_inference
 from rmtool.model.precision import compute_precision, fast_bf16_device, fp32_compute, lacks_bf16, precision_notices
 from rmtool.model.reward_model import RewardModel
+from rmtool.packing import prefix_sharing
 
 Patch = pytest.MonkeyPatch
 
@@ -70,6 +73,63 @@ def test_inference_without_bf16_gives_the_rewards_of_fp32(lacks: bool, checkpoin
     with torch.no_grad():
         rewards, exact = (model(model.collate(GROUPS)) for model in (loaded.model, expected))
     assert torch.equal(rewards, exact) == lacks
+
+
+# -------------------------------------------------------------------- rewards of bf16 weights, as on a GPU, in training
+
+DEEPER = tiny_config(97) | {"num_hidden_layers": 16, "initializer_range": 0.1}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SCORED = {
+    "deep_gemma3": hf.Gemma3TextConfig(**DEEPER, num_labels=1, sliding_window=8, query_pre_attn_scalar=8),
+    "qwen3_moe": hf.Qwen3MoeConfig(**tiny_config(97), **MIXTURE, num_labels=1),
+    "llama": hf.LlamaConfig(**tiny_config(97), attention_bias=True, num_labels=1),
+    "gpt2": hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=512, num_labels=1, pad_token_id=0),
+}
+
+
+@pytest.mark.parametrize("family", SCORED)
+def test_bf16_weights_give_the_rewards_of_training(family: str, tmp_path: Path) -> None:
+    """Where only matrices are bf16 the residual stream is fp32, as with fp32 weights under autocast. With everything
+    in bf16, deep models have other rewards.
+    """
+    build(SCORED[family]).classifier.save_pretrained(tmp_path)
+
+    def rewards(classifier: Any) -> torch.Tensor:
+        model = RewardModel(classifier, 0, "bf16").eval()
+        with torch.no_grad():
+            return model(model.collate(GROUPS))
+
+    trained = rewards(build_classifier(tmp_path, dtype=torch.float32)[0])
+    model, _ = _load_model(tmp_path, "bf16", 0, torch.bfloat16)
+    names = {torch.float32: set[str](), torch.bfloat16: set[str]()}
+    for name, parameter in model.classifier.named_parameters():
+        names[parameter.dtype].add(name)
+    assert not any("norm" in name or "emb" in name for name in names[torch.bfloat16])
+    assert names[torch.bfloat16] == set(matrices(model.classifier))
+    assert "score.weight" in names[torch.float32]
+    off = (rewards(model.classifier) - trained).abs().max() / trained.std()
+    assert off <= (0.02 if "moe" in family else 1e-3)
+    if family == "deep_gemma3":
+        model.backbone.bfloat16()
+        assert (rewards(model.classifier) - trained).abs().max() / trained.std() > 0.04
+
+
+def test_matrices_are_cast_as_they_are_read(checkpoint: Path, monkeypatch: Patch) -> None:
+    """Not after the whole model was there in fp32."""
+    real = AutoModelForSequenceClassification.from_pretrained
+    arrived = dict[torch.dtype, int]()
+
+    def counted(*args: Any, **given: Any) -> Any:
+        classifier = real(*args, **given)
+        for parameter in classifier.parameters():
+            arrived[parameter.dtype] = arrived.get(parameter.dtype, 0) + 1
+        return classifier
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", counted)
+    classifier, _ = build_classifier(checkpoint, dtype=torch.bfloat16)
+    assert arrived[torch.bfloat16] == len(list(matrices(classifier))) > 0
+    assert set(arrived) == {torch.bfloat16, torch.float32}
+    assert "_get_dtype_plan" not in vars(type(classifier))
 
 
 # ------------------------------------------------------------------------------------- half-precision weights in fp32
@@ -163,3 +223,22 @@ def test_4_bit_layers_compute_in_fp32_and_choose_afterwards() -> None:
         states(model)
     assert set(layer.up_proj.computed) == {torch.float32}
     assert (layer.up_proj.compute_dtype, layer.up_proj.compute_type_is_set) == (torch.bfloat16, False)
+
+
+@pytest.mark.slow
+def test_a_4_bit_model_is_judged_by_what_its_attention_gets(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Its embedding is fp32 and its linear layers compute in bf16, whose rounding must not look like a mistake; the
+    kernel is checked in the dtype of its queries.
+    """
+    pytest.importorskip("bitsandbytes")
+    sizes = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}  # blocks of 64 weights
+    build(hf.LlamaConfig(**(DEEPER | sizes), num_labels=1)).classifier.save_pretrained(tmp_path)
+    classifier, _ = build_classifier(tmp_path, dtype=torch.float32, quantized=True)
+    assert {weight.dtype for weight in classifier.parameters()} == {torch.uint8, torch.float32}
+    assert classifier.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
+    model = RewardModel(classifier, 0, "bf16")
+    checked: list[float] = []
+    real = prefix_sharing.kernel_failure
+    monkeypatch.setattr(prefix_sharing, "kernel_failure", lambda worst: checked.append(worst) or real(worst))
+    assert choose_layout(model, model, 512).shared
+    assert 0 < checked[0] < prefix_sharing.KERNEL_TOLERANCE

@@ -17,8 +17,9 @@ from rmtool.errors import RmtoolError
 from rmtool.model.layout_choice import LayoutDecision, choose_layout
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing
+from rmtool.packing.attention import UnsupportedAttentionError, _one_node, packed_attention
 from rmtool.packing.layers import compile_layers
-from rmtool.packing.packs import UnsupportedAttentionError, _one_node, pack, packed_attention
+from rmtool.packing.packs import pack
 
 
 @pytest.mark.parametrize("family", FAMILIES)

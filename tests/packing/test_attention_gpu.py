@@ -1,30 +1,33 @@
-"""What only a GPU can show: the one-kernel path against the loop, values and gradients, causality and windows."""
+"""What only a GPU can show: the one-kernel path against the loop, values and gradients, causality and windows.
+
+The functions that do the checks also run on a CPU, in `test_kernel_call.py`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from helpers import FAMILIES, GROUPS, alone, build, gradients, relative
+from helpers import GROUPS, relative
+from kernel_checks import HALF_FAMILIES, count_calls, half_precision_errors, in_a_process, rewards_and_gradients
 
-from rmtool.model.classifier import apply_liger
-from rmtool.model.layout_choice import choose_layout
-from rmtool.packing.layers import compile_layers
-from rmtool.packing.packs import _node_by_node, _varlen, pack
+from rmtool.packing.attention import _node_by_node, _varlen
+from rmtool.packing.packs import pack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+@pytest.mark.parametrize("sizes", [(64, 64), (192, 128)], ids=str)
 @pytest.mark.parametrize("window", [None, 5])
-def test_one_kernel_call_equals_the_loop(window: int | None) -> None:
+def test_one_kernel_call_equals_the_loop(window: int | None, sizes: tuple[int, int]) -> None:
     batch = pack(GROUPS).to(torch.device("cuda"))
     tokens = batch.input_ids.shape[1]
     results = []
     for kernel in (_node_by_node, _varlen):
         torch.manual_seed(0)
-        q = torch.randn(1, 4, tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        k, v = (torch.randn(1, 2, tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "kv")
+        q, k, v = (
+            torch.randn(1, heads, tokens, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for heads, size in ((4, sizes[0]), (2, sizes[0]), (2, sizes[1]))
+        )
         output = kernel(q, k, v, None, window, batch.layout)
         (output.float() * torch.linspace(-1, 1, output.numel(), device="cuda").view_as(output)).sum().backward()
         results.append([output, q.grad, k.grad, v.grad])
@@ -32,20 +35,15 @@ def test_one_kernel_call_equals_the_loop(window: int | None) -> None:
         assert relative(one.float(), other.float()) < 1e-2
 
 
+@pytest.mark.parametrize("family", HALF_FAMILIES)
+def test_the_kernel_inside_a_model_is_no_worse_than_padding(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    half_precision_errors(family, "cuda", count_calls(varlen_attn, monkeypatch))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("liger", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral_window"])
+@pytest.mark.parametrize("family", HALF_FAMILIES)
 def test_rewards_and_gradients_on_the_gpu(family: str, liger: bool, compiled: bool) -> None:
-    model = build(FAMILIES[family])
-    expected = alone(model, GROUPS)
-    expected_gradients = gradients(model, expected)
-    if liger:
-        apply_liger(model.classifier)
-    model = model.cuda()
-    assert choose_layout(model, model, 512).shared
-    if compiled:
-        assert compile_layers(model.backbone) == 2
-    rewards: Any = model(model.collate(GROUPS)).cpu()
-    assert relative(rewards, expected) < 1e-3
-    for name, gradient in gradients(model, rewards).items():
-        assert relative(gradient.cpu(), expected_gradients[name]) < 1e-2, name
+    in_a_process(rewards_and_gradients, family, "cuda", liger, compiled)

@@ -19,8 +19,7 @@ from rmtool.errors import RmtoolError
 from rmtool.model.layout_choice import _head_inputs, choose_layout
 from rmtool.model.precision import PRECISIONS
 from rmtool.model.reward_model import RewardModel
-from rmtool.packing import attention_check, prefix_sharing
-from rmtool.packing import packs as attention
+from rmtool.packing import attention, attention_check, prefix_sharing
 from rmtool.packing.attention_check import KernelCheck, key_positions
 from rmtool.packing.packs import pack
 
@@ -210,7 +209,7 @@ def test_one_key_of_a_wide_window_counts(mutant: Mutant | None, monkeypatch: Pat
 def checked(precision: str, change: Callable[[torch.Tensor], torch.Tensor], monkeypatch: Patch) -> float:
     """`KernelCheck.worst` where the packed attention's result is changed."""
 
-    from rmtool.packing.packs import packed_attention
+    from rmtool.packing.attention import packed_attention
 
     def changed(*args: Any, **kwargs: Any) -> Any:
         output, _ = packed_attention(*args, **kwargs)
