@@ -23,7 +23,7 @@ from kernel_checks import (
 from mutants import plain_kernel, plain_kernel_of_2_11
 from torch.multiprocessing import ProcessRaisedException
 
-from rmtool.packing.attention import _node_by_node, _varlen, takes_kernel
+from rmtool.packing.attention import _Gather, _node_by_node, _varlen, takes_kernel
 from rmtool.packing.packs import pack
 
 AMPERE, TURING, NO_CUDA = (8, 0), (7, 5), None
@@ -81,6 +81,18 @@ def test_the_kernel_call_computes_what_the_loop_computes(
         results.append((output, q.grad, k.grad, v.grad))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_gradients_of_a_prompt_add_up_in_fp32() -> None:
+    """Of a key that 64 responses see: within the rounding of one number, not of 64 sums."""
+    index = torch.arange(5).repeat(64)
+    rows = torch.randn(2, 5, 1, 8).bfloat16().requires_grad_()
+    gradient = torch.randn(2, 320, 1, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    _Gather.apply(rows, index).backward(gradient)
+    assert rows.grad is not None
+    assert rows.grad.dtype == torch.bfloat16
+    expected = gradient.double().view(2, 64, 5, 1, 8).sum(1)
+    assert relative(rows.grad.double(), expected) < 3e-3
 
 
 @pytest.mark.parametrize("family", MODELS)
