@@ -12,13 +12,14 @@ from rmtool.model.classifier import apply_liger
 from rmtool.model.layout_choice import choose_layout
 from rmtool.packing.layers import compile_layers
 from rmtool.packing.packs import _node_by_node, _varlen, pack
+from rmtool.packing.transfer import to_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_one_kernel_call_equals_the_loop(window: int | None) -> None:
-    batch = pack(GROUPS).to(torch.device("cuda"))
+    batch = to_device(pack(GROUPS), torch.device("cuda"))
     tokens = batch.input_ids.shape[1]
     results = []
     for kernel in (_node_by_node, _varlen):
