@@ -233,3 +233,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def write_recipe(causal_lm: Path, folder: Path, engine: str = "single", processes: int = 1, more: str = "") -> Path:
+    """Write a recipe for small pairs: steps of 8, in packs of at most 240 tokens, in fp32; skips steps of NaN."""
+    write_jsonl(folder / "pairs.jsonl", pair_rows(32))
+    path = folder / "tiny.yaml"
+    path.write_text(
+        f"model: {{path: {causal_lm}}}\n"
+        f"data: {{train: [{folder / 'pairs.jsonl'}], max_length: 256, cache: false}}\n"
+        "train: {batch_size: 8, learning_rate: 1e-3, tokens_per_pack: 240, precision: fp32, "
+        f"on_nonfinite: skip, max_skips: 3, liger: off{more}}}\n"
+        f"launch: {{engine: {engine}, gpus_per_node: {processes}}}\n"
+    )
+    return path

@@ -37,7 +37,7 @@ class Mutant:
 def install_pack(mutate: Mutate, monkeypatch: Patch) -> None:
     """`pack` returns a changed batch."""
     real = pack
-    monkeypatch.setattr(models, "pack", lambda groups: mutate(real(groups)))
+    monkeypatch.setattr(models, "pack", lambda *given: mutate(real(*given)))
 
 
 def install_attention(function: Callable[..., Any], monkeypatch: Patch) -> None:

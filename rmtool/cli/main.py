@@ -30,6 +30,11 @@ from rmtool.cli.train import train
 from rmtool.errors import ExitCode, RmtoolError, Stopped, first_line
 from rmtool.redaction import redact, redacted_output
 
+# torch's allocator then grows its segments: packs of many lengths would leave gaps between fixed ones. Processes that
+# `train` starts inherit it; torch reads it when it allocates on a GPU for the first time.
+_ALLOCATOR = "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+_ALLOCATOR_NAMES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+
 _TILDE = re.compile(r"^(--[a-z-]+=)?(~.*)", re.DOTALL)  # a shell leaves it in quotes, and in --option=~/path
 
 app = typer.Typer(
@@ -69,6 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _main(arguments: list[str] | None) -> None:
+    if not _ALLOCATOR_NAMES & os.environ.keys():  # nothing set by the user
+        os.environ.update([_ALLOCATOR])
     arguments = [_TILDE.sub(_expand, each) for each in (sys.argv[1:] if arguments is None else arguments)]
     # As an exception, so that children are stopped and temporary files removed on the way out.
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until `train` has its own handlers

@@ -6,7 +6,6 @@ Sums are float64 and are divided last: a mean over batches is never averaged.
 
 from __future__ import annotations
 
-import math
 from dataclasses import astuple, dataclass
 
 import torch
@@ -38,33 +37,28 @@ class PairSums:
     @classmethod
     def of(cls, chosen: torch.Tensor, rejected: torch.Tensor, losses: torch.Tensor) -> PairSums:
         """Sum the rewards and losses of pairs, each float[B]."""
-        c, r = chosen.detach().double(), rejected.detach().double()
-        return cls(
-            pairs=float(len(c)),
-            correct=float((c > r).sum()),
-            ties=float((c == r).sum()),
-            loss=float(losses.detach().double().sum()),
-            chosen=float(c.sum()),
-            rejected=float(r.sum()),
-        )
+        return cls(*sum_pairs(chosen, rejected, losses).tolist())
+
+    @classmethod
+    def reduce(cls, sums: torch.Tensor, dist: DistInfo) -> PairSums:
+        """Sum what `sum_pairs` returned over all ranks, which must all call this."""
+        return cls(*dist.sum(sums).tolist())
 
     def __add__(self, other: PairSums) -> PairSums:
         return PairSums(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
-
-    @property
-    def finite(self) -> bool:
-        """Whether no reward and no loss is NaN or inf."""
-        return all(math.isfinite(value) for value in astuple(self))
-
-    def reduce(self, dist: DistInfo) -> PairSums:
-        """Sum over all ranks, which must all call this."""
-        return PairSums(*dist.sum(torch.tensor(astuple(self), dtype=torch.float64)).tolist())
 
     def report(self, prefix: str) -> dict[str, float]:
         """Return `METRICS` with their prefix; there must be at least one pair."""
         assert self.pairs > 0
         sums = (self.correct, self.loss, self.chosen, self.rejected, self.chosen - self.rejected)
         return {f"{prefix}/{name}": value / self.pairs for name, value in zip(METRICS, sums, strict=True)}
+
+
+def sum_pairs(chosen: torch.Tensor, rejected: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+    """Return the values of `PairSums`, float64 on the device of the rewards, without waiting for them."""
+    c, r = chosen.detach().double(), rejected.detach().double()
+    sums = (c > r).sum(), (c == r).sum(), losses.detach().double().sum(), c.sum(), r.sum()
+    return torch.stack([c.new_full((), len(c)), *(value.double() for value in sums)])
 
 
 def describe(metrics: dict[str, float]) -> str:

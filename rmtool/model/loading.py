@@ -93,7 +93,7 @@ def load_for_inference(
     precision = precision or (manifest.precision if manifest else "fp32")
     model, head = _load_model(folder, compute_precision(precision), config.pad_token_id or 0)
     layout = choose_layout(model, model, encoder.max_length)
-    notices += [*_pad_notices(tokenizer, config.pad_token_id), *precision_notices(precision)]
+    notices += [*_pad_notices(tokenizer, config.pad_token_id), *precision_notices(precision, layout.shared)]
     notices += positions_notice(config, encoder.max_length, manifest.max_length if manifest else 0)
     if head.name != HEAD_WEIGHT:
         notices.append(f"score head: loaded from {head.name}")
@@ -183,7 +183,7 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
     """
     tune_malloc()
     train = recipe.train
-    notices = precision_notices(train.precision)
+    notices = list[str]()
     # Random weights and adapters must not depend on what was sampled before.
     torch.manual_seed(train.seed)
     random_weights = recipe.model.weights == "random"

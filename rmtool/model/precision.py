@@ -45,10 +45,18 @@ def compute_precision(precision: str) -> str:
     return "fp32" if default_device().type == "cpu" and lacks_bf16() else precision
 
 
-def precision_notices(precision: str) -> list[str]:
-    """Notices for the user where `precision` is not what is computed in."""
+def precision_notices(precision: str, shared: bool = False) -> list[str]:
+    """Notices for the user where `precision` is not what is computed in, or is slow.
+
+    Args:
+        shared: whether the model shares prefixes. The attention kernel for that is one of half precision.
+    """
     used = compute_precision(precision)
-    return [] if used == precision else [f"{precision} is not supported by this CPU; computing in {used}"]
+    if used != precision:
+        return [f"{precision} is not supported by this CPU; computing in {used}"]
+    if used == "fp32" and shared and default_device().type == "cuda":
+        return ["fp32 on a GPU is many times slower than bf16: attention over shared prefixes runs node by node"]
+    return []
 
 
 @contextlib.contextmanager

@@ -21,8 +21,11 @@ from rmtool.model.classifier import HEAD, ScoreHead, full_shape, is_matrix
 from rmtool.model.precision import PRECISIONS
 from rmtool.packing import attention
 from rmtool.packing.packs import Batch, PackedBatch, pack, pad
+from rmtool.packing.transfer import to_device
 from rmtool.tokenization.pack_plan import plan_packs
 from rmtool.tokenization.response_group import ResponseGroup
+
+FILLED_TO = 64  # on a GPU, tokens of a pack are a multiple of it
 
 
 class RewardModel(nn.Module):
@@ -82,8 +85,14 @@ class RewardModel(nn.Module):
 
     def collate(self, groups: Sequence[ResponseGroup]) -> Batch:
         """Build the batch of these groups, packed or padded as this model wants it, on its device."""
-        batch = pack(groups) if self.shares_prompts else pad(groups, self.pad_id)
-        return batch.to(self.device)
+        return to_device(self.build_batch(groups), self.device)
+
+    def build_batch(self, groups: Sequence[ResponseGroup]) -> Batch:
+        """Build the batch of these groups on the CPU."""
+        # Triton compiles a kernel again for lengths that 16 divides or does not; on CPUs, which have none, more tokens
+        # only cost time.
+        multiple = 1 if self.device.type == "cpu" else FILLED_TO
+        return pack(groups, multiple) if self.shares_prompts else pad(groups, self.pad_id)
 
     def plan(self, groups: Sequence[ResponseGroup], max_tokens: int, world_size: int = 1) -> list[list[int]]:
         """Plan the packs of a step with `plan_packs`, for this model's batches and attention cost."""

@@ -18,6 +18,8 @@ from torch import nn
 from rmtool.dist import SINGLE_PROCESS, DistInfo
 from rmtool.model.out_of_memory import PackOutOfMemoryError, unless_out_of_memory
 from rmtool.model.reward_model import RewardModel
+from rmtool.packing.packs import Batch
+from rmtool.packing.transfer import to_device
 from rmtool.tokenization.pack_plan import plan_inference_packs
 from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
 from rmtool.ui import Bar
@@ -57,33 +59,72 @@ def compute_rewards(
     responses = _Responses(groups)
     plan = plan_inference_packs(responses.window, responses.lengths, max_tokens, not model.shares_prompts)
     rewards_N, done = np.zeros(len(responses.lengths)), 0
-    for first in _rounds(len(plan.packs), dist.world_size, interrupt):
-        # A rank without a pack in the last round runs the round's first one again: all must take part.
-        own = first + dist.rank
-        items = plan.packs[own if own < len(plan.packs) else first]
-        rewards = _pack_rewards(model, forward_module, responses, items)
-        if own < len(plan.packs):
+    packs = _own_packs(plan.packs, dist, interrupt)
+    for items, own, rewards in _run_packs(model, forward_module, responses, packs):
+        if own:
             rewards_N[items] = rewards
-        before, done = done, min(first + dist.world_size, len(plan.packs))
+        before, done = done, min(done + dist.world_size, len(plan.packs))
         bar.advance(len(groups) * done // len(plan.packs) - len(groups) * before // len(plan.packs))
     rewards_N = dist.sum(torch.from_numpy(rewards_N)).numpy()[plan.representative]
     return [rewards_N[start:end].tolist() for start, end in itertools.pairwise(responses.starts)]
 
 
-def _rounds(packs: int, world_size: int, interrupt: Callable[[], bool] | None) -> Iterator[int]:
-    """Yield the first pack of each round, one pack per rank, until it is interrupted."""
-    for first in range(0, packs, world_size):
+def _own_packs(
+    packs: Sequence[Sequence[int]], dist: DistInfo, interrupt: Callable[[], bool] | None
+) -> Iterator[tuple[Sequence[int], bool]]:
+    """Yield this rank's pack of each round, and whether no other rank has it, until it is interrupted."""
+    for first in range(0, len(packs), dist.world_size):
         if interrupt and interrupt():
             raise AbandonedError
-        yield first
+        # A rank without a pack in the last round runs the round's first one again: all must take part.
+        own = first + dist.rank
+        yield (packs[own], True) if own < len(packs) else (packs[first], False)
 
 
-def _pack_rewards(model: RewardModel, module: nn.Module, responses: _Responses, items: Sequence[int]) -> torch.Tensor:
-    groups = [responses.as_group(item) for item in items]
-    rewards = unless_out_of_memory(lambda: module(model.collate(groups)).cpu())
+def _run_packs(
+    model: RewardModel, module: nn.Module, responses: _Responses, packs: Iterator[tuple[Sequence[int], bool]]
+) -> Iterator[tuple[Sequence[int], bool, list[float]]]:
+    """Yield each pack with its rewards. The next pack is built and its forward launched before they are waited for."""
+    waiting: Callable[[], tuple[Sequence[int], bool, list[float]]] | None = None
+    for items, own in packs:
+        batch = model.build_batch([responses.as_group(item) for item in items])
+        fetch = unless_out_of_memory(functools.partial(_launch, model, module, batch))
+        if waiting:  # before the error of this launch, which may be one of the kernels of the pack before
+            yield waiting()
+        if fetch is None:
+            raise _out_of_memory(responses, items)
+        waiting = functools.partial(_fetch, responses, items, own, fetch)
+    if waiting:
+        yield waiting()
+
+
+def _launch(model: RewardModel, module: nn.Module, batch: Batch) -> Callable[[], list[float]]:
+    """Start a forward and the copy of its rewards to the CPU; return what waits for them."""
+    rewards_N = module(to_device(batch, model.device))
+    copied_N = rewards_N.to("cpu", non_blocking=True)
+    arrived = None if rewards_N.device.type == "cpu" else torch.Event(rewards_N.device)
+    if arrived:
+        arrived.record()
+
+    def fetch() -> list[float]:
+        if arrived:
+            arrived.synchronize()
+        return copied_N.tolist()
+
+    return fetch
+
+
+def _fetch(
+    responses: _Responses, items: Sequence[int], own: bool, fetch: Callable[[], list[float]]
+) -> tuple[Sequence[int], bool, list[float]]:
+    rewards = unless_out_of_memory(fetch)
     if rewards is None:
-        raise PackOutOfMemoryError([responses.group_index(item) for item in items], responses.tokens(items))
-    return rewards
+        raise _out_of_memory(responses, items)
+    return items, own, rewards
+
+
+def _out_of_memory(responses: _Responses, items: Sequence[int]) -> PackOutOfMemoryError:
+    return PackOutOfMemoryError([responses.group_index(item) for item in items], responses.tokens(items))
 
 
 class _Responses:

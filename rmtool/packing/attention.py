@@ -149,7 +149,7 @@ class _Gather(torch.autograd.Function):
         return rows.index_select(1, index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (index,) = ctx.saved_tensors
         exact = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         return exact.new_zeros(ctx.shape).index_add_(1, index, exact).to(gradient.dtype), None

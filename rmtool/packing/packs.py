@@ -17,7 +17,7 @@ import torch
 from rmtool.tokenization.response_group import NO_PARENT, Forest, ResponseGroup, build_forest
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch 2.11 would compile a layer again for every number of nodes
 class PackLayout:
     """The attention structure of a pack. The queries of node s are its own tokens; its keys are the tokens of its path.
 
@@ -47,17 +47,6 @@ class PackedBatch:
     reward_index: torch.Tensor
     layout: PackLayout
 
-    def to(self, device: torch.device) -> PackedBatch:
-        layout = replace(
-            self.layout,
-            cu_seqlens_q=self.layout.cu_seqlens_q.to(device),
-            cu_seqlens_k=self.layout.cu_seqlens_k.to(device),
-            kv_index=self.layout.kv_index.to(device),
-        )
-        return PackedBatch(
-            self.input_ids.to(device), self.position_ids.to(device), self.reward_index.to(device), layout
-        )
-
 
 @dataclass(frozen=True)
 class PaddedBatch:
@@ -67,18 +56,18 @@ class PaddedBatch:
     attention_mask: torch.Tensor
     reward_index: torch.Tensor
 
-    def to(self, device: torch.device) -> PaddedBatch:
-        return PaddedBatch(self.input_ids.to(device), self.attention_mask.to(device), self.reward_index.to(device))
-
 
 Batch = PackedBatch | PaddedBatch
 
 
-def pack(groups: Sequence[ResponseGroup]) -> PackedBatch:
+def pack(groups: Sequence[ResponseGroup], multiple: int = 1) -> PackedBatch:
     """Concatenate the groups, every common prefix once: a prompt for its responses, a system prompt for its prompts, a
     response that two groups have. Rewards come out in the order of the groups, then of their responses.
+
+    Args:
+        multiple: fill the pack up to a multiple of so many tokens, with a sequence that has no reward.
     """
-    forest = build_forest([ids for group in groups for ids in group.sequences()])
+    forest = _fill(build_forest([ids for group in groups for ids in group.sequences()]), multiple)
     lengths_S = np.array([len(tokens) for tokens in forest.tokens])
     last_S = np.cumsum(lengths_S) - 1
     return PackedBatch(
@@ -86,6 +75,19 @@ def pack(groups: Sequence[ResponseGroup]) -> PackedBatch:
         position_ids=torch.from_numpy(_ranges(np.array(forest.depths), lengths_S))[None],
         reward_index=torch.from_numpy(last_S[list(forest.ends)]),
         layout=_layout(lengths_S, forest),
+    )
+
+
+def _fill(forest: Forest, multiple: int) -> Forest:
+    missing = -sum(map(len, forest.tokens)) % multiple
+    if not missing:
+        return forest
+    ids = np.resize(forest.tokens[0], missing)  # repeats a beginning: its states are as sound as those of the pack
+    return replace(
+        forest,
+        tokens=(*forest.tokens, ids),
+        parents=(*forest.parents, NO_PARENT),
+        depths=(*forest.depths, 0),
     )
 
 

@@ -72,7 +72,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         return Accelerator()
     handlers = [
         InitProcessGroupKwargs(backend=None if torch.cuda.is_available() else "gloo"),
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # saves one copy of the gradients
+        # Bucket views save one copy of the gradients. Buffers (rotary frequencies) are constant, the same on all ranks.
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
     ]
     plugin = None
     if engine.startswith("zero"):

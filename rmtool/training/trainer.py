@@ -6,8 +6,9 @@ Cost: that of the steps (`step.py`), and of the evaluations.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rmtool.dataset.batches import BatchItem, count_pairs, plan_steps, run_steps
@@ -53,20 +54,40 @@ def train_loop(
     total = plan_steps(train.epochs, train.max_steps, pairs, train.batch_size)
     trainer.engine.wrapped.train()
     pending, progress.pending = progress.pending, None
-    batches = run_steps(data.metadata, data.groups, train.seed, train.batch_size, progress.step)
+    steps = run_steps(data.metadata, data.groups, train.seed, train.batch_size, progress.step)
+    batches = _Batches(trainer, itertools.islice(steps, total - progress.step))
     with ui.training(trainer.recipe.name, total, tracker.past if tracker else ()) as board:
         after = _AfterStep(trainer, split, tracker, ui, board, save, stopping, progress, total)
         ended = pending is not None and not after.complete(pending)
         while progress.step < total and not ended:
-            batch = next(batches)
+            batch = batches.take()
             step = progress.step + 1
-            numbers = _timed_step(trainer, batch, step, total)
+            numbers = _timed_step(trainer, batch, step, total, batches.prepare)
             progress.step, progress.episode = step, progress.episode + count_pairs(batch)
             numbers = {"step": step, "episode": progress.episode, "epoch": progress.episode / pairs, **numbers}
             ended = not after.complete(numbers) or step == total
             if not ended:
                 after.snapshot_or_stop(snapshot, numbers["step_seconds"])
     return progress.best.metrics if train.keep == "best" else progress.metrics
+
+
+@dataclass
+class _Batches:
+    """The batches of the steps that are left; the next one is planned while a step is on the device."""
+
+    trainer: Trainer
+    batches: Iterator[list[BatchItem]]
+    following: list[BatchItem] | None = None
+
+    def take(self) -> list[BatchItem]:
+        batch, self.following = self.following or next(self.batches), None
+        return batch
+
+    def prepare(self) -> None:
+        """Plan the step that follows the one that was taken, if one does."""
+        self.following = next(self.batches, None)
+        if self.following:
+            self.trainer.prepare(self.following)
 
 
 @dataclass(frozen=True)
@@ -117,11 +138,13 @@ class _AfterStep:
             self.stopping.after_step(self.progress.step, self.total, step_seconds)
 
 
-def _timed_step(trainer: Trainer, batch: Sequence[BatchItem], step: int, total: int) -> dict[str, float]:
+def _timed_step(
+    trainer: Trainer, batch: Sequence[BatchItem], step: int, total: int, meanwhile: Callable[[], None]
+) -> dict[str, float]:
     """Take one step; return its metrics."""
     train, started = trainer.recipe.train, time.monotonic()
     lr = train.learning_rate * lr_multiplier(train, step - 1, total)
-    result = training_step(trainer, batch, lr, step)
+    result = training_step(trainer, batch, lr, step, meanwhile)
     return {
         **result.metrics(),
         "train/rm/lr": lr,

@@ -31,7 +31,7 @@ from rmtool.errors import ExitCode, RmtoolError, Stopped, first_line
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import training_encoder, training_model
 from rmtool.model.out_of_memory import is_out_of_memory
-from rmtool.model.precision import compute_precision
+from rmtool.model.precision import compute_precision, precision_notices
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing.layers import compile_layers
 from rmtool.packing.prefix_sharing import describe_sharing
@@ -125,6 +125,7 @@ def _prepare_engine(
     model, more = training_model(recipe, source, encoder)
     engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
     padded_reason = choose_layout(model, engine.wrapped, encoder.max_length).reason
+    more += precision_notices(recipe.train.precision, padded_reason is None)
     if recipe.train.compile:  # after choose_layout, which tries both layouts
         more += [f"compiled layers: {_compile(model)}"]
     for notice in (*notices, *more):

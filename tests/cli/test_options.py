@@ -1,6 +1,9 @@
-"""Messages in the words of the command that was run."""
+"""Messages in the words of the command that was run, and what every command sets for torch."""
 
 from __future__ import annotations
+
+import os
+from typing import Any
 
 import pytest
 from advice import OPTIONS as COMMANDS
@@ -28,3 +31,17 @@ def test_the_options_exist() -> None:
         commands = ["push"] if key.startswith("hub.") else ["eval", "score"]
         for command in commands:
             assert option.strip() in COMMANDS[command], f"{command} has no {option}"
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_torchs_allocator_grows_its_segments_unless_it_is_configured(
+    name: str | None, rmtool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.setenv(each, "")  # so that it is restored
+        monkeypatch.delenv(each)
+    if name:
+        monkeypatch.setenv(name, "max_split_size_mb:512")
+    assert rmtool("--version").code == 0
+    set_ = {key: value for key, value in os.environ.items() if key.endswith("_ALLOC_CONF")}
+    assert set_ == ({name: "max_split_size_mb:512"} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

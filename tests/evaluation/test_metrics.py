@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmtool.dist import SINGLE_PROCESS
-from rmtool.evaluation.metrics import PairSums
+from rmtool.evaluation.metrics import PairSums, sum_pairs
 from rmtool.model.loss import bradley_terry
 
 REWARDS = st.lists(st.tuples(st.floats(-20, 20), st.floats(-20, 20)), min_size=1, max_size=30)
@@ -23,7 +23,7 @@ def test_metrics_do_not_depend_on_the_cut(pairs: list[tuple[float, float]], data
     parts = PairSums()
     for part in (slice(0, cut), slice(cut, None)):
         c, r = chosen[part], rejected[part]
-        parts += PairSums.of(c, r, bradley_terry(c, r)).reduce(SINGLE_PROCESS)
+        parts += PairSums.reduce(sum_pairs(c, r, bradley_terry(c, r)), SINGLE_PROCESS)
     assert parts.report("m") == pytest.approx(whole)
     assert whole["m/accuracy"] == np.mean([c > r for c, r in pairs])
     assert whole["m/reward_margin"] == pytest.approx(whole["m/chosen_rewards"] - whole["m/rejected_rewards"])

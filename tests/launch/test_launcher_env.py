@@ -121,8 +121,8 @@ def launch_commands(arguments: list[str], rmtool: Any) -> list[Any]:
 
 
 def test_the_slurm_script_leads_to_64_processes(tmp_path: Path, rmtool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    [command] = commands_of("scripts/train/tulu3_8b.sbatch", tmp_path, environment={})
-    assert command[0] == "srun"
+    [command] = commands_of("scripts/train/tulu3_8b.sbatch", tmp_path, environment={"SLURM_CPUS_ON_NODE": "96"})
+    assert command[:2] == ["srun", "--cpus-per-task=96"]
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", (ROOT / "scripts/train/tulu3_8b.sbatch").read_text(), re.M))
     assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == ("8", "1", "8")
     step = STEP | {"SLURM_STEP_NUM_NODES": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NODEID": "5"}
@@ -133,7 +133,7 @@ def test_the_slurm_script_leads_to_64_processes(tmp_path: Path, rmtool: Any, mon
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (8, False), (75, True), (130, False), (143, False)])
 def test_the_slurm_script_requeues_itself_after_75_only(code: int, requeued: bool, tmp_path: Path) -> None:
-    environment = {"SLURM_JOB_ID": "17"}
+    environment = {"SLURM_JOB_ID": "17", "SLURM_CPUS_ON_NODE": "96"}
     _, *after = commands_of("scripts/train/tulu3_8b.sbatch", tmp_path, environment=environment, code=code)
     assert after == ([["scontrol", "requeue", "17"]] if requeued else [])
 
@@ -143,7 +143,7 @@ def test_slurm_warns_only_the_steps_of_a_job_that_may_be_requeued() -> None:
     the first one has left get the time to, and the log goes on.
     """
     text = (ROOT / "scripts/train/tulu3_8b.sbatch").read_text()
-    assert re.search(r"^srun --kill-on-bad-exit=0 --wait=900 rmtool train ", text, re.MULTILINE)
+    assert re.search(r"^srun .*--kill-on-bad-exit=0 --wait=900 rmtool train ", text, re.MULTILINE)
     assert re.search(r"^#SBATCH --open-mode=append$", text, re.MULTILINE)
     assert re.search(r"^#SBATCH --signal=USR1@\d+$", text, re.MULTILINE)
     assert re.search(r"^#SBATCH --requeue$", text, re.MULTILINE)

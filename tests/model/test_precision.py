@@ -66,6 +66,28 @@ def test_a_gpu_computes_in_bf16_whatever_the_cpu(lacks: bool, monkeypatch: Patch
     assert (compute_precision("bf16"), precision_notices("bf16")) == ("bf16", [])
 
 
+@pytest.mark.parametrize(
+    ("device", "precision", "shared", "slow"),
+    [("cuda", "fp32", True, True), ("cuda", "bf16", True, False), ("cuda", "fp32", False, False),
+     ("cpu", "fp32", True, False)],
+)  # fmt: skip
+def test_fp32_on_a_gpu_has_a_notice_where_prompts_are_shared(
+    device: str, precision: str, shared: bool, slow: bool, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr("rmtool.model.precision.default_device", lambda: torch.device(device))
+    notices = precision_notices(precision, shared)
+    assert len(notices) == slow
+    assert all("many times slower than bf16" in notice for notice in notices)
+
+
+def test_a_checkpoint_that_computes_in_fp32_on_a_gpu_says_so(checkpoint: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr("rmtool.model.precision.default_device", lambda: torch.device("cuda"))
+    notices = {precision: " ".join(load_for_inference(checkpoint, precision=precision).notices) for precision in
+               ("fp32", "bf16")}  # fmt: skip
+    assert "many times slower" in notices["fp32"]
+    assert "many times slower" not in notices["bf16"]
+
+
 def test_inference_without_bf16_gives_the_rewards_of_fp32(lacks: bool, checkpoint: Path) -> None:
     loaded = load_for_inference(checkpoint, precision="bf16")
     assert ("computing in fp32" in " ".join(loaded.notices)) == lacks

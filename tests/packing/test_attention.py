@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from rmtool.model.layout_choice import LayoutDecision, choose_layout
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing
 from rmtool.packing.attention import UnsupportedAttentionError, _one_node, packed_attention
-from rmtool.packing.layers import compile_layers
+from rmtool.packing.layers import compile_layers, decoder_layers
 from rmtool.packing.packs import pack
 
 
@@ -52,6 +53,42 @@ def test_a_checkpointed_layer_is_recomputed_with_its_own_pack(reentrant: bool) -
     assert len(model(pack(second))) == len(rewards)
     for name, gradient in gradients(model, rewards).items():
         assert relative(gradient, expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3"])
+def test_a_filled_pack_has_the_same_rewards_and_gradients(family: str) -> None:
+    """On a GPU, packs are filled up to a multiple of 64 tokens; nothing reads those, and no gradient reaches them."""
+    model = build(FAMILIES[family])
+    model.share_prompts(True)
+    plain, filled = pack(GROUPS), pack(GROUPS, 64)
+    tokens = plain.input_ids.shape[1]
+    assert tokens % 64
+    assert filled.input_ids.shape[1] == tokens + -tokens % 64
+    assert torch.equal(filled.reward_index, plain.reward_index)
+    assert filled.layout.paths == (*plain.layout.paths, (len(plain.layout.paths),))
+    assert len(filled.layout.kv_index) - len(plain.layout.kv_index) == -tokens % 64
+    expected = model(plain)
+    expected_gradients = gradients(model, expected)
+    rewards = model(filled)
+    assert relative(rewards, expected) < 1e-6
+    for name, gradient in gradients(model, rewards).items():
+        assert relative(gradient, expected_gradients[name]) < 1e-6, name
+
+
+def test_a_pack_of_a_whole_multiple_is_not_filled() -> None:
+    groups = random_groups(0, ((40, (10, 14)),))
+    assert len(pack(groups, 64).layout.lengths) == len(pack(groups).layout.lengths)
+
+
+def test_packs_are_filled_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(FAMILIES["llama"])
+    model.share_prompts(True)
+    lengths = []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(RewardModel, "device", torch.device(device))
+        lengths.append(model.build_batch(GROUPS).input_ids.numel())
+    assert lengths[0] % 64
+    assert lengths[1] == lengths[0] + -lengths[0] % 64
 
 
 def test_a_classifier_may_be_wrapped_twice() -> None:
@@ -229,3 +266,22 @@ def test_compiled_layers_are_exact_and_compiled_once_for_all_lengths(family: str
     for seed in range(4):
         model(model.collate(random_groups(seed, ((9 + seed, (3 + 2 * seed, 4)),) * (seed + 1))))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_layers_of_one_kind_are_compiled_once_for_all() -> None:
+    """Also where modules have a forward bound to each of them, as Liger leaves norms and MLPs."""
+    graphs = []
+    for layers in (1, 12):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        config = copy.deepcopy(FAMILIES["llama"])
+        config.update({"num_hidden_layers": layers})
+        model = build(config)
+        model.share_prompts(True)
+        for module in (each for layer in decoder_layers(model.backbone) for each in (layer.mlp, layer.input_layernorm)):
+            module.forward = MethodType(type(module).forward, module)
+        compile_layers(model.backbone, "eager")
+        for groups in (GROUPS[:2], GROUPS[2:]):
+            model(model.collate(groups))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0

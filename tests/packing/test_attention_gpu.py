@@ -12,6 +12,7 @@ from kernel_checks import HALF_FAMILIES, count_calls, half_precision_errors, in_
 
 from rmtool.packing.attention import _node_by_node, _varlen
 from rmtool.packing.packs import pack
+from rmtool.packing.transfer import to_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -19,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("sizes", [(64, 64), (192, 128)], ids=str)
 @pytest.mark.parametrize("window", [None, 5])
 def test_one_kernel_call_equals_the_loop(window: int | None, sizes: tuple[int, int]) -> None:
-    batch = pack(GROUPS).to(torch.device("cuda"))
+    batch = to_device(pack(GROUPS), torch.device("cuda"))
     tokens = batch.input_ids.shape[1]
     results = []
     for kernel in (_node_by_node, _varlen):

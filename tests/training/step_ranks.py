@@ -82,13 +82,13 @@ class Fault:
     def __init__(self, trainer: Trainer, item: BatchItem, kind: str):
         self.item, self.kind, self.model = item, kind, trainer.model
         self.groups: Any = ()
-        collate = self.model.collate
+        build = self.model.build_batch
 
         def remember(groups: Any) -> Any:
             self.groups = groups
-            return collate(groups)
+            return build(groups)
 
-        self.model.collate = remember  # type: ignore[method-assign]
+        self.model.build_batch = remember  # type: ignore[method-assign]
         self.hook = self.model.register_forward_hook(self.apply)
 
     def apply(self, module: Any, args: Any, rewards: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ class Fault:
 
     def remove(self) -> None:
         self.hook.remove()
-        del self.model.collate
+        del self.model.build_batch
 
 
 def take(trainer: Trainer, batch: list[BatchItem], step: int, kind: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import PROGRAM, Lines, free_port, group_members, pair_rows, write_jsonl
+from helpers import PROGRAM, Lines, free_port, group_members, write_recipe
 from step_ranks import start, state, take
 
 from rmtool.config import TrainConfig
@@ -48,19 +48,6 @@ HERE = Path(__file__).parent
 @pytest.fixture
 def recipe(causal_lm: Path, tmp_path: Path) -> Path:
     return write_recipe(causal_lm, tmp_path)
-
-
-def write_recipe(causal_lm: Path, folder: Path, engine: str = "single", processes: int = 1, more: str = "") -> Path:
-    write_jsonl(folder / "pairs.jsonl", pair_rows(32))
-    path = folder / "tiny.yaml"
-    path.write_text(
-        f"model: {{path: {causal_lm}}}\n"
-        f"data: {{train: [{folder / 'pairs.jsonl'}], max_length: 256, cache: false}}\n"
-        "train: {batch_size: 8, learning_rate: 1e-3, tokens_per_pack: 240, precision: fp32, "
-        f"on_nonfinite: skip, max_skips: 3, liger: off{more}}}\n"
-        f"launch: {{engine: {engine}, gpus_per_node: {processes}}}\n"
-    )
-    return path
 
 
 # NaN and inf
