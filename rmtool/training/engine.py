@@ -27,6 +27,7 @@ from rmtool.model.precision import compute_precision
 from rmtool.model.reward_model import RewardModel
 from rmtool.model.weights import merged_weights
 from rmtool.recipe import engine_of
+from rmtool.training.optim import trainable
 
 # Sizes in elements. DeepSpeed's defaults take about 8 GB of GPU memory; a matrix larger than a bucket is sent alone.
 REDUCE_BUCKET = 16_000_000  # gradients reduced together
@@ -111,6 +112,10 @@ class Engine:
         cls, accelerator: Accelerator, model: RewardModel, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
     ) -> Engine:
         """Wrap the model and its optimizer for the engine of this process group."""
+        if _is_ddp(accelerator):
+            model.to(accelerator.device)
+            for parameter in trainable(model):  # DDP turns those that are there into views of its buckets
+                parameter.grad = torch.zeros_like(parameter)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         return cls(accelerator, model, wrapped, optimizer, max_grad_norm)
 
@@ -157,7 +162,8 @@ class Engine:
         norm = self.clip()
         if math.isfinite(norm):
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        # Without gradients, DDP's first packs of the next step would make new ones next to its buckets.
+        self.optimizer.zero_grad(set_to_none=not _is_ddp(self.accelerator))
         return norm
 
     @property
@@ -167,7 +173,7 @@ class Engine:
 
     def discard_gradients(self) -> None:
         """Free the gradients of a step that failed, and what the failed pack has left; not for DeepSpeed."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not _is_ddp(self.accelerator))
         gc.collect()  # autograd's graph may be in a cycle
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -186,6 +192,10 @@ class Engine:
             if main:
                 weights[name] = value
         return weights if main else None
+
+
+def _is_ddp(accelerator: Accelerator) -> bool:
+    return accelerator.num_processes > 1 and accelerator.state.deepspeed_plugin is None
 
 
 def peak_memory(device: torch.device) -> int:

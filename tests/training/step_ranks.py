@@ -107,10 +107,24 @@ class Fault:
         del self.model.collate
 
 
+def watch_gradients(engine: Engine) -> list[int]:
+    """A list that gets, for each pack of the next step, the number of storages that hold gradients at its start."""
+    storages, backward = list[int](), Engine.backward
+
+    def watched(loss: torch.Tensor, last: bool) -> None:
+        held = [p.grad for p in engine.model.parameters() if p.grad is not None]
+        storages.append(len({gradient.untyped_storage().data_ptr() for gradient in held}))
+        backward(engine, loss, last)
+
+    engine.backward = watched  # type: ignore[method-assign]
+    return storages
+
+
 def take(trainer: Trainer, batch: list[BatchItem], step: int, kind: str) -> dict[str, Any]:
     """Take a step with this fault in its last row; report what happened."""
     fault = Fault(trainer, batch[-1], kind) if kind != "none" else None
     before, rows, error = state(trainer.engine), (), None
+    storages = watch_gradients(trainer.engine)
     try:
         result = training_step(trainer, batch, 1e-3, step)
         rows = result.skipped.rows if result.skipped else ()
@@ -119,7 +133,7 @@ def take(trainer: Trainer, batch: list[BatchItem], step: int, kind: str) -> dict
     if fault:
         fault.remove()
     after = state(trainer.engine)
-    report = {"kind": kind, "same": before == after, "state": after, "rows": rows, "error": error}
+    report = {"kind": kind, "same": before == after, "state": after, "rows": rows, "error": error, "storages": storages}
     return report | {"place": str(batch[-1].metadata.place)}
 
 
