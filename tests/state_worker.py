@@ -53,7 +53,7 @@ class Run:
         split = load_split(recipe, encoder, Rejects(), SilentUi())
         model, _ = training_model(recipe, source, encoder)
         engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
-        choose_layout(model, engine.wrapped, encoder.max_length)
+        choose_layout(model, engine.wrapped, encoder.max_length, engine.dist)
         data = split.train
         batches = [
             batch

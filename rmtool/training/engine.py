@@ -126,8 +126,8 @@ class Engine:
 
     @property
     def dist(self) -> DistInfo:
-        """Rank, world size and sum, for code that divides work over ranks."""
-        return DistInfo(self.accelerator.process_index, self.accelerator.num_processes, self.sum)
+        """Rank, world size, sum and maximum, for code that divides work over ranks."""
+        return DistInfo(self.accelerator.process_index, self.accelerator.num_processes, self.sum, largest)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks; the result is on the CPU."""
@@ -203,6 +203,11 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+
+
+def largest(value: float) -> float:
+    """The largest value of all ranks; NaN counts as inf. All ranks must call it."""
+    return max(math.inf if math.isnan(each) else each for each in gather_object([value]))
 
 
 def require_agreement(values: dict[str, str]) -> None:

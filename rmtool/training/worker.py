@@ -124,7 +124,7 @@ def _prepare_engine(
     """Load the model and prepare it with its optimizer; return why batches are padded, too."""
     model, more = training_model(recipe, source, encoder)
     engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
-    padded_reason = choose_layout(model, engine.wrapped, encoder.max_length).reason
+    padded_reason = choose_layout(model, engine.wrapped, encoder.max_length, engine.dist).reason
     if recipe.train.compile:  # after choose_layout, which tries both layouts
         more += [f"compiled layers: {_compile(model)}"]
     for notice in (*notices, *more):
