@@ -41,7 +41,8 @@ def choose_layout(
         dist: the ranks; each measures, and all decide by the worst number.
 
     Raises:
-        RmtoolError: on all ranks or none: E0411 the model has too few positions; E0410, E0412 its rewards would depend on the batch.
+        RmtoolError: on all ranks or none: E0411 the model has too few positions; E0410, E0412 its rewards would depend
+            on the batch.
     """
     prefix_sharing.require_positions(model.backbone, max_length)
     prefix_sharing.require_fixed_positions(model.backbone, max_length)

@@ -179,7 +179,7 @@ def on_ranks(recipe: Path, count: int, *faults: str) -> list[list[dict[str, Any]
     """What each rank reports of each step."""
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}  # fmt: skip
-    if "ddp" in recipe.read_text():
+    if "zero" not in recipe.read_text():
         common["ACCELERATE_USE_CPU"] = "true"
     running = [
         subprocess.Popen(
@@ -201,7 +201,8 @@ def on_ranks(recipe: Path, count: int, *faults: str) -> list[list[dict[str, Any]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "more"),
-    [("ddp", ""), ("zero2", ""), ("zero3", ""), ("zero2", ", offload"), ("zero2", ", max_grad_norm: null"),
+    [("ddp", ""), ("fsdp2", ""), ("zero2", ""), ("zero3", ""), ("zero2", ", offload"),
+     ("zero2", ", max_grad_norm: null"),
      ("zero3", ", max_grad_norm: null, gradient_checkpointing: true")],
 )  # fmt: skip
 def test_two_ranks_skip_and_stop_together(engine: str, more: str, causal_lm: Path, tmp_path: Path) -> None:
@@ -407,7 +408,7 @@ def test_a_gradient_of_nan_that_deepspeed_has_used_is_a_bug(applied: bool) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
 def test_a_rank_out_of_memory_starts_all_again_with_smaller_packs(engine: str, causal_lm: Path, tmp_path: Path) -> None:
     """In its second step: the snapshot of the first one is resumed, and the metrics are those of a run without it."""
     recipe = write_recipe(causal_lm, tmp_path, engine, 2, ", max_steps: 3, save_every: 1")
