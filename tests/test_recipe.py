@@ -115,7 +115,8 @@ def test_a_wrong_value_is_refused(tmp_path: Path, setting: str, id: str, words: 
     ("settings", "words"),
     [
         ("lora.rank=4 train.freeze=backbone", "lora.rank must be 0"),
-        ("lora.rank=4 lora.quantize=4bit launch.gpus_per_node=2 launch.engine=zero3", "ZeRO"),
+        ("lora.rank=4 lora.quantize=4bit launch.gpus_per_node=2 launch.engine=zero3", "cannot be sharded"),
+        ("lora.rank=4 lora.quantize=4bit launch.gpus_per_node=2 launch.engine=fsdp2", "cannot be sharded"),
         ("data.holdout=1 train.early_stopping_patience=2", "train.eval_every must be set"),
         ("train.early_stopping_patience=2 train.eval_every=1", "eval data must be set"),
     ],

@@ -49,7 +49,9 @@ def _shard_modules(model: RewardModel, device: torch.device) -> None:
     mixed = HALF if model.precision == "bf16" else FULL
     for module in reversed(list(model.modules())):  # a module after those that it contains
         if type(module) is not nn.Linear and any(map(is_matrix, module.parameters(recurse=False))):
-            fully_shard(module, mesh=mesh, mp_policy=FULL, ignored_params=whole)
+            unit = fully_shard(module, mesh=mesh, mp_policy=FULL, ignored_params=whole)
+            if isinstance(module, nn.Embedding):  # its gradient needs no weights
+                unit.set_unshard_in_backward(False)
     for layer in decoder_layers(model.backbone):
         fully_shard(layer, mesh=mesh, mp_policy=mixed, ignored_params=whole)
     # Resharded also after a forward without a backward: what is saved then must not be what was gathered.

@@ -48,7 +48,9 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         if name.startswith("c10d"):
-            kind = next((k for k in ("allgather", "reduce_scatter", "allreduce", "broadcast", "reduce") if k in name), name)
+            kind = next(
+                (k for k in ("allgather", "reduce_scatter", "allreduce", "broadcast", "reduce") if k in name), name
+            )
             self.bytes[kind] += max(_size(args[0]), _size(args[1]))
         return func(*args, **(kwargs or {}))
 
@@ -105,9 +107,7 @@ def measure(recipe_path: str) -> dict[str, Any]:
     with Peak() as loading:
         model, _ = training_model(recipe, source, encoder)
         weights = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in model.parameters())
-        layer = sum(
-            math.prod(getattr(p, "ds_shape", p.shape)) for p in decoder_layers(model.backbone)[0].parameters()
-        )
+        layer = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in decoder_layers(model.backbone)[0].parameters())
         optimizer = build_optimizer(model, recipe.train)
         engine = engines.Engine.prepare(accelerator, model, optimizer, recipe.train.max_grad_norm, name)
     model.share_prompts(True)
