@@ -213,9 +213,7 @@ class LaunchConfig:
 
     nodes: Count = 1  # number of nodes
     gpus_per_node: Count = 1  # processes per node, one per GPU; without GPUs they share the CPU
-    engine: Literal["auto", "single", "ddp", "fsdp2", "zero2", "zero3"] = (
-        "auto"  # auto: single, or ddp for several processes
-    )
+    engine: Literal["auto", "single", "ddp", "fsdp2", "zero2", "zero3"] = "auto"  # auto: single, or ddp for several
     offload_optimizer: StrictBool = False  # zero2 and zero3: keep optimizer states in CPU memory
     peak_tflops: Positive = 989.0  # of one device, for the estimated time; default: H100, dense bf16
     expected_mfu: Annotated[Positive, Field(le=1)] = 0.4  # assumed MFU, for the estimated time

@@ -40,7 +40,7 @@ def test_tulu3_is_the_published_recipe() -> None:
     assert (train.batch_size, train.learning_rate, train.epochs, train.schedule) == (256, 3e-6, 1, "linear")
     assert (train.betas, train.eps, train.precision, train.gradient_checkpointing) == ((0.9, 0.999), 1e-5, "bf16", True)
     assert (recipe.data.max_length, train.seed, train.warmup_steps) == (2048, 8, 0)
-    assert (launch.nodes, launch.gpus_per_node, launch.engine) == (8, 8, "zero3")
+    assert (launch.nodes, launch.gpus_per_node, launch.engine) == (8, 8, "fsdp2")
     assert recipe.track.wandb
     assert recipe.hub.repo_id is None
 

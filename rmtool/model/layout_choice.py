@@ -60,12 +60,7 @@ def choose_layout(
             probe = prefix_sharing.Probe(groups, partial(states, False), dist)
             reason = prefix_sharing.declared_reason(model.backbone)
             reason = reason or prefix_sharing.probe_failure(probe, partial(states, True, groups))
-        if reason is None:
-            check = attention_check.KernelCheck()
-            model.share_prompts(True)
-            model.classifier.set_attn_implementation(attention_check.NAME)
-            _head_inputs(model, forward_module, groups)
-            reason = prefix_sharing.kernel_failure(dist.max(check.worst))
+        reason = reason or prefix_sharing.kernel_failure(dist.max(_kernel_error(model, forward_module, groups)))
         if reason is not None:
             with _in_fp32(model):
                 prefix_sharing.require_padding(probe)
@@ -74,6 +69,14 @@ def choose_layout(
         forward_module.train(training)
         model.share_prompts(shared)
     return LayoutDecision(shared, reason)
+
+
+def _kernel_error(model: RewardModel, forward_module: nn.Module, groups: Sequence[ResponseGroup]) -> float:
+    check = attention_check.KernelCheck()
+    model.share_prompts(True)
+    model.classifier.set_attn_implementation(attention_check.NAME)
+    _head_inputs(model, forward_module, groups)
+    return check.worst
 
 
 @torch.no_grad()

@@ -2,12 +2,11 @@
 
     python scripts/bench/measure_engines.py --out engines.json
 
-In: nothing; a random Llama is built. Out: a line per engine, in bytes per weight: sent in one step of two packs, as
-gathers and reductions of a tensor of that many bytes per weight (an all-reduce counts as both); what a rank keeps
-between steps, times the ranks where that is sharded; the most that a forward and a step hold beside it, per weight of one
-decoder layer; the most that a process holds while it loads the model and while it saves it. And the loss and gradient
-norm of the first step, which are the same on all engines.
-DeepSpeed's buckets are scaled with the layer, from those of `engine.py`, which are for layers of 218 million weights.
+In: nothing; a random Llama is built. Out: a line of JSON per rank. In bytes per weight of the model: `sent`, the whole
+tensors of the collective calls in a step of two packs; `kept` between two steps; the most that `loading` and `saving`
+hold beside what was there. In bytes per weight of one decoder layer: the most that a `forward` and a `step` hold beside
+`kept`. `gathered`: the dtype of a linear layer's weight in its forward. And loss and gradient norm of the first step.
+DeepSpeed's buckets are scaled from those of `engine.py`, which are for layers of 218 million weights.
 Cost: a minute per engine on two cores, and 2 GB per rank.
 """
 
@@ -48,9 +47,8 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         if name.startswith("c10d"):
-            kind = next(
-                (k for k in ("allgather", "reduce_scatter", "allreduce", "broadcast", "reduce") if k in name), name
-            )
+            kinds = ("allgather", "reduce_scatter", "allreduce", "broadcast", "reduce")
+            kind = next((kind for kind in kinds if kind in name), name)
             self.bytes[kind] += max(_size(args[0]), _size(args[1]))
         return func(*args, **(kwargs or {}))
 
@@ -126,7 +124,7 @@ def measure(recipe_path: str) -> dict[str, Any]:
                 rewards_N = engine.wrapped(model.collate([group]))
                 loss = -torch.nn.functional.logsigmoid(rewards_N[0] - rewards_N[1]) / 2
                 engine.backward(loss, last)
-            total += float(loss)
+            total += float(loss.detach())
         return float(engine.dist.sum(torch.tensor(total))) / 2, engine.update(1e-4)
 
     first = step()
