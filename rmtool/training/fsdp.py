@@ -10,6 +10,7 @@ Cost per pack, for the weights of linear layers in bf16: 8 bytes sent per weight
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -56,6 +57,7 @@ def _shard_modules(model: RewardModel, device: torch.device) -> None:
         fully_shard(layer, mesh=mesh, mp_policy=mixed, ignored_params=whole)
     # Resharded also after a forward without a backward: what is saved then must not be what was gathered.
     fully_shard(model, mesh=mesh, mp_policy=mixed, ignored_params=whole, reshard_after_forward=True)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody changes rewards in place
     model.set_force_sum_reduction_for_comms(device.type == "cpu")  # type: ignore[operator]  # gloo has no averages
 
 

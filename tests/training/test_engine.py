@@ -101,6 +101,18 @@ def test_every_engine_takes_the_same_steps(
 
 
 @pytest.mark.slow
+def test_fsdp2_rounds_what_autocast_rounds_and_nothing_else(place: Path) -> None:
+    """Weights of norms, embedding and score head stay fp32, and gradients are averaged in fp32: in bf16, too, the first
+    steps are those of one process. A rounded norm shows in the second one.
+    """
+    half = ("--set", "train.precision=bf16", "--set", "train.max_steps=4", "--set", "train.tokens_per_pack=60")
+    one, two = (train(place, f"bf16-{engine}", engine, count, *half) for engine, count in (("single", 1), ("fsdp2", 2)))
+    for mine, theirs in zip(steps(two), steps(one), strict=True):
+        assert mine["train/rm/loss"] == pytest.approx(theirs["train/rm/loss"], abs=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_two_launchers_are_two_nodes(place: Path, alone: Path) -> None:
     port = free_port()
     nodes = ("--nodes", "2", "--main-address", "127.0.0.1", "--main-port", str(port))

@@ -147,7 +147,7 @@ def test_every_engine_continues_what_every_engine_saved(place: Place, world: str
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("world", ["single-1", "ddp-2", "zero2-2", "zero3-2"])
+@pytest.mark.parametrize("world", ["single-1", "ddp-2", "fsdp2-3", "zero2-2", "zero3-2"])
 def test_a_run_in_bf16_continues_too(tmp_path: Path, causal_lm: Path, worker: Any, world: str) -> None:
     """Also on a CPU without instructions for it, where rmtool would compute in fp32. ZeRO sends bf16, DDP fp32."""
     check(Place(tmp_path, causal_lm, bf16=True, worker=worker), world, (world, "zero3-4"), tolerance=2e-2)
