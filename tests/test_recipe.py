@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmtool.config import RENAMED_KEYS
+from rmtool.config import RENAMED_KEYS, LaunchConfig, engine_of
 from rmtool.errors import Place, RmtoolError, format_error
 from rmtool.recipe import as_dict, dump_recipe, load_recipe, parse_set, recipe_hash, recipes_folder, seconds_of
 
@@ -272,3 +272,11 @@ def test_a_list_as_a_key_is_invalid_yaml(tmp_path: Path) -> None:
 def test_a_key_below_a_value_names_its_section() -> None:
     with pytest.raises(RmtoolError, match=r"data.train is not a section"):
         load_recipe("debug", [("data.train.x", 1)])
+
+
+@pytest.mark.parametrize(
+    ("engine", "several"), [("auto", "ddp"), ("ddp", "ddp"), ("fsdp2", "fsdp2"), ("zero3", "zero3")]
+)
+def test_one_process_needs_no_engine_but_deepspeeds(engine: Any, several: str) -> None:
+    assert engine_of(LaunchConfig(gpus_per_node=2, engine=engine)) == several
+    assert engine_of(LaunchConfig(engine=engine)) == (engine if engine == "zero3" else "single")
