@@ -213,7 +213,7 @@ class LaunchConfig:
 
     nodes: Count = 1  # number of nodes
     gpus_per_node: Count = 1  # processes per node, one per GPU; without GPUs they share the CPU
-    engine: Literal["auto", "single", "ddp", "zero2", "zero3"] = "auto"  # auto: single, or ddp for several processes
+    engine: Literal["auto", "single", "ddp", "fsdp2", "zero2", "zero3"] = "auto"  # auto: single, or ddp for several
     offload_optimizer: StrictBool = False  # zero2 and zero3: keep optimizer states in CPU memory
     peak_tflops: Positive = 989.0  # of one device, for the estimated time; default: H100, dense bf16
     expected_mfu: Annotated[Positive, Field(le=1)] = 0.4  # assumed MFU, for the estimated time
@@ -222,7 +222,7 @@ class LaunchConfig:
 
     @model_validator(mode="after")
     def _check(self) -> LaunchConfig:
-        several = f"launch.engine must be auto, ddp, zero2 or zero3 for {world_size(self)} processes"
+        several = f"launch.engine must be auto, ddp, fsdp2, zero2 or zero3 for {world_size(self)} processes"
         offload = "launch.engine must be zero2 or zero3 with launch.offload_optimizer=true"
         hint = "set launch.engine=zero3, or launch.offload_optimizer=false"
         _refuse(
@@ -268,7 +268,7 @@ class Recipe:
     def _check(self) -> Recipe:
         train, lora = self.train, self.lora
         adapters = f"lora.rank must be 0 with train.freeze={train.freeze}: adapters train the backbone"
-        four_bit = "launch.engine must be single or ddp with lora.quantize=4bit: ZeRO cannot shard 4-bit weights"
+        four_bit = "launch.engine must be single or ddp with lora.quantize=4bit: 4-bit weights cannot be sharded"
         sharded = engine_of(self.launch) not in ("single", "ddp")
         best = "eval data must be set for train.keep=best and train.early_stopping_patience"
         compares = train.keep == "best" or train.early_stopping_patience
@@ -287,8 +287,8 @@ def world_size(launch: LaunchConfig) -> int:
 
 
 def engine_of(launch: LaunchConfig) -> str:
-    """Return the engine to run: single, ddp, zero2 or zero3. DDP with one process is single."""
-    if world_size(launch) == 1 and launch.engine in ("auto", "ddp"):
+    """Return the engine to run: single, ddp, fsdp2, zero2 or zero3. DDP and FSDP2 with one process are single."""
+    if world_size(launch) == 1 and launch.engine in ("auto", "ddp", "fsdp2"):
         return "single"
     return "ddp" if launch.engine == "auto" else launch.engine
 

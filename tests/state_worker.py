@@ -21,6 +21,7 @@ from typing import Any
 import deepspeed  # noqa: F401 - before the fork; it writes to stdout
 import torch
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 
 from rmtool.data.rejects import Rejects
 from rmtool.dataset.batches import epoch_steps
@@ -29,7 +30,7 @@ from rmtool.model import precision
 from rmtool.model.classifier import zero3_gathered
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import training_encoder, training_model
-from rmtool.recipe import load_recipe
+from rmtool.recipe import engine_of, load_recipe
 from rmtool.training import training_state
 from rmtool.training.engine import Engine, start_accelerator
 from rmtool.training.optim import build_optimizer
@@ -52,8 +53,9 @@ class Run:
         encoder, _ = training_encoder(recipe, source)
         split = load_split(recipe, encoder, Rejects(), SilentUi())
         model, _ = training_model(recipe, source, encoder)
-        engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
-        choose_layout(model, engine.wrapped, encoder.max_length)
+        optimizer, name = build_optimizer(model, recipe.train), engine_of(recipe.launch)
+        engine = Engine.prepare(accelerator, model, optimizer, recipe.train.max_grad_norm, name)
+        choose_layout(model, engine.wrapped, encoder.max_length, engine.dist)
         data = split.train
         batches = [
             batch
@@ -82,7 +84,9 @@ def live(engine: Engine) -> dict[str, str]:
     found = {}
     for name, parameter in engine.model.named_parameters():
         with zero3_gathered([parameter]):
-            found[name] = hashlib.sha256(parameter.detach().cpu().numpy().tobytes()).hexdigest()
+            value = parameter.detach()
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            found[name] = hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest()
     return found
 
 

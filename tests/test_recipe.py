@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmtool.config import RENAMED_KEYS
+from rmtool.config import RENAMED_KEYS, LaunchConfig, engine_of
 from rmtool.errors import Place, RmtoolError, format_error
 from rmtool.recipe import as_dict, dump_recipe, load_recipe, parse_set, recipe_hash, recipes_folder, seconds_of
 
@@ -40,7 +40,7 @@ def test_tulu3_is_the_published_recipe() -> None:
     assert (train.batch_size, train.learning_rate, train.epochs, train.schedule) == (256, 3e-6, 1, "linear")
     assert (train.betas, train.eps, train.precision, train.gradient_checkpointing) == ((0.9, 0.999), 1e-5, "bf16", True)
     assert (recipe.data.max_length, train.seed, train.warmup_steps) == (2048, 8, 0)
-    assert (launch.nodes, launch.gpus_per_node, launch.engine) == (8, 8, "zero3")
+    assert (launch.nodes, launch.gpus_per_node, launch.engine) == (8, 8, "fsdp2")
     assert recipe.track.wandb
     assert recipe.hub.repo_id is None
 
@@ -115,7 +115,8 @@ def test_a_wrong_value_is_refused(tmp_path: Path, setting: str, id: str, words: 
     ("settings", "words"),
     [
         ("lora.rank=4 train.freeze=backbone", "lora.rank must be 0"),
-        ("lora.rank=4 lora.quantize=4bit launch.gpus_per_node=2 launch.engine=zero3", "ZeRO"),
+        ("lora.rank=4 lora.quantize=4bit launch.gpus_per_node=2 launch.engine=zero3", "cannot be sharded"),
+        ("lora.rank=4 lora.quantize=4bit launch.gpus_per_node=2 launch.engine=fsdp2", "cannot be sharded"),
         ("data.holdout=1 train.early_stopping_patience=2", "train.eval_every must be set"),
         ("train.early_stopping_patience=2 train.eval_every=1", "eval data must be set"),
     ],
@@ -271,3 +272,11 @@ def test_a_list_as_a_key_is_invalid_yaml(tmp_path: Path) -> None:
 def test_a_key_below_a_value_names_its_section() -> None:
     with pytest.raises(RmtoolError, match=r"data.train is not a section"):
         load_recipe("debug", [("data.train.x", 1)])
+
+
+@pytest.mark.parametrize(
+    ("engine", "several"), [("auto", "ddp"), ("ddp", "ddp"), ("fsdp2", "fsdp2"), ("zero3", "zero3")]
+)
+def test_one_process_needs_no_engine_but_deepspeeds(engine: Any, several: str) -> None:
+    assert engine_of(LaunchConfig(gpus_per_node=2, engine=engine)) == several
+    assert engine_of(LaunchConfig(engine=engine)) == (engine if engine == "zero3" else "single")

@@ -27,6 +27,8 @@ MOST_FILES = 14
 BESIDE = {
     "config.py": "settings",
     "packages.py": "versions",
+    "packing/transfer.py": "copies to the device",
+    "training/training_pack.py": "labels beside the batch",
     "recipe.py": "settings",
     "ui/__init__.py": "progress",
     "data/file_kinds.py": "which reader a file needs",

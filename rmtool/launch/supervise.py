@@ -132,7 +132,7 @@ def _environment(plan: Plan, request: StopRequest, events: Path) -> dict[str, st
         if not name.startswith(FOREIGN_PREFIXES) and name not in RANK_VARIABLES
     }
     environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
-    if not torch.cuda.is_available() and engine_of(plan.recipe.launch) == "ddp":
+    if not torch.cuda.is_available() and engine_of(plan.recipe.launch) in ("ddp", "fsdp2"):
         environment["ACCELERATE_USE_CPU"] = "true"
     if request.deadline is not None:
         environment[DEADLINE] = str(request.deadline)

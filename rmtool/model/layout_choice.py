@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from rmtool.dist import SINGLE_PROCESS, DistInfo
 from rmtool.model.classifier import HEAD
 from rmtool.model.precision import fp32_compute
 from rmtool.model.reward_model import RewardModel
@@ -29,15 +30,19 @@ class LayoutDecision:
     reason: str | None = None
 
 
-def choose_layout(model: RewardModel, forward_module: nn.Module, max_length: int) -> LayoutDecision:
-    """Switch prefix sharing on if all checks pass, else off; all ranks must call it.
+def choose_layout(
+    model: RewardModel, forward_module: nn.Module, max_length: int, dist: DistInfo = SINGLE_PROCESS
+) -> LayoutDecision:
+    """Switch prefix sharing on if all checks pass on all ranks, else off; all ranks must call it.
 
     Args:
         forward_module: what to call for a forward: the model, or the engine that wraps it.
         max_length: tokens of the longest sequence that the model will be given.
+        dist: the ranks; each measures, and all decide by the worst number.
 
     Raises:
-        RmtoolError: E0411 the model has too few positions; E0410, E0412 its rewards would depend on the batch.
+        RmtoolError: on all ranks or none: E0411 the model has too few positions; E0410, E0412 its rewards would depend
+            on the batch.
     """
     prefix_sharing.require_positions(model.backbone, max_length)
     prefix_sharing.require_fixed_positions(model.backbone, max_length)
@@ -52,15 +57,10 @@ def choose_layout(model: RewardModel, forward_module: nn.Module, max_length: int
     forward_module.eval()
     try:
         with _in_fp32(model):
-            probe = prefix_sharing.Probe(groups, partial(states, False))
+            probe = prefix_sharing.Probe(groups, partial(states, False), dist)
             reason = prefix_sharing.declared_reason(model.backbone)
             reason = reason or prefix_sharing.probe_failure(probe, partial(states, True, groups))
-        if reason is None:
-            check = attention_check.KernelCheck()
-            model.share_prompts(True)
-            model.classifier.set_attn_implementation(attention_check.NAME)
-            _head_inputs(model, forward_module, groups)
-            reason = prefix_sharing.kernel_failure(check.worst)
+        reason = reason or prefix_sharing.kernel_failure(dist.max(_kernel_error(model, forward_module, groups)))
         if reason is not None:
             with _in_fp32(model):
                 prefix_sharing.require_padding(probe)
@@ -69,6 +69,14 @@ def choose_layout(model: RewardModel, forward_module: nn.Module, max_length: int
         forward_module.train(training)
         model.share_prompts(shared)
     return LayoutDecision(shared, reason)
+
+
+def _kernel_error(model: RewardModel, forward_module: nn.Module, groups: Sequence[ResponseGroup]) -> float:
+    check = attention_check.KernelCheck()
+    model.share_prompts(True)
+    model.classifier.set_attn_implementation(attention_check.NAME)
+    _head_inputs(model, forward_module, groups)
+    return check.worst
 
 
 @torch.no_grad()

@@ -64,11 +64,10 @@ def fp32_compute(backbone: PreTrainedModel) -> Iterator[None]:
     """Compute in fp32 inside the context. Every weight is restored at its end; not for forwards with gradients."""
     with contextlib.ExitStack() as stack:
         for module in _layers_and_others(backbone):
-            if any(_is_half(parameter) for parameter in module.parameters()):
-                if isinstance(module, nn.Embedding):  # the largest matrix, of which few rows are used
-                    stack.callback(module.register_forward_hook(lambda _, __, output: output.float()).remove)
-                else:
-                    _upcast_while_it_runs(module, stack)
+            if isinstance(module, nn.Embedding):  # the largest matrix, of which few rows are used
+                stack.callback(module.register_forward_hook(lambda _, __, output: output.float()).remove)
+            else:
+                _upcast_while_it_runs(module, stack)  # also fp32 weights, which FSDP2 gathers in bf16
         for module in backbone.modules():
             if hasattr(module, "compute_type_is_set"):  # bitsandbytes
                 _compute_4bit_in_fp32(module, stack)

@@ -1,8 +1,8 @@
 """A trained classifier's weights as in an ordinary checkpoint: gathered, merged, under transformers' names.
 
-In: a classifier whose parameters may be partitioned (ZeRO-3), have adapters, or be in 4 bits. Out: its state dict, one
-tensor at a time, on the CPU, and a classifier without memory that saves it. The classifier itself is not changed and
-can train on.
+In: a classifier whose parameters may be partitioned (ZeRO-3, FSDP2), have adapters, or be in 4 bits. Out: its state
+dict, one tensor at a time, on the CPU, and a classifier without memory that saves it. The classifier itself is not
+changed and can train on.
 Cost: one gather and one copy per tensor.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rmtool.model.classifier import without_zero3_init, zero3_gathered
@@ -21,9 +22,9 @@ from rmtool.model.classifier import without_zero3_init, zero3_gathered
 BASE = ".base_layer."  # where peft moves the weights of a layer with adapters
 
 
-def merged_weights(classifier: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_weights(classifier: nn.Module, dtype: torch.dtype, keep: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of the state dict, floating-point tensors in `dtype`. Where parameters are partitioned, all
-    ranks must exhaust the iterator.
+    ranks must exhaust the iterator; it yields nothing where `keep` is false, and copies nothing to the CPU.
     """
     parameters = dict(classifier.named_parameters(remove_duplicate=False))
     known = parameters | dict(classifier.named_buffers(remove_duplicate=False))
@@ -37,8 +38,11 @@ def merged_weights(classifier: nn.Module, dtype: torch.dtype) -> Iterator[tuple[
             weight = _dequantized(known[name])
             if module is not None and name.endswith(".weight"):
                 weight = weight.float() + module.get_delta_weight("default").float()
-            save_dtype = dtype if weight.is_floating_point() else weight.dtype
-            yield name.replace(BASE, "."), weight.to("cpu", save_dtype, copy=True)
+            if isinstance(weight, DTensor):
+                weight = weight.full_tensor()
+            if keep:
+                save_dtype = dtype if weight.is_floating_point() else weight.dtype
+                yield name.replace(BASE, "."), weight.to("cpu", save_dtype, copy=True)
 
 
 def _dequantized(weight: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from rmtool.dist import SINGLE_PROCESS, DistInfo
 from rmtool.errors import RmtoolError
 from rmtool.packing.attention import UnsupportedAttentionError
 from rmtool.tokenization.response_group import ResponseGroup, build_group
@@ -130,12 +131,19 @@ class Probe:
 
     Args:
         padded: runs one padded batch and returns the states of its last tokens, float32[N, D].
+        dist: the ranks, whose worst error counts: near a tolerance they would choose differently, and hang.
     """
 
-    def __init__(self, groups: Sequence[ResponseGroup], padded: Callable[[Sequence[ResponseGroup]], torch.Tensor]):
-        self.groups, self.padded = groups, padded
+    def __init__(
+        self,
+        groups: Sequence[ResponseGroup],
+        padded: Callable[[Sequence[ResponseGroup]], torch.Tensor],
+        dist: DistInfo = SINGLE_PROCESS,
+    ):
+        self.groups, self.padded, self.dist = groups, padded, dist
         singles = [build_group([sequence.tolist()]) for group in groups for sequence in group.sequences()]
         self.alone_ND = torch.cat([padded([group]) for group in singles])
+        self.finite = not dist.max(float(not self.alone_ND.isfinite().all()))
 
     @functools.cached_property
     def padding_error(self) -> float:
@@ -148,7 +156,7 @@ class Probe:
         """
         spread = (self.alone_ND - self.alone_ND.mean(0)).norm(dim=1).mean()
         scale = max(float(spread), 0.1 * float(self.alone_ND.norm(dim=1).mean()), 1e-30)
-        return float((states_ND - self.alone_ND).norm(dim=1).max()) / scale
+        return self.dist.max(float((states_ND - self.alone_ND).norm(dim=1).max()) / scale)
 
 
 def probe_failure(probe: Probe, shared: Callable[[], torch.Tensor]) -> str | None:
@@ -176,7 +184,7 @@ def require_padding(probe: Probe) -> None:
     Raises:
         RmtoolError: E0412 it does.
     """
-    if not probe.alone_ND.isfinite().all():
+    if not probe.finite:
         return  # broken weights, not padding: E0409 and E0802 report them
     error = probe.padding_error
     if not error <= PADDED_TOLERANCE:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rmtool.config import Recipe
-from rmtool.model.classifier import build_classifier
+from rmtool.model.classifier import build_classifier, is_matrix
 from rmtool.model.loading import make_trainable
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing
@@ -32,6 +32,7 @@ from rmtool.recipe import engine_of, world_size
 from rmtool.tokenization.response_group import ResponseGroup, build_group
 from rmtool.training.engine import LIVE_PARAMETERS, PERSISTENT_PARAMETERS, REDUCE_BUCKET
 
+SHARDED = ("fsdp2", "zero2", "zero3")  # engines that split gradients and optimizer states
 MOST_PAIRS = 8  # in the fake pack: each takes time, and more need hardly more memory
 TRIED_LAYERS = (3, 5)  # numbers of layers that are run; those between are assumed to take the difference each
 FP32, BF16 = 4, 2  # bytes
@@ -74,15 +75,19 @@ def plan_memory(recipe: Recipe, folder: Path, tokens: int, per_pair: int = 512) 
         sizes = [p.numel() for p in model.parameters()]
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
         frozen = _frozen_bytes(recipe, model)
+        matrices = sum(p.numel() for p in model.parameters() if is_matrix(p))
+        embedding, layer = _embedding(model).numel(), _fsdp_buffers(recipe, model)
         activations = _activations(recipe, folder, model, tokens, per_pair)
     whole, some = sum(sizes), sum(trained)
-    part = processes if engine.startswith("zero") else 1
-    weights, buffers = frozen + FP32 * some, _buckets(recipe, some)
+    part = processes if engine in SHARDED else 1
+    weights, buffers = frozen + FP32 * some, _buckets(recipe, some, activations)
     if engine == "zero3":
         kept = FP32 * sum(size for size in sizes if size <= PERSISTENT_PARAMETERS)
         weights = kept + weights // processes
-        sent = BF16 if recipe.train.precision == "bf16" else FP32
-        buffers += max(sent * min(whole, LIVE_PARAMETERS), FP32 * max(sizes))
+        buffers += FP32 * max(min(whole, LIVE_PARAMETERS), *sizes)  # gathered in bf16, but held in fp32
+    if engine == "fsdp2":
+        weights = FP32 * (whole - matrices) + FP32 * matrices // processes
+        buffers = max(layer, 2 * FP32 * embedding - activations)  # these are small when the embedding is gathered
     gradients, optimizer = FP32 * some // part, 2 * FP32 * some // part
     if engine.startswith("zero"):
         optimizer += FP32 * some // part
@@ -92,15 +97,35 @@ def plan_memory(recipe: Recipe, folder: Path, tokens: int, per_pair: int = 512) 
     return Memory(whole, some, tokens, weights, gradients, optimizer, activations, buffers, away)
 
 
-def _buckets(recipe: Recipe, trainable: int) -> int:
-    """Bytes of gradient buckets. DDP sends gradients from where they are; DeepSpeed has a bucket per dtype, and ZeRO-2
+def _buckets(recipe: Recipe, trainable: int, activations: int) -> int:
+    """Bytes of gradient buckets, beyond the gradients. DDP's gradients are views of its buckets, which it makes anew
+    before a forward of the second step, where there are no activations; DeepSpeed has a bucket per dtype, and ZeRO-2
     two, one filled while the other is sent.
     """
     engine = engine_of(recipe.launch)
-    if engine in ("single", "ddp"):
+    if engine == "ddp":
+        return max(0, FP32 * trainable - activations)
+    if not engine.startswith("zero"):
         return 0
     sizes = FP32 + BF16 if recipe.train.precision == "bf16" else FP32
     return (2 if engine == "zero2" else 1) * sizes * min(REDUCE_BUCKET, trainable)
+
+
+def _fsdp_buffers(recipe: Recipe, model: RewardModel) -> int:
+    """Most bytes that FSDP2 takes for one of the modules that it gathers at a time, but for the embedding: its weights,
+    those of the next one as they are received and as they are used, its gradients, and these in fp32 to be sent.
+    """
+    half = BF16 if recipe.train.precision == "bf16" else FP32
+    linear = [
+        sum(m.weight.numel() for m in layer.modules() if type(m) is nn.Linear)
+        for layer in decoder_layers(model.backbone)
+    ]
+    others = [
+        sum(p.numel() for p in module.parameters(recurse=False) if is_matrix(p))
+        for module in model.modules()
+        if not isinstance(module, nn.Linear | nn.Embedding)
+    ]
+    return max((4 * half + FP32) * max(linear, default=0), (4 * FP32 + FP32) * max(others))
 
 
 def fake_model(recipe: Recipe, folder: Path, depth: int | None = None) -> RewardModel:
@@ -112,7 +137,7 @@ def fake_model(recipe: Recipe, folder: Path, depth: int | None = None) -> Reward
         make_trainable(classifier, recipe)
         model = RewardModel(classifier, 0, recipe.train.precision)
     # With bf16 weights, autocast makes no copies.
-    arrive = engine_of(recipe.launch) == "zero3" or recipe.lora.quantize != "none"
+    arrive = engine_of(recipe.launch) == "fsdp2" or recipe.lora.quantize != "none"
     half = torch.bfloat16 if recipe.train.precision == "bf16" and arrive else torch.float32
     for module in model.modules():
         for name, value in module.named_parameters(recurse=False):
@@ -168,7 +193,7 @@ def _activations(recipe: Recipe, folder: Path, model: RewardModel, tokens: int, 
 
 def _most_alive(recipe: Recipe, model: RewardModel, groups: Sequence[ResponseGroup]) -> int:
     _embedding(model).requires_grad_(False)
-    frees = engine_of(recipe.launch).startswith("zero")  # gradients, once they are in the bucket
+    frees = engine_of(recipe.launch) in SHARDED  # gradients, once they are in the bucket
     for parameter in model.parameters():
         if parameter.requires_grad and not frees:
             parameter.grad = torch.zeros_like(parameter)  # of the step's earlier packs

@@ -265,7 +265,7 @@ def launch_command(recipe: Recipe, output: Path, node: int) -> list[str]:
 
 
 def _engine_arguments(engine: str) -> list[str]:
-    if engine == "ddp":
+    if engine in ("ddp", "fsdp2"):  # which of them, the worker finds in the recipe
         return ["--multi_gpu"]
     initialized = "true" if engine == "zero3" else "false"  # whether weights are sharded while they are loaded
     return ["--use_deepspeed", "--zero_stage", engine[-1], "--zero3_init_flag", initialized,

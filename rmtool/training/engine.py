@@ -1,9 +1,9 @@
 """The engine of a training run: process group, DeepSpeed's settings, and the model and optimizer that it wraps.
 
-In: a recipe, and the launcher's environment variables. Out: accelerate's `Accelerator` for one process, DDP, ZeRO-2 or
-ZeRO-3, and an `Engine` with the same calls on each. Weights, gradients and optimizer states are fp32 on every engine,
-and autocast is the model's own: an engine changes no step. Under ZeRO with bf16, weights and gradients are sent in
-bf16, except those of the score head.
+In: a recipe, and the launcher's environment variables. Out: accelerate's `Accelerator` for one process, DDP, FSDP2
+(`fsdp.py`), ZeRO-2 or ZeRO-3, and an `Engine` with the same calls on each. Weights, gradients and optimizer states are
+fp32 on every engine, and autocast is the model's own: an engine changes no step. With bf16, the weights of linear
+layers are sent in bf16 by ZeRO and FSDP2, their gradients in bf16 by ZeRO; not those of the score head.
 Cost: one collective call per check.
 """
 
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from rmtool.config import Recipe
 from rmtool.dist import DistInfo
@@ -27,6 +29,8 @@ from rmtool.model.precision import compute_precision
 from rmtool.model.reward_model import RewardModel
 from rmtool.model.weights import merged_weights
 from rmtool.recipe import engine_of
+from rmtool.training import fsdp
+from rmtool.training.optim import trainable
 
 # Sizes in elements. DeepSpeed's defaults take about 8 GB of GPU memory; a matrix larger than a bucket is sent alone.
 REDUCE_BUCKET = 16_000_000  # gradients reduced together
@@ -109,11 +113,33 @@ class Engine:
 
     @classmethod
     def prepare(
-        cls, accelerator: Accelerator, model: RewardModel, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+        cls,
+        accelerator: Accelerator,
+        model: RewardModel,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float | None,
+        engine: str = "auto",
     ) -> Engine:
-        """Wrap the model and its optimizer for the engine of this process group."""
+        """Wrap the model and its optimizer for the engine of this process group; `engine` tells FSDP2 from DDP."""
+        if engine == "fsdp2":
+            fsdp.shard(model, optimizer, accelerator.device)
+            return cls(accelerator, model, model, accelerator.prepare(optimizer), max_grad_norm)
+        if accelerator.num_processes > 1 and accelerator.state.deepspeed_plugin is None:
+            model.to(accelerator.device)
+            for parameter in trainable(model):  # DDP turns those that are there into views of its buckets
+                parameter.grad = torch.zeros_like(parameter)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         return cls(accelerator, model, wrapped, optimizer, max_grad_norm)
+
+    @property
+    def ddp(self) -> bool:
+        """Whether the engine is DDP."""
+        return isinstance(self.wrapped, DistributedDataParallel)
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether the engine is FSDP2."""
+        return isinstance(self.wrapped, FSDPModule)
 
     @property
     def deepspeed(self) -> bool:
@@ -122,8 +148,8 @@ class Engine:
 
     @property
     def dist(self) -> DistInfo:
-        """Rank, world size and sum, for code that divides work over ranks."""
-        return DistInfo(self.accelerator.process_index, self.accelerator.num_processes, self.sum)
+        """Rank, world size, sum and maximum, for code that divides work over ranks."""
+        return DistInfo(self.accelerator.process_index, self.accelerator.num_processes, self.sum, largest)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks; the result is on the CPU."""
@@ -136,11 +162,14 @@ class Engine:
             self.wrapped.backward(loss)
         else:
             self.accelerator.backward(loss)
+        if self.fsdp and last:
+            fsdp.average_whole(self.model.parameters())
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Context for forward and backward: DDP reduces gradients only in the `last` pack of a step."""
-        no_sync = not last and not self.deepspeed
-        return self.accelerator.no_sync(self.wrapped) if no_sync else contextlib.nullcontext()
+        """Context for forward and backward: DDP reduces gradients only in the `last` pack of a step. Engines that shard
+        them do so in every pack: gradients of several packs would be held whole.
+        """
+        return self.wrapped.no_sync() if self.ddp and not last else contextlib.nullcontext()
 
     def update(self, rate: float) -> float:
         """Clip the gradients, step the optimizer at this learning rate, clear them; return the norm before clipping.
@@ -158,7 +187,8 @@ class Engine:
         norm = self.clip()
         if math.isfinite(norm):
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        # Without gradients, DDP's first packs of the next step would make new ones next to its buckets.
+        self.optimizer.zero_grad(set_to_none=not self.ddp)
         return norm
 
     @property
@@ -168,24 +198,25 @@ class Engine:
 
     def discard_gradients(self) -> None:
         """Free the gradients of a step that failed, and what the failed pack has left; not for DeepSpeed."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.ddp)
         gc.collect()  # autograd's graph may be in a cycle
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def clip(self) -> float:
         """Clip the gradients and return their norm before; not for DeepSpeed, which clips in its step."""
-        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf))
+        parameters, limit = list(self.model.parameters()), self.max_grad_norm or math.inf
+        if self.fsdp:
+            return fsdp.clip(parameters, limit)
+        return float(self.accelerator.clip_grad_norm_(parameters, limit))
 
     def full_state_dict(self, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
         """Gather the classifier's state dict in `dtype` on the CPU of the main process; None on the others.
 
         All ranks must call it.
         """
-        main, weights = self.accelerator.is_main_process, dict[str, torch.Tensor]()
-        for name, value in merged_weights(self.model.classifier, dtype):
-            if main:
-                weights[name] = value
+        main = self.accelerator.is_main_process
+        weights = dict(merged_weights(self.model.classifier, dtype, keep=main))
         return weights if main else None
 
 
@@ -194,6 +225,11 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+
+
+def largest(value: float) -> float:
+    """The largest value of all ranks; NaN counts as inf. All ranks must call it."""
+    return max(math.inf if math.isnan(each) else each for each in gather_object([value]))
 
 
 def require_agreement(values: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ of that while it writes a ZeRO partition or from a GPU, and the largest saved te
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from rmtool.errors import RmtoolError, first_line
 from rmtool.training.engine import Engine
@@ -44,7 +47,7 @@ class Share:
     offset: start of the range in the flattened parameter
     length: elements of the range
     owner:  the tensor that the optimizer updates: the parameter, or a flat ZeRO partition with parts of several
-    start:  start of the range in the owner
+    start:  start of the range in the owner, or in what this rank has of it
     """
 
     size: int
@@ -55,7 +58,7 @@ class Share:
 
     def chunk(self, tensor: torch.Tensor) -> Chunk:
         """Return this range of the owner, or of a moment of the owner's shape."""
-        return Chunk(self.size, self.offset, tensor.detach().view(-1).narrow(0, self.start, self.length))
+        return Chunk(self.size, self.offset, _local(tensor.detach()).view(-1).narrow(0, self.start, self.length))
 
 
 @dataclass(frozen=True)
@@ -142,13 +145,28 @@ def trainable_shares(engine: Engine) -> dict[str, Share]:
     """Return this rank's share of every trainable parameter, by a name that is the same on every engine."""
     parameters = {name: value for name, value in engine.model.named_parameters() if value.requires_grad}
     if not engine.deepspeed:
-        return {name: Share(value.numel(), 0, value.numel(), value) for name, value in parameters.items()}
+        return {name: _fsdp_share(value) for name, value in parameters.items()}
     zero = engine.wrapped.optimizer  # the optimizer of DeepSpeed around torch's
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         return {name: _zero3_share(zero, value) for name, value in parameters.items()}
     partitions = zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
     owners = {parameter: partition for partition, group in partitions for parameter in group}
     return {name: _zero2_share(owners[value], value) for name, value in parameters.items()}
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _fsdp_share(parameter: torch.Tensor) -> Share:
+    """FSDP2 splits matrices by rows, the first ranks have more; what it does not shard is whole on every rank."""
+    rows = 0
+    if isinstance(parameter, DTensor):
+        _, (rows, *_) = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+    offset = rows * math.prod(parameter.shape[1:])
+    return Share(parameter.numel(), offset, _local(parameter).numel(), parameter)
 
 
 def _zero2_share(owner: torch.Tensor, parameter: Any) -> Share:

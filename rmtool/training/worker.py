@@ -123,8 +123,9 @@ def _prepare_engine(
 ) -> tuple[Engine, str | None]:
     """Load the model and prepare it with its optimizer; return why batches are padded, too."""
     model, more = training_model(recipe, source, encoder)
-    engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
-    padded_reason = choose_layout(model, engine.wrapped, encoder.max_length).reason
+    optimizer, name = build_optimizer(model, recipe.train), engine_of(recipe.launch)
+    engine = Engine.prepare(accelerator, model, optimizer, recipe.train.max_grad_norm, name)
+    padded_reason = choose_layout(model, engine.wrapped, encoder.max_length, engine.dist).reason
     more += precision_notices(recipe.train.precision, padded_reason is None)
     if recipe.train.compile:  # after choose_layout, which tries both layouts
         more += [f"compiled layers: {_compile(model)}"]

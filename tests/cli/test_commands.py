@@ -271,10 +271,10 @@ def test_the_tulu3_plan_is_printed_without_a_network(
     monkeypatch.setenv("COLUMNS", columns)
     shown = rmtool("train", "--recipe", "tulu3-8b", "--dry-run")
     assert shown.code == 0, shown.err
-    words = ("64 (8 nodes x 8 processes)", "zero3", "256 pairs (4 per process)", "2,048 tokens", "3e-06, linear")
+    words = ("64 (8 nodes x 8 processes)", "fsdp2", "256 pairs (4 per process)", "2,048 tokens", "3e-06, linear")
     assert all(word in shown.out for word in words)
     assert "--num_machines 8 --num_processes 64" in shown.out
-    assert "--zero_stage 3" in shown.out
+    assert "--multi_gpu" in shown.out
     assert max(map(len, shown.out.split("\n# ")[0].splitlines())) <= int(columns)
     assert not (tmp_path / "runs").exists()
 
@@ -285,8 +285,13 @@ def test_every_bundled_recipes_launch_command_is_one_that_accelerate_reads() -> 
     from rmtool.planning.plan import launch_command
     from rmtool.recipe import load_recipe
 
-    for name, processes, machines in (("debug", 1, 1), ("smollm2-135m", 1, 1), ("tulu3-8b", 64, 8)):
-        command = launch_command(load_recipe(name), Path("runs/x"), machines - 1)
+    for name, engine, processes, machines in (
+        ("debug", "auto", 1, 1),
+        ("smollm2-135m", "auto", 1, 1),
+        ("tulu3-8b", "fsdp2", 64, 8),
+        ("tulu3-8b", "zero3", 64, 8),
+    ):
+        command = launch_command(load_recipe(name, [("launch.engine", engine)]), Path("runs/x"), machines - 1)
         assert command[1:3] == ["-m", "accelerate.commands.launch"]
         parsed = launch_command_parser().parse_args(command[3:])
         assert (parsed.num_processes, parsed.num_machines, parsed.machine_rank) == (processes, machines, machines - 1)
@@ -295,7 +300,8 @@ def test_every_bundled_recipes_launch_command_is_one_that_accelerate_reads() -> 
             "rmtool.training.worker",
             ["runs/x/node-7" if machines > 1 else "runs/x"],
         )
-        assert parsed.use_deepspeed == (name == "tulu3-8b")
+        assert (parsed.multi_gpu, parsed.use_deepspeed) == (engine == "fsdp2", engine == "zero3")
+        assert parsed.zero_stage == (3 if engine == "zero3" else None)
 
 
 def test_train_passes_its_time_limit_and_restart_on(

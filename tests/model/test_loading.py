@@ -300,6 +300,7 @@ def test_adapters_train_the_head_and_merge_into_an_ordinary_model(checkpoint: Pa
     before, head = classifier(ids).logits.detach(), classifier.score.weight.detach().clone()
     saved = tmp_path / "saved"
     weights = dict(merged_weights(classifier, torch.float32))
+    assert not list(merged_weights(classifier, torch.float32, keep=False))  # as on all ranks but one
     meta_copy(classifier, torch.float32).save_pretrained(saved, state_dict=weights)
     again, origin = build_classifier(saved, dtype=torch.float32)
     assert origin.name == "score.weight"

@@ -15,6 +15,7 @@ from helpers import build as build_fp32
 from mutants import HALF_ONLY, PACKS, Mutant, Patch, install_attention
 from rounding import RoundedProducts, round_forwards, rounded_matmul
 
+from rmtool.dist import DistInfo
 from rmtool.errors import RmtoolError
 from rmtool.model.layout_choice import _head_inputs, choose_layout
 from rmtool.model.precision import PRECISIONS
@@ -56,6 +57,30 @@ def test_a_model_that_padding_changes_is_refused_with_weights_of_16_bits(monkeyp
     probe = prefix_sharing.Probe(GROUPS, lambda groups: _head_inputs(model, model, groups))
     assert probe.padding_error > prefix_sharing.PADDED_TOLERANCE
     assert choose_layout(model, model, 512).reason == "made to run padded"
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "expected"),
+    [
+        ((0.0, 0.0, 0.0), "None"),
+        ((0.0, 0.0, 9.0, 0.0), "half-precision packed attention is off by 9.0"),
+        ((0.0, 1e-4, 0.0), "prefix sharing changes its rewards (relative error 1.0e-04)"),
+        ((0.0, 1e-4, 5e-4, 0.0), "None"),  # no more than padding does on that rank
+        ((0.0, 1.0, 1.0), "padding changes the rewards"),
+        ((1.0, 1.0, 1.0), "prefix sharing changes its rewards"),  # NaN in the states: not the fault of padding
+    ],
+)
+def test_one_rank_decides_for_all(elsewhere: tuple[float, ...], expected: str) -> None:
+    """This rank finds nothing wrong; the other one measures these numbers. Both run the same forwards."""
+    model, other = build(hf.LlamaConfig(**tiny_config(97), num_labels=1), "bf16"), iter(elsewhere)
+    dist = DistInfo(0, 2, max=lambda value: max(value, next(other)))
+    try:
+        reason = str(choose_layout(model, model, 512, dist).reason)
+    except RmtoolError as error:
+        reason = error.what
+    assert expected in reason
+    assert model.shares_prompts == (expected == "None")
+    assert next(other, None) is None
 
 
 # ------------------------------------------------------------------------------------------------------- its bounds

@@ -55,7 +55,7 @@ def named(name: str, *settings: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def sharded(llama: Path) -> Memory:
-    return plan_memory(recipe(), llama, 8192)
+    return plan_memory(recipe("launch.engine=zero3"), llama, 8192)
 
 
 def test_zero3_shares_weights_gradients_and_optimizer_out(sharded: Memory) -> None:
@@ -64,15 +64,32 @@ def test_zero3_shares_weights_gradients_and_optimizer_out(sharded: Memory) -> No
     assert memory.weights == WEIGHTS * 4 // 64 + 4 * NON_WEIGHT_FILES
     assert memory.gradients == WEIGHTS * 4 // 64
     assert memory.optimizer == WEIGHTS * 8 // 64 + WEIGHTS * 4 // 64  # two moments, and the weights that are stepped
-    gathered = max(2 * LIVE_PARAMETERS, 4 * 128_264 * 4096)
+    gathered = 4 * max(LIVE_PARAMETERS, 128_264 * 4096)
     assert memory.buffers == gathered + 6 * REDUCE_BUCKET
     assert memory.host == 0
     assert PERSISTENT_PARAMETERS < 4096 * 1024  # no matrix stays whole
 
 
+def test_fsdp2_shares_them_out_too(llama: Path) -> None:
+    memory, matrices = plan_memory(recipe("launch.engine=fsdp2"), llama, 8192), WEIGHTS - 65 * 4096
+    assert memory.weights == 4 * 65 * 4096 + matrices * 4 // 64
+    assert memory.gradients + memory.optimizer == pytest.approx(WEIGHTS * 12 // 64)
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336
+    # Three layers' worth in bf16, and gradients of one in bf16 and fp32; or the embedding, received and copied.
+    assert memory.buffers == max(12 * layer, 8 * 128_264 * 4096 - memory.activations)
+    wide = plan_memory(recipe("launch.engine=fsdp2", "train.precision=fp32"), llama, 8192)
+    assert wide.buffers == max(20 * layer, 8 * 128_264 * 4096 - wide.activations)
+
+
+def test_ddp_holds_gradients_twice_where_it_holds_nothing_else(llama: Path) -> None:
+    one = ("launch.engine=ddp", "launch.nodes=1", "launch.gpus_per_node=8")
+    memory = plan_memory(recipe(*one), llama, 512)
+    assert memory.buffers == memory.gradients - memory.activations > 0
+
+
 def test_offloaded_states_wait_in_the_host(llama: Path, sharded: Memory) -> None:
     here = sharded
-    away = plan_memory(recipe("launch.offload_optimizer=true"), llama, 8192)
+    away = plan_memory(recipe("launch.engine=zero3", "launch.offload_optimizer=true"), llama, 8192)
     assert away.host == here.gradients + here.optimizer
     assert away.total == here.total - away.host
 
@@ -96,7 +113,7 @@ def test_adapters_and_4_bits_take_less(llama: Path) -> None:
 
 
 def test_a_frozen_backbone_keeps_no_activations(llama: Path, sharded: Memory) -> None:
-    frozen = plan_memory(recipe("train.freeze=backbone"), llama, 8192)
+    frozen = plan_memory(recipe("launch.engine=zero3", "train.freeze=backbone"), llama, 8192)
     assert frozen.trainable == 4096
     assert frozen.activations < sharded.activations / 2
 

@@ -87,6 +87,7 @@ def measure(place: Path, command: list[str | Path]) -> int:
         ("single", 1, (CHECKPOINTED,)),
         ("single", 1, ("lora.rank=8",)),
         ("ddp", 2, (CHECKPOINTED,)),
+        ("fsdp2", 2, (CHECKPOINTED,)),
         ("zero2", 2, ()),
         ("zero3", 2, (CHECKPOINTED,)),
         ("zero3", 2, ("launch.offload_optimizer=true",)),

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from rmtool.data.rejects import Rejects
 from rmtool.dataset.batches import BatchItem, epoch_steps
 from rmtool.dataset.split import load_split
 from rmtool.errors import RmtoolError
 from rmtool.model.loading import training_encoder, training_model
-from rmtool.recipe import load_recipe
+from rmtool.recipe import engine_of, load_recipe
 from rmtool.training.engine import Engine, start_accelerator
 from rmtool.training.optim import build_optimizer
 from rmtool.training.step import Trainer, training_step
@@ -37,7 +38,8 @@ def start(path: str, settings: list[tuple[str, Any]] = []) -> tuple[Trainer, lis
     split = load_split(recipe, encoder, Rejects(), SilentUi())
     model, _ = training_model(recipe, source, encoder)
     model.share_prompts(True)
-    engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
+    optimizer, name = build_optimizer(model, recipe.train), engine_of(recipe.launch)
+    engine = Engine.prepare(accelerator, model, optimizer, recipe.train.max_grad_norm, name)
     engine.wrapped.train()
     batches = list(epoch_steps(split.train.metadata, split.train.groups, 0, 0, recipe.train.batch_size))
     return Trainer.start(recipe, engine, SilentUi(), Path(path).parent), batches
@@ -50,7 +52,9 @@ def state(engine: Engine) -> str:
         inner = inner.optimizer
     found = hashlib.sha256()
     for tensor in _tensors(engine, inner):
-        found.update(tensor.detach().cpu().numpy().tobytes())
+        value = tensor.detach()
+        value = value.to_local() if isinstance(value, DTensor) else value
+        found.update(value.cpu().numpy().tobytes())
     return found.hexdigest()
 
 
@@ -107,10 +111,24 @@ class Fault:
         del self.model.build_batch
 
 
+def watch_gradients(engine: Engine) -> list[int]:
+    """A list that gets, for each pack of the next step, the number of storages that hold gradients at its start."""
+    storages, backward = list[int](), Engine.backward
+
+    def watched(loss: torch.Tensor, last: bool) -> None:
+        held = [p.grad for p in engine.model.parameters() if p.grad is not None and not isinstance(p.grad, DTensor)]
+        storages.append(len({gradient.untyped_storage().data_ptr() for gradient in held}))
+        backward(engine, loss, last)
+
+    engine.backward = watched  # type: ignore[method-assign]
+    return storages
+
+
 def take(trainer: Trainer, batch: list[BatchItem], step: int, kind: str) -> dict[str, Any]:
     """Take a step with this fault in its last row; report what happened."""
     fault = Fault(trainer, batch[-1], kind) if kind != "none" else None
     before, rows, error = state(trainer.engine), (), None
+    storages = watch_gradients(trainer.engine)
     try:
         result = training_step(trainer, batch, 1e-3, step)
         rows = result.skipped.rows if result.skipped else ()
@@ -119,7 +137,7 @@ def take(trainer: Trainer, batch: list[BatchItem], step: int, kind: str) -> dict
     if fault:
         fault.remove()
     after = state(trainer.engine)
-    report = {"kind": kind, "same": before == after, "state": after, "rows": rows, "error": error}
+    report = {"kind": kind, "same": before == after, "state": after, "rows": rows, "error": error, "storages": storages}
     return report | {"place": str(batch[-1].metadata.place)}
 
 

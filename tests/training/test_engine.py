@@ -1,4 +1,4 @@
-"""The same step on every engine: one process, DDP, ZeRO-2 and ZeRO-3, several nodes; and ranks that fail.
+"""The same step on every engine: one process, DDP, FSDP2, ZeRO-2 and ZeRO-3, several nodes; and ranks that fail.
 
 Complete runs on CPU, over gloo, as a user types them.
 """
@@ -81,6 +81,8 @@ def assert_same(folder: Path, other: Path, tolerance: float = 1.0) -> None:
     [
         ("ddp", 2, ()),
         slow("ddp", 4, ("--set", "train.tokens_per_pack=60")),
+        slow("fsdp2", 2, ("--set", "train.tokens_per_pack=60")),
+        slow("fsdp2", 3, ("--set", "train.tokens_per_pack=60", "--set", "train.gradient_checkpointing=true")),
         slow("zero2", 2, ("--set", "train.tokens_per_pack=60")),
         slow("zero2", 4, ("--set", "launch.offload_optimizer=true")),
         slow("zero3", 4, ("--set", "train.tokens_per_pack=60", "--set", "train.gradient_checkpointing=true")),
@@ -99,6 +101,18 @@ def test_every_engine_takes_the_same_steps(
 
 
 @pytest.mark.slow
+def test_fsdp2_rounds_what_autocast_rounds_and_nothing_else(place: Path) -> None:
+    """Weights of norms, embedding and score head stay fp32, and gradients are averaged in fp32: in bf16, too, the first
+    steps are those of one process. A rounded norm shows in the second one.
+    """
+    half = ("--set", "train.precision=bf16", "--set", "train.max_steps=4", "--set", "train.tokens_per_pack=60")
+    one, two = (train(place, f"bf16-{engine}", engine, count, *half) for engine, count in (("single", 1), ("fsdp2", 2)))
+    for mine, theirs in zip(steps(two), steps(one), strict=True):
+        assert mine["train/rm/loss"] == pytest.approx(theirs["train/rm/loss"], abs=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_two_launchers_are_two_nodes(place: Path, alone: Path) -> None:
     port = free_port()
     nodes = ("--nodes", "2", "--main-address", "127.0.0.1", "--main-port", str(port))
@@ -113,9 +127,13 @@ def test_two_launchers_are_two_nodes(place: Path, alone: Path) -> None:
 
 
 @pytest.mark.slow
-def test_adapters_under_zero3_are_merged_and_the_head_is_saved(place: Path) -> None:
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_adapters_of_sharded_weights_are_merged_and_the_head_is_saved(place: Path, engine: str) -> None:
     lora = ("--set", "lora.rank=4")
-    one, two = train(place, "lora-1", "single", 1, *lora), train(place, "lora-zero3", "zero3", 2, *lora)
+    one, two = (
+        place / name if (place / name).exists() else train(place, name, *world, *lora)
+        for name, world in (("lora-1", ("single", 1)), (f"lora-{engine}", (engine, 2)))
+    )
     assert_same(two, one)
     start, saved = load_file(place / "lm" / "model.safetensors"), load_file(two / "model" / "model.safetensors")
     assert not (start["model.layers.0.mlp.up_proj.weight"] == saved["model.layers.0.mlp.up_proj.weight"]).all()

@@ -22,7 +22,7 @@ from rmtool.training import training_state
 from rmtool.training.training_state import load_state, save_state, state_bytes
 
 WORKER = Path(__file__).parent.parent / "state_worker.py"
-WORLDS = ("single-1", "ddp-2", "zero2-2", "zero2-2-offload", "zero3-2", "zero3-2-offload", "zero3-4")
+WORLDS = ("single-1", "ddp-2", "fsdp2-3", "zero2-2", "zero2-2-offload", "zero3-2", "zero3-2-offload", "zero3-4")
 STEPS, NEXT = 5, 25  # after which a state is saved; until which a run goes on
 
 
@@ -58,7 +58,7 @@ class Place:
         if count > 1 or world.startswith("zero"):
             environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-            environment |= {"ACCELERATE_USE_CPU": str(world.startswith("ddp")).lower()}
+            environment |= {"ACCELERATE_USE_CPU": str(not world.startswith("zero")).lower()}
         recipe = self.recipe(world)
         plan = {"recipe": recipe, "ranks": count, "parts": parts, "bf16": self.bf16, "folder": str(self.folder),
                 "environment": environment}  # fmt: skip
@@ -147,7 +147,7 @@ def test_every_engine_continues_what_every_engine_saved(place: Place, world: str
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("world", ["single-1", "ddp-2", "zero2-2", "zero3-2"])
+@pytest.mark.parametrize("world", ["single-1", "ddp-2", "fsdp2-3", "zero2-2", "zero3-2"])
 def test_a_run_in_bf16_continues_too(tmp_path: Path, causal_lm: Path, worker: Any, world: str) -> None:
     """Also on a CPU without instructions for it, where rmtool would compute in fp32. ZeRO sends bf16, DDP fp32."""
     check(Place(tmp_path, causal_lm, bf16=True, worker=worker), world, (world, "zero3-4"), tolerance=2e-2)
