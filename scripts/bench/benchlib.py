@@ -442,11 +442,11 @@ class TokenCount:
 
     def __init__(self, model: Any):
         self.tokens = 0
-        self._collate = model.collate
-        model.collate = self._counted
+        self._build = model.build_batch
+        model.build_batch = self._counted
 
     def _counted(self, trees: Any) -> Any:
-        batch = self._collate(trees)
+        batch = self._build(trees)
         self.tokens += batch.input_ids.numel()
         return batch
 
