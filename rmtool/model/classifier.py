@@ -33,7 +33,13 @@ class ScoreHead(nn.Linear):
 
 
 def build_classifier(
-    folder: Path, *, dtype: torch.dtype, random_weights: bool = False, quantized: bool = False, new_head: bool = False
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    random_weights: bool = False,
+    quantized: bool = False,
+    new_head: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, HeadOrigin]:
     """Build a one-label classifier from `folder`; returns it, and where its score head comes from.
 
@@ -44,6 +50,7 @@ def build_classifier(
         quantized: load the linear layers' weights, but not the head's, in 4 bits (NF4 with double quantization:
             Dettmers et al., arXiv 2305.14314, section 3), and compute their products in bf16.
         new_head: the score head will be initialized: the checkpoint may have any, and weights that nothing reads.
+        device: a GPU that the weights are read to, one at a time: the host never holds them all, once per process.
 
     Raises:
         RmtoolError: E0402 more than one label; E0404 the config or the weights cannot be loaded; E0406 not a decoder
@@ -64,7 +71,7 @@ def build_classifier(
     labels = stored.shapes.get(HEAD_WEIGHT, ())
     if new_head and len(labels) == 2:
         config.num_labels = labels[0]
-    classifier = _load(folder, config, empty, dtype, quantized)
+    classifier = _load(folder, config, empty, dtype, quantized, device)
     if config.num_labels != 1:
         _replace_head(classifier)
     if head.name not in (None, HEAD_WEIGHT):  # transformers does not know it
@@ -143,8 +150,17 @@ def _loading_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _load(folder: Path, config: Any, empty: PreTrainedModel, dtype: torch.dtype, quantized: bool) -> PreTrainedModel:
+def _load(
+    folder: Path,
+    config: Any,
+    empty: PreTrainedModel,
+    dtype: torch.dtype,
+    quantized: bool,
+    device: torch.device | None,
+) -> PreTrainedModel:
     extra: dict[str, Any] = {"quantization_config": _four_bit()} if quantized else {}
+    if device is not None and device.type == "cuda":
+        extra["device_map"] = {"": device}
     names = set() if dtype == torch.float32 else set(matrices(empty))
     with _loading_errors(folder), _arriving_in(type(empty), names, dtype):
         classifier = AutoModelForSequenceClassification.from_pretrained(

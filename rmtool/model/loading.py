@@ -106,7 +106,7 @@ def _load_model(
 ) -> tuple[RewardModel, HeadOrigin]:
     if dtype is None:  # on a CPU, autocast copies fp32 weights anyway
         dtype = PRECISIONS[precision] if default_device().type == "cuda" else torch.float32
-    classifier, head = build_classifier(folder, dtype=dtype)
+    classifier, head = build_classifier(folder, dtype=dtype, device=default_device())
     if head.name is None:
         raise RmtoolError(
             "E0401",
@@ -174,8 +174,13 @@ def training_encoder(recipe: Recipe, folder: Path) -> tuple[Encoder, list[str]]:
     return encoder, [*([change] if change else []), *positions_notice(config, data.max_length)]
 
 
-def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[RewardModel, list[str]]:
+def training_model(
+    recipe: Recipe, folder: Path, encoder: Encoder, device: torch.device | None = None
+) -> tuple[RewardModel, list[str]]:
     """Build the model of a training run: fp32 weights, new or loaded head, no dropout; and notices for the user.
+
+    Args:
+        device: that of this process, if it will hold all weights.
 
     Raises:
         RmtoolError: E0205 unknown lora.targets; E0402, E0404, E0406, E0407 as from `build_classifier`; E0505 4-bit
@@ -196,6 +201,7 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
         random_weights=random_weights,
         quantized=quantized,
         new_head=recipe.model.head == "new",
+        device=device,
     )
     set_pad_token(classifier, encoder.tokenizer.pad_token_id)
     if head.name:
