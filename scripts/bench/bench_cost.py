@@ -331,7 +331,9 @@ def score_order(trees: SharedTokens, spec: Event) -> int:
             torch.nn.Module.__init__(self)
             self.shares_prompts = True
 
-        def collate(self, trees: Any) -> Any:
+        device = torch.device("cpu")
+
+        def build_batch(self, trees: Any) -> Any:
             return pack(trees)
 
         def forward(self, batch: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from helpers import build as build_fp32
 from mutants import HALF_ONLY, PACKS, Mutant, Patch, install_attention
 from rounding import RoundedProducts, round_forwards, rounded_matmul
 
-from rmtool.dist import DistInfo
+from rmtool.dist import SINGLE_PROCESS, DistInfo
 from rmtool.errors import RmtoolError
 from rmtool.model.layout_choice import _head_inputs, choose_layout
 from rmtool.model.precision import PRECISIONS
@@ -92,6 +92,8 @@ class FixedProbe(prefix_sharing.Probe):
     def __init__(self, alone: torch.Tensor, padding_error: float):
         self.alone_ND = alone
         self.padding_error = padding_error  # type: ignore[misc]
+        self.dist = SINGLE_PROCESS
+        self.finite = bool(alone.isfinite().all())
 
 
 @pytest.mark.parametrize(
