@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     with benchlib.session(str(benchlib.ROOT / "scripts" / "bench" / "gpu_parts.py"), args.device, 2) as session:
         for part in args.parts:
             path = args.out / f"{part}.json"
-            if path.exists() and not (args.again or args.part):
+            if path.exists() and not args.again:
                 report = json.loads(path.read_text(encoding="utf-8"))
                 say(f"{part}: {report['status']} (earlier)")
             else:
@@ -233,8 +233,10 @@ def run_command(name: str, arguments: list[str], cuda: bool) -> None:
 
     def watch() -> None:
         nonlocal most
-        while not ended.wait(0.5):
+        while True:
             most = max(most, [each for each in holders() if each not in before], key=len)
+            if ended.wait(0.5):
+                return
 
     watcher = threading.Thread(target=watch)
     if cuda:

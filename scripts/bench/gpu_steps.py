@@ -21,6 +21,8 @@ from typing import Any
 import benchlib
 from benchlib import Event, emit
 
+from rmtool.tokenization.pack_plan import key_count, pack_tokens
+
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1}  # fmt: skip
 CPU = {"1b": SMALL, "8b": SMALL | {"num_hidden_layers": 4}}
@@ -70,7 +72,7 @@ def make_source(spec: Event, layers: int | None = None) -> Path:
     if size == "model":
         return Path(given)
     tokenizer = Path(given) if given else benchlib.ROOT / "recipes" / "debug" / "model"
-    changes = {"vocab_size": VOCABULARY} if spec["device"] == "cuda" else CPU[size]
+    changes = {"vocab_size": VOCABULARY} if spec["device"] == "cuda" else dict(CPU[size])
     changes |= {"num_hidden_layers": layers} if layers else {}
     return benchlib.random_llama(tokenizer, Path(spec["scratch"]) / f"llama-{layers}", size, **changes)
 
@@ -119,17 +121,8 @@ def draw(spec: Event, source: Path) -> tuple[Any, Any, Any, Any]:
     return recipe, model, encoder, data
 
 
-@dataclasses.dataclass
-class Setup:
-    """A trainer, batches without end, and the folder of the model's config."""
-
-    trainer: Any
-    batches: Iterator[list[Any]]
-    source: Path
-
-
-def set_up(spec: Event) -> Setup:
-    """Prepare the part's model and its optimizer, as a training process does."""
+def start(spec: Event) -> tuple[Any, Iterator[list[Any]]]:
+    """A trainer of the part's model, prepared as in a training process, and batches without end."""
     from rmtool.dataset.batches import run_steps
     from rmtool.model.layout_choice import choose_layout
     from rmtool.packing.layers import compile_layers
@@ -147,65 +140,62 @@ def set_up(spec: Event) -> Setup:
     trainer = Trainer.start(recipe, engine, SilentUi(), Path(spec["scratch"]))
     mean = sum(group.unique_tokens for group in data.groups) / len(data.groups)
     pairs = max(1, int(PACKS[spec["device"]] * recipe.train.tokens_per_pack / mean))
-    return Setup(trainer, run_steps(data.metadata, data.groups, 0, pairs, 0), source)
+    return trainer, run_steps(data.metadata, data.groups, 0, pairs, 0)
 
 
-def take_step(setup: Setup, batch: Any, device: str) -> float:
+def take_step(trainer: Any, batch: Any, device: str) -> float:
     """Take a training step; return its seconds."""
     from rmtool.training.step import training_step
 
+    trainer.prepare(batch)  # as the training loop does during the step before
     benchlib.synchronize(device)
     started = time.perf_counter()
-    training_step(setup.trainer, batch, 1e-6, 1)
+    training_step(trainer, batch, 1e-6, 1)
     benchlib.synchronize(device)
     return time.perf_counter() - started
 
 
 def inspect_step(spec: Event) -> None:
     """Worker: the synchronizations of a training step, where they are, and the operators that take most of it."""
-    setup, device = set_up(spec), spec["device"]
-    for batch in itertools.islice(setup.batches, WARM_UP[device]):
-        emit("warm_up", seconds=take_step(setup, batch, device))
-    batch = next(setup.batches)
-    packs = len(setup.trainer.plan(batch, setup.trainer.tokens_per_pack))
+    (trainer, batches), device = start(spec), spec["device"]
+    for batch in itertools.islice(batches, WARM_UP[device]):
+        emit("warm_up", seconds=take_step(trainer, batch, device))
+    batch = next(batches)
+    packs = len(trainer.plan(batch, trainer.tokens_per_pack))
     if device == "cuda":
-        count, places = count_synchronizations(lambda: take_step(setup, batch, device))
-        emit(
-            "synchronizations", count=count, packs=packs, bound=2 * packs + 2, places=places, ok=count <= 2 * packs + 2
-        )
+        count, places = count_synchronizations(trainer, batch)
+        emit("synchronizations", count=count, packs=packs, places=places, ok=count <= 2 * packs + 2)
     else:
         emit("synchronizations", count=None, packs=packs, reason="skipped: no CUDA device")
-    profile_step(setup, batch, device)
+    profile_step(trainer, batch, device)
 
 
-def count_synchronizations(run: Any) -> tuple[int, dict[str, int]]:
-    """How often `run` waits for the device, by torch's warnings, and at which lines; but for its own two waits."""
+def count_synchronizations(trainer: Any, batch: Any) -> tuple[int, dict[str, int]]:
+    """How often a step waits for the device, by torch's warnings, and at which lines."""
     import torch
 
+    from rmtool.training.step import training_step
+
+    trainer.prepare(batch)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            run()
+            training_step(trainer, batch, 1e-6, 1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    places = Counter(
-        f"{each.filename.partition('/site-packages/')[2] or each.filename}:{each.lineno}"
-        for each in caught
-        if "synchroniz" in str(each.message)
-    )
-    return sum(places.values()), dict(places.most_common(TOP))
+    found = [each for each in caught if "called a synchronizing" in str(each.message)]
+    places = Counter(f"{each.filename.rpartition('site-packages/')[2]}:{each.lineno}" for each in found)
+    return len(found), dict(places.most_common(TOP))
 
 
-def profile_step(setup: Setup, batch: Any, device: str) -> None:
-    import torch
+def profile_step(trainer: Any, batch: Any, device: str) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
-        seconds = take_step(setup, batch, device)
-    averages = profiled.key_averages()
-    kernels = [each for each in averages if not cuda or each.device_type == torch.autograd.DeviceType.CUDA]
+        seconds = take_step(trainer, batch, device)
+    kernels = [each for each in profiled.key_averages() if not cuda or on_device(each)]
 
     def microseconds(each: Any) -> float:
         return float(each.self_device_time_total if cuda else each.self_cpu_time_total)
@@ -217,39 +207,37 @@ def profile_step(setup: Setup, batch: Any, device: str) -> None:
     emit("profile", seconds=seconds, busy_seconds=total / 1e6, calls=sum(each.count for each in kernels), table=table)
 
 
+def on_device(each: Any) -> bool:
+    """Whether an entry of the profile is a kernel: not an operator that started some, nor a named range."""
+    from torch.autograd import DeviceType
+
+    return each.device_type == DeviceType.CUDA and not getattr(each, "is_user_annotation", False)
+
+
 def measure_training(spec: Event) -> None:
     """Worker: unique tokens per second, MFU, and the plan of memory against the memory that steps take."""
-    setup, device = set_up(spec), spec["device"]
-    model, recipe = setup.trainer.model, setup.trainer.recipe
-    for batch in itertools.islice(setup.batches, WARM_UP[device]):
-        emit("warm_up", seconds=take_step(setup, batch, device))
+    (trainer, batches), device = start(spec), spec["device"]
+    model, recipe = trainer.model, trainer.recipe
+    for batch in itertools.islice(batches, WARM_UP[device]):
+        emit("warm_up", seconds=take_step(trainer, batch, device))
     benchlib.reset_memory_peak(device)
-    seconds, tokens, costs, packs = list[float](), list[int](), list[float](), list[int]()
-    for batch in itertools.islice(setup.batches, MEASURED[device]):
+    seconds, tokens, flops, packs, pairs = list[float](), list[int](), list[float](), list[int](), 0
+    times = 2 if recipe.lora.rank else 3  # a forward's FLOPs: with adapters, the weights have no gradients
+    for batch in itertools.islice(batches, MEASURED[device]):
         groups = [item.group for item in batch]
-        packs += [
-            pack_size([groups[i] for i in pack]) for pack in setup.trainer.plan(batch, recipe.train.tokens_per_pack)
-        ]
+        packs += [pack_tokens([groups[i] for i in pack]) for pack in trainer.plan(batch, recipe.train.tokens_per_pack)]
         tokens.append(sum(group.unique_tokens for group in groups))
-        costs.append(forward_flops(model, groups))
-        seconds.append(take_step(setup, batch, device))
-    assert setup.trainer.tokens_per_pack == recipe.train.tokens_per_pack, "out of memory: smaller packs"
+        flops.append(times * forward_flops(model, groups))
+        pairs += len(groups)
+        seconds.append(take_step(trainer, batch, device))
+    assert trainer.tokens_per_pack == recipe.train.tokens_per_pack, "out of memory: smaller packs"
     peak = benchlib.memory(device)[1]
-    times = 2 if recipe.lora.rank else 3  # a forward's: with adapters, the weights have no gradients
-    emit_speed(spec, "training", seconds, tokens, [times * cost for cost in costs])
-    emit_memory(setup, device, peak, max(packs), round(tokens[-1] / len(groups)))
-
-
-def pack_size(groups: Sequence[Any]) -> int:
-    from rmtool.tokenization.pack_plan import pack_tokens
-
-    return pack_tokens(groups)
+    emit_speed(spec, "training", seconds, tokens, flops)
+    emit_memory(trainer, device, peak, max(packs), sum(tokens) // pairs)
 
 
 def forward_flops(model: Any, groups: Sequence[Any]) -> float:
     """FLOPs of a forward: 2 per weight and token, and those of attention (Kaplan et al., arXiv 2001.08361)."""
-    from rmtool.tokenization.pack_plan import key_count
-
     cost = sum(group.unique_tokens + model.key_cost * key_count(group) for group in groups)
     return 2.0 * model.active_matmul_params * cost
 
@@ -268,26 +256,18 @@ def emit_speed(spec: Event, name: str, seconds: list[float], tokens: list[int], 
          precision=precision, tflops=speed, mfu=mfu, of_matrix_products=speed / matrix_peak)  # fmt: skip
 
 
-def emit_memory(setup: Setup, device: str, peak: int, largest: int, per_pair: int) -> None:
+def emit_memory(trainer: Any, device: str, peak: int, largest: int, per_pair: int) -> None:
     """The plan's bytes over those that steps took; Liger's kernels may take less, as the plan says."""
     from rmtool.planning.memory import plan_memory
 
-    recipe = setup.trainer.recipe
     if device == "cpu":
         emit("memory", planned=None, reason="skipped: on a CPU, resident memory holds the libraries, too")
         return
-    plan = plan_memory(recipe, setup.source, largest, per_pair)
+    recipe = trainer.recipe
+    plan = plan_memory(recipe, Path(recipe.model.path), largest, per_pair)
     ratio = peak / plan.total
     ok = ratio < 1 + PLAN_BOUND and (ratio > 1 - PLAN_BOUND or recipe.train.liger == "auto")
-    emit(
-        "memory",
-        planned=plan.total,
-        measured=peak,
-        ratio=ratio,
-        bound=PLAN_BOUND,
-        parts=dataclasses.asdict(plan),
-        ok=ok,
-    )
+    emit("memory", planned=plan.total, measured=peak, ratio=ratio, parts=dataclasses.asdict(plan), ok=ok)
 
 
 def measure_scoring(spec: Event) -> None:
@@ -315,4 +295,4 @@ def measure_scoring(spec: Event) -> None:
     seconds, peak = time.perf_counter() - started, benchlib.memory(device)[1]
     count, finite = sum(map(len, rewards)), all(math.isfinite(reward) for row in rewards for reward in row)
     emit("rewards", count=count, per_second=count / seconds, memory=peak, ok=finite)
-    emit_speed(spec, "scoring", [seconds], [pack_size(groups)], [forward_flops(model, groups)])
+    emit_speed(spec, "scoring", [seconds], [pack_tokens(groups)], [forward_flops(model, groups)])
