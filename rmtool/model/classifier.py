@@ -33,7 +33,13 @@ class ScoreHead(nn.Linear):
 
 
 def build_classifier(
-    folder: Path, *, dtype: torch.dtype, random_weights: bool = False, quantized: bool = False, new_head: bool = False
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    random_weights: bool = False,
+    quantized: bool = False,
+    new_head: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, HeadOrigin]:
     """Build a one-label classifier from `folder`; returns it, and where its score head comes from.
 
@@ -41,9 +47,10 @@ def build_classifier(
         dtype: of the matrices (see `matrices`). All else is fp32: then the residual stream is, too, under autocast, and
             the forward is that of training, which rounds fp32 matrices to the same numbers.
         random_weights: initialize all weights from the folder's config.json instead of loading them.
-        quantized: load the linear layers' weights, but not the head's, in 4 bits (NF4 with double quantization:
-            Dettmers et al., arXiv 2305.14314, section 3), and compute their products in bf16.
+        quantized: load linear layers, but not the head, in 4 bits (NF4 with double quantization, Dettmers et al.,
+            arXiv 2305.14314, section 3), and compute in bf16.
         new_head: the score head will be initialized: the checkpoint may have any, and weights that nothing reads.
+        device: a GPU that the weights are read to one at a time, so that the host never holds them all.
 
     Raises:
         RmtoolError: E0402 more than one label; E0404 the config or the weights cannot be loaded; E0406 not a decoder
@@ -52,26 +59,25 @@ def build_classifier(
     config = read_config(folder)
     config.num_labels = 1
     if random_weights:
-        classifier = _initialize(config)
-        _require_score_head(classifier)
-        return classifier, HeadOrigin()
+        return _require_score_head(_initialize(config)), HeadOrigin()
     stored = read_headers(folder)
     with torch.device("meta"):
-        empty = _initialize(config)
-    _require_score_head(empty)
+        empty = _require_score_head(_initialize(config))
     require_values(stored, {name: tuple(value.shape) for name, value in empty.state_dict().items()})
     head = find_score_head(stored, _loading_info(empty, stored), config.get_text_config(), new_head)
-    labels = stored.shapes.get(HEAD_WEIGHT, ())
-    if new_head and len(labels) == 2:
+    if new_head and len(labels := stored.shapes.get(HEAD_WEIGHT, ())) == 2:
         config.num_labels = labels[0]
-    classifier = _load(folder, config, empty, dtype, quantized)
-    if config.num_labels != 1:
-        _replace_head(classifier)
+    classifier = _load(folder, config, empty, dtype, quantized, device)
+    _replace_head_of_several_labels(classifier)
     if head.name not in (None, HEAD_WEIGHT):  # transformers does not know it
-        weight = getattr(classifier, HEAD).weight
-        with torch.no_grad(), zero3_gathered([weight], change=True):
-            weight.data.copy_(stored.tensor(head.name).view(1, -1))
+        _fill_head(classifier, stored.tensor(head.name))
     return classifier, head
+
+
+def _fill_head(classifier: PreTrainedModel, values: torch.Tensor) -> None:
+    weight = getattr(classifier, HEAD).weight
+    with torch.no_grad(), zero3_gathered([weight], change=True):
+        weight.data.copy_(values.view(1, -1))
 
 
 def _loading_info(empty: PreTrainedModel, stored: StoredWeights) -> LoadingInfo:
@@ -93,7 +99,7 @@ def _loading_info(empty: PreTrainedModel, stored: StoredWeights) -> LoadingInfo:
     return LoadingInfo.of(info, beside)
 
 
-def _require_score_head(classifier: PreTrainedModel) -> None:
+def _require_score_head(classifier: PreTrainedModel) -> PreTrainedModel:
     head = getattr(classifier, HEAD, None)
     if not isinstance(head, nn.Linear) or head.bias is not None or classifier.config.is_encoder_decoder:
         raise RmtoolError(
@@ -101,10 +107,13 @@ def _require_score_head(classifier: PreTrainedModel) -> None:
             f"{type(classifier).__name__} is not supported: no last-token score head",
             "use a decoder-only model (Llama, Qwen, Mistral, Gemma, OLMo, ...)",
         )
+    return classifier
 
 
-def _replace_head(classifier: PreTrainedModel) -> None:
+def _replace_head_of_several_labels(classifier: PreTrainedModel) -> None:
     """Replace a head of several labels, which is going to be initialized, by one of one label."""
+    if classifier.config.num_labels == 1:
+        return
     weight = getattr(classifier, HEAD).weight
     head = nn.Linear(hidden_size(classifier), 1, bias=False, device=weight.device, dtype=weight.dtype)
     setattr(classifier, HEAD, head)
@@ -143,8 +152,17 @@ def _loading_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _load(folder: Path, config: Any, empty: PreTrainedModel, dtype: torch.dtype, quantized: bool) -> PreTrainedModel:
+def _load(
+    folder: Path,
+    config: Any,
+    empty: PreTrainedModel,
+    dtype: torch.dtype,
+    quantized: bool,
+    device: torch.device | None,
+) -> PreTrainedModel:
     extra: dict[str, Any] = {"quantization_config": _four_bit()} if quantized else {}
+    if device is not None and device.type == "cuda":
+        extra["device_map"] = {"": device}
     names = set() if dtype == torch.float32 else set(matrices(empty))
     with _loading_errors(folder), _arriving_in(type(empty), names, dtype):
         classifier = AutoModelForSequenceClassification.from_pretrained(

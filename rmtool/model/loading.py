@@ -106,7 +106,7 @@ def _load_model(
 ) -> tuple[RewardModel, HeadOrigin]:
     if dtype is None:  # on a CPU, autocast copies fp32 weights anyway
         dtype = PRECISIONS[precision] if default_device().type == "cuda" else torch.float32
-    classifier, head = build_classifier(folder, dtype=dtype)
+    classifier, head = build_classifier(folder, dtype=dtype, device=default_device())
     if head.name is None:
         raise RmtoolError(
             "E0401",
@@ -174,8 +174,11 @@ def training_encoder(recipe: Recipe, folder: Path) -> tuple[Encoder, list[str]]:
     return encoder, [*([change] if change else []), *positions_notice(config, data.max_length)]
 
 
-def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[RewardModel, list[str]]:
-    """Build the model of a training run: fp32 weights, new or loaded head, no dropout; and notices for the user.
+def training_model(
+    recipe: Recipe, folder: Path, encoder: Encoder, device: torch.device | None = None
+) -> tuple[RewardModel, list[str]]:
+    """Build the model of a training run, on `device` if this process will hold all weights: fp32 weights, new or loaded
+    head, no dropout; and notices for the user.
 
     Raises:
         RmtoolError: E0205 unknown lora.targets; E0402, E0404, E0406, E0407 as from `build_classifier`; E0505 4-bit
@@ -183,27 +186,26 @@ def training_model(recipe: Recipe, folder: Path, encoder: Encoder) -> tuple[Rewa
     """
     tune_malloc()
     train = recipe.train
-    notices = list[str]()
     # Random weights and adapters must not depend on what was sampled before.
     torch.manual_seed(train.seed)
-    random_weights = recipe.model.weights == "random"
     quantized = recipe.lora.quantize != "none"
     if quantized:
         require_4bit()
     classifier, head = build_classifier(
         folder,
         dtype=torch.float32,
-        random_weights=random_weights,
+        random_weights=recipe.model.weights == "random",
         quantized=quantized,
         new_head=recipe.model.head == "new",
+        device=device,
     )
     set_pad_token(classifier, encoder.tokenizer.pad_token_id)
     if head.name:
         origin = "the checkpoint" if head.name == HEAD_WEIGHT else head.name
-        notices.append(f"score head: loaded from {origin} (set model.head=new to reinitialize it)")
+        notices = [f"score head: loaded from {origin} (set model.head=new to reinitialize it)"]
     else:
         init_score_head(classifier, train.seed)
-        notices.append(f"score head: new (initialized with train.seed {train.seed})")
+        notices = [f"score head: new (initialized with train.seed {train.seed})"]
     notices += unread_notice(head)
     if train.liger == "auto" and torch.cuda.is_available():
         notices.append(apply_liger(classifier))

@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_leaves
 from rmtool.config import Recipe
 from rmtool.model.classifier import build_classifier, is_matrix
 from rmtool.model.loading import make_trainable
+from rmtool.model.precision import PRECISIONS
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing
-from rmtool.packing.attention import UnsupportedAttentionError
+from rmtool.packing.attention import KERNEL_CAPABILITY, UnsupportedAttentionError, takes_kernel
 from rmtool.packing.layers import decoder_layers, keep_first_layers
 from rmtool.recipe import engine_of, world_size
 from rmtool.tokenization.response_group import ResponseGroup, build_group
@@ -78,6 +79,7 @@ def plan_memory(recipe: Recipe, folder: Path, tokens: int, per_pair: int = 512) 
         matrices = sum(p.numel() for p in model.parameters() if is_matrix(p))
         embedding, layer = _embedding(model).numel(), _fsdp_buffers(recipe, model)
         activations = _activations(recipe, folder, model, tokens, per_pair)
+        activations += kernel_buffers(model, tokens, per_pair)
     whole, some = sum(sizes), sum(trained)
     part = processes if engine in SHARDED else 1
     weights, buffers = frozen + FP32 * some, _buckets(recipe, some, activations)
@@ -203,6 +205,25 @@ def _most_alive(recipe: Recipe, model: RewardModel, groups: Sequence[ResponseGro
     with LiveTensorTracker(known) as alive:
         model(model.collate(groups)).sum().backward()
     return alive.most
+
+
+def kernel_buffers(model: RewardModel, tokens: int, per_pair: int) -> int:
+    """Bytes that attention's kernel for GPUs needs in the backward of a layer, and the loop does not: fp32 sums for the
+    gradients of queries, padded to 128 per node, gradients of keys and values for every query head, and those of the
+    keys and values that were gathered, in fp32.
+    """
+    config = model.backbone.config.get_text_config()
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or hidden // heads
+    if not model.shares_prompts or not takes_kernel(PRECISIONS[model.precision], size, KERNEL_CAPABILITY):
+        return 0
+    pairs = max(1, tokens // per_pair)
+    one = _pair(tokens // pairs, 0, padded=False)
+    keys = pairs * (one.tokens + len(one.prompt))
+    queries = tokens + 128 * 3 * pairs
+    gathered = 2 * FP32 * (keys + tokens) * key_heads * size
+    return FP32 * heads * size * queries + 2 * BF16 * heads * size * keys + gathered
 
 
 def _embedding(model: RewardModel) -> torch.Tensor:

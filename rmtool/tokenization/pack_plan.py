@@ -51,6 +51,7 @@ def _best_balanced(
     """Return as few packs as `max_tokens` allows, of about the same cost."""
     if world_size == 1:
         fits = sum(group.unique_tokens for group in groups) <= max_tokens
+        fits = fits and sum(group.tokens for group in groups) <= KEYS_PER_TOKEN * max_tokens
         return [list(range(len(groups)))] if fits else _balanced(groups, max_tokens, 1, key_cost, max_tokens)[1]
     # Large clusters share most, small ones balance better; the plan with the lightest heaviest pack wins. Rows that
     # repeat a prompt need the large ones (12 pairs of 4 prompts on 2 ranks: 156 tokens instead of 396), and RMB on 8
@@ -65,13 +66,20 @@ def _balanced(
     groups: Sequence[ResponseGroup], max_tokens: int, world_size: int, key_cost: float, limit: int
 ) -> tuple[float, list[list[int]]]:
     """Return the largest cost of a rank, and the packs, with clusters of at most `limit` tokens."""
-    clusters = _group_by_prompt(groups, limit)
+    most_keys = KEYS_PER_TOKEN * max_tokens
+    clusters = _group_by_prompt(groups, limit, most_keys)
     sizes = [pack_tokens([groups[item] for item in cluster]) for cluster in clusters]
-    keys = [sum(key_count(groups[item]) for item in cluster) for cluster in clusters]
-    costs = [size + key_cost * count for size, count in zip(sizes, keys, strict=True)]
-    count = _round_up(min(len(sizes), -(-sum(sizes) // max_tokens)), world_size)
+    attended = [sum(key_count(groups[item]) for item in cluster) for cluster in clusters]
+    costs = [size + key_cost * count for size, count in zip(sizes, attended, strict=True)]
+    keys = [sum(groups[item].tokens for item in cluster) for cluster in clusters]
+    least = max(-(-sum(sizes) // max_tokens), -(-sum(keys) // most_keys))
+    count = _round_up(min(len(sizes), least), world_size)
     packs = _greedy_balance(costs, count)
-    while any(len(items) > 1 and sum(sizes[item] for item in items) > max_tokens for items in packs):
+
+    def over(values: Sequence[int], items: Sequence[int], most: int) -> bool:
+        return sum(values[item] for item in items) > most
+
+    while any(len(items) > 1 and (over(sizes, items, max_tokens) or over(keys, items, most_keys)) for items in packs):
         count = _round_up(count + max(1, count // 16), world_size)
         packs = _greedy_balance(costs, count)
     heaviest = max(sum(costs[item] for item in items) for items in packs) * (len(packs) // world_size)
@@ -94,21 +102,24 @@ def pack_tokens(groups: Sequence[ResponseGroup]) -> int:
     return sum(len(sequences[item]) - shared for item, shared in order)
 
 
-def _group_by_prompt(groups: Sequence[ResponseGroup], limit: int) -> list[list[int]]:
-    """Return clusters of about `limit` tokens at most, of groups that share more than half of the shorter prompt."""
+def _group_by_prompt(groups: Sequence[ResponseGroup], limit: int, most_keys: int) -> list[list[int]]:
+    """Return clusters of about `limit` tokens and `most_keys` keys at most, of groups that share more than half of the
+    shorter prompt.
+    """
     firsts = [group.sequence(0) for group in groups]
     order = prefix_order(lambda item, start, stop: firsts[item][start:stop], len(groups))
     clusters: list[list[int]] = []
-    last, size = -1, 0  # size: the last cluster's tokens, without what its groups share beyond the prompt
+    last, size, keys = -1, 0, 0  # of the last cluster; size: tokens, without what its groups share beyond the prompt
     for item, shared in order:
         cost = groups[item].unique_tokens
         half = min(len(group.prompt) or group.longest for group in (groups[last], groups[item])) / 2
-        if shared > half and size + cost - shared <= limit:
+        if shared > half and size + cost - shared <= limit and keys + groups[item].tokens <= most_keys:
             clusters[-1].append(item)
             size += cost - min(shared, cost)
         else:
             clusters.append([item])
-            size = cost
+            size, keys = cost, 0
+        keys += groups[item].tokens
         last = item
     return clusters
 

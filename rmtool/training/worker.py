@@ -122,8 +122,10 @@ def _prepare_engine(
     recipe: Recipe, source: Path, encoder: Encoder, accelerator: Accelerator, notices: Sequence[str], ui: Ui
 ) -> tuple[Engine, str | None]:
     """Load the model and prepare it with its optimizer; return why batches are padded, too."""
-    model, more = training_model(recipe, source, encoder)
-    optimizer, name = build_optimizer(model, recipe.train), engine_of(recipe.launch)
+    name = engine_of(recipe.launch)
+    whole = None if name in ("zero3", "fsdp2") else accelerator.device
+    model, more = training_model(recipe, source, encoder, whole)
+    optimizer = build_optimizer(model, recipe.train)
     engine = Engine.prepare(accelerator, model, optimizer, recipe.train.max_grad_norm, name)
     padded_reason = choose_layout(model, engine.wrapped, encoder.max_length, engine.dist).reason
     more += precision_notices(recipe.train.precision, padded_reason is None)

@@ -154,6 +154,25 @@ def test_matrices_are_cast_as_they_are_read(checkpoint: Path, monkeypatch: Patch
     assert "_get_dtype_plan" not in vars(type(classifier))
 
 
+@pytest.mark.parametrize(
+    ("device", "expected"), [(None, None), ("cpu", None), ("cuda:1", {"": torch.device("cuda:1")})], ids=str
+)
+def test_weights_are_read_to_the_gpu_at_once(
+    device: str | None, expected: object, checkpoint: Path, monkeypatch: Patch
+) -> None:
+    """Else each process of a node would first hold them all on the host."""
+    real = AutoModelForSequenceClassification.from_pretrained
+    given = dict[str, Any]()
+
+    def noted(*args: Any, device_map: Any = None, **others: Any) -> Any:
+        given["device_map"] = device_map
+        return real(*args, **others)
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", noted)
+    build_classifier(checkpoint, dtype=torch.bfloat16, device=torch.device(device) if device else None)
+    assert given == {"device_map": expected}
+
+
 # ------------------------------------------------------------------------------------- half-precision weights in fp32
 
 DEEP = hf.LlamaConfig(**(tiny_config(97) | {"num_hidden_layers": 40, "initializer_range": 0.1}), num_labels=1)

@@ -156,6 +156,21 @@ def test_a_long_prompt_with_many_short_responses_is_split_by_its_keys() -> None:
         assert len(batch.layout.kv_index) <= KEYS_PER_TOKEN * 1500 + 400
 
 
+@pytest.mark.parametrize("prompts", [1, 40])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_training_pack_has_a_bounded_number_of_keys(prompts: int, ranks: int) -> None:
+    """Of groups that share a long prompt, and of groups that each have many responses."""
+    groups = [
+        build_group([[*range(at % prompts, 400), 5000 + at, answer] for answer in range(1 if prompts == 1 else 30)])
+        for at in range(120)
+    ]
+    packs = [[groups[item] for item in items] for items in plan_packs(groups, 2000, ranks, key_cost=1e-3) if items]
+    keys = [len(pack(items).layout.kv_index) for items in packs]
+    assert max(keys) <= KEYS_PER_TOKEN * 2000 + 400
+    if ranks == 1:
+        assert sum(keys) > 0.7 * KEYS_PER_TOKEN * 2000 * (len(keys) - 1)  # and no more packs than that needs
+
+
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=30), st.integers(1, 40), st.booleans())
 def test_every_distinct_sequence_is_computed_once(sequences: list[list[int]], max_tokens: int, padded: bool) -> None:
     arrays = [np.array(ids, dtype=np.int32) for ids in sequences]

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PROGRAM, write_jsonl
+from helpers import FAMILIES, PROGRAM, build, write_jsonl
+
+from rmtool.packing.packs import pack
+from rmtool.planning.memory import _pair, kernel_buffers
 
 WIDE = {"hidden_size": 384, "intermediate_size": 1056, "num_hidden_layers": 6, "num_attention_heads": 6,
         "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 20_000}  # fmt: skip
@@ -119,3 +122,23 @@ def held(rmtool: Any, command: list[str | Path]) -> int:
     assert shown.code == 0, shown.err
     memory = json.loads(shown.out)["resources"]["memory"]
     return int(memory["total"] + memory["host"] - (memory["buffers"] if "launch.engine=zero2" in command else 0))
+
+
+def test_the_kernel_for_gpus_needs_memory_for_gradients_of_every_query_head() -> None:
+    """Counted on the pack that the plan assumes; nothing for the loop, and for padded batches."""
+    model = build(FAMILIES["llama"])
+    model.precision = "bf16"
+    model.share_prompts(True)
+    layout = pack([_pair(256, first, False) for first in range(4)]).layout
+    heads, key_heads, size = (
+        FAMILIES["llama"].to_dict()[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    queries = sum(length + 128 for length in layout.lengths)
+    keys, tokens = len(layout.kv_index), sum(layout.lengths)
+    expected = 4 * queries * heads * size + (2 + 2) * keys * heads * size + (4 + 4) * (keys + tokens) * key_heads * size
+    assert kernel_buffers(model, 1024, 256) == expected
+    model.share_prompts(False)
+    assert kernel_buffers(model, 1024, 256) == 0
+    model.share_prompts(True)
+    model.precision = "fp32"
+    assert kernel_buffers(model, 1024, 256) == 0
