@@ -115,7 +115,7 @@ def draw(spec: Event, source: Path) -> tuple[Any, Any, Any, Any]:
     encoder, _ = training_encoder(recipe, source)
     data = load_split(recipe, encoder, Rejects(), SilentUi()).train
     with torch.device(spec["device"]) if recipe.model.weights == "random" else nullcontext():
-        model, notices = training_model(recipe, source, encoder)
+        model, notices = training_model(recipe, source, encoder, torch.device(spec["device"]))
     count, seconds = sum(p.numel() for p in model.parameters()), time.perf_counter() - started
     emit("model", parameters=count, notices=notices, checkpointing=recipe.train.gradient_checkpointing, seconds=seconds)
     return recipe, model, encoder, data
