@@ -14,6 +14,8 @@ from rmtool.model.layout_choice import choose_layout
 from rmtool.model.liger import apply_liger
 from rmtool.packing import attention
 from rmtool.packing.layers import compile_layers
+from rmtool.packing.packs import pack
+from rmtool.packing.transfer import to_device
 
 HALF_FAMILIES = ("llama", "qwen3", "mistral_window")
 
@@ -38,11 +40,33 @@ def take_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch, *half: torch.dtype) -> N
         monkeypatch.setattr(attention, "HALF", half)
 
 
-def half_precision_errors(family: str, device: str, calls: list[int]) -> None:
-    """Check that rewards and gradients in bf16 through the kernel are no worse than those of padded batches in bf16,
-    both against fp32, and that each layer calls the kernel once.
+def one_call_error(sizes: tuple[int, int], window: int | None, device: str) -> float:
+    """Return the largest relative difference of one kernel call and the loop, in bf16: output and gradients.
+
+    Args:
+        sizes: the head sizes of queries and values.
     """
-    config = FAMILIES[family].to_dict() | {"hidden_size": 128, "head_dim": 64}
+    batch = to_device(pack(GROUPS), torch.device(device))
+    tokens = batch.input_ids.shape[1]
+    results = []
+    for kernel in (attention._node_by_node, attention._varlen):
+        torch.manual_seed(0)
+        q, k, v = (
+            torch.randn(1, heads, tokens, size, device=device, dtype=torch.bfloat16, requires_grad=True)
+            for heads, size in ((4, sizes[0]), (2, sizes[0]), (2, sizes[1]))
+        )
+        output = kernel(q, k, v, None, window, batch.layout)
+        (output.float() * torch.linspace(-1, 1, output.numel(), device=device).view_as(output)).sum().backward()
+        results.append([output, q.grad, k.grad, v.grad])
+    return max(relative(one.float(), other.float()) for one, other in zip(*results, strict=True))
+
+
+def half_precision_errors(family: str, device: str, calls: list[int], layers: int = 2) -> dict[str, dict[str, float]]:
+    """Return the relative errors of rewards and gradients against fp32 in padded batches: in bf16 with prefix sharing,
+    where each layer must call the kernel once, in bf16 in padded batches, and in fp32 with prefix sharing.
+    """
+    config = FAMILIES[family].to_dict() | {"hidden_size": 128, "head_dim": 64, "num_hidden_layers": layers}
+    config.pop("layer_types", None)  # of another number of layers
     model = build(type(FAMILIES[family]).from_dict(config)).to(device)
 
     def run(precision: str, shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,12 +76,21 @@ def half_precision_errors(family: str, device: str, calls: list[int]) -> None:
         parts = [gradient.flatten().cpu() for gradient in gradients(model, rewards).values()]
         return rewards.detach(), torch.cat(parts)
 
-    exact, padded = run("fp32", False), run("bf16", False)
+    exact, others = run("fp32", False), {"padded": run("bf16", False), "shared_fp32": run("fp32", True)}
     assert not calls
-    shared = run("bf16", True)
-    assert calls == [64] * 2
-    for got, other, true in zip(shared, padded, exact, strict=True):
-        assert relative(got, true) < 1.5 * relative(other, true) < 0.1
+    others["shared"] = run("bf16", True)
+    assert calls == [64] * layers
+    return {
+        what: {name: relative(found[at], exact[at]) for name, found in others.items()}
+        for at, what in enumerate(("rewards", "gradients"))
+    }
+
+
+def require_no_worse_than_padding(errors: dict[str, dict[str, float]]) -> None:
+    """Check what `half_precision_errors` returned."""
+    for found in errors.values():
+        assert found["shared"] < 1.5 * found["padded"] < 0.1
+        assert found["shared_fp32"] < 1e-3
 
 
 def rewards_and_gradients(family: str, device: str, liger: bool = False, compiled: bool = False) -> None:

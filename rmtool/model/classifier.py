@@ -205,7 +205,7 @@ def init_score_head(classifier: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad(), zero3_gathered([weight], change=True):
         # On the CPU, so that every device and number of ranks starts from the same head.
-        weight.data.copy_(torch.randn(weight.shape, generator=generator) * std)
+        weight.data.copy_(torch.randn(weight.shape, generator=generator, device="cpu") * std)
 
 
 def hidden_size(classifier: PreTrainedModel) -> int:

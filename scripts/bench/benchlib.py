@@ -170,8 +170,9 @@ class Session:
         *,
         peer: bool = False,
         on_event: Callable[[Event], None] | None = None,
+        limit: float | None = None,
     ) -> list[Event]:
-        """Run a worker to its end and return its events.
+        """Run a worker to its end, of at most `limit` seconds, and return its events.
 
         Raises:
             BenchError: it failed; the message ends with the last lines it wrote to stderr.
@@ -186,9 +187,14 @@ class Session:
         errors = scratch / "stderr.txt"
         try:
             with open(errors, "wb") as stderr:
-                events = _run(command, self._environment(scratch), stderr, on_event)
+                started = time.monotonic()
+                events = _run(command, self._environment(scratch), stderr, on_event, limit)
             if events and events[-1]["event"] == "end":
                 return events[:-1]
+            if limit is not None and time.monotonic() - started >= limit:
+                raise BenchError(
+                    f"worker {worker} was stopped after {limit:g} s; the end of what it wrote:\n{_tail(errors)}"
+                )
             killed = bool(events) and events[-1].get("code") == -signal.SIGKILL
             why = "was killed, as the system does when memory is full" if killed else "failed"
             raise BenchError(f"worker {worker} {why}; the end of what it wrote:\n{_tail(errors)}")
@@ -217,7 +223,11 @@ class Session:
 
 
 def _run(
-    command: list[str], environment: dict[str, str], stderr: Any, on_event: Callable[[Event], None] | None
+    command: list[str],
+    environment: dict[str, str],
+    stderr: Any,
+    on_event: Callable[[Event], None] | None,
+    limit: float | None,
 ) -> list[Event]:
     """Start, listen, and leave nothing running. The worker ends by itself when its stdin does."""
     process = subprocess.Popen(
@@ -231,6 +241,9 @@ def _run(
     )
     events: list[Event] = []
     assert process.stdout
+    clock = threading.Timer(limit or 0, os.killpg, (process.pid, signal.SIGKILL))
+    if limit is not None:
+        clock.start()
     try:
         for line in process.stdout:
             events.append(json.loads(line))
@@ -240,6 +253,7 @@ def _run(
             events.append({"event": "failed", "code": process.returncode})
         return events
     finally:
+        clock.cancel()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -480,16 +494,20 @@ def memory(device: str) -> tuple[int, int]:
 
 def measure_peak(spec: Event) -> None:
     """Worker: GFLOP/s of the fastest large square matrix product in this precision."""
+    emit("peak", gflops=peak_gflops(spec["device"], spec["precision"]))
+
+
+def peak_gflops(device: str, precision: str) -> float:
+    """GFLOP/s of the fastest large square matrix product in this precision."""
     import torch
 
-    device, best = spec["device"], 0.0
-    dtype = torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
+    best, dtype = 0.0, torch.float32 if precision == "fp32" else torch.bfloat16
     for size in PEAK_SIZES[device]:
         fastest = _product_seconds(torch.randn(size, size, device=device).to(dtype))
         best = max(best, 2 * size**3 / fastest / 1e9)
         if fastest > PEAK_LONGEST:
             break
-    emit("peak", gflops=best)
+    return best
 
 
 def _product_seconds(matrix: Any) -> float:
@@ -524,7 +542,7 @@ def save_checkpoint(spec: Event) -> None:
 
     source, target = Path(spec["model"]), Path(spec["checkpoint"])
     if spec["random_llama"]:
-        source = _random_llama(source, Path(spec["scratch"]) / "llama", spec["random_llama"])
+        source = random_llama(source, Path(spec["scratch"]) / "llama", spec["random_llama"])
     weights = "random" if spec["random_llama"] else "pretrained"
     recipe = Recipe(
         "bench",
@@ -543,18 +561,16 @@ def save_checkpoint(spec: Event) -> None:
     emit("saved", parameters=total, matrix_parameters=total - embeddings, torch=torch.__version__, gpu=gpu)
 
 
-def _random_llama(source: Path, folder: Path, size: str) -> Path:
-    """The config of a Llama of this size, and `source`'s tokenizer."""
+def random_llama(source: Path, folder: Path, size: str, **changes: int) -> Path:
+    """The config of a Llama of this size, with `changes`, and `source`'s tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig
 
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.save_pretrained(folder)
     heads = LLAMAS[size]["hidden_size"] // (64 if size == "1b" else 128)
+    shape = {"num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": len(tokenizer), **LLAMAS[size]}
     config = LlamaConfig(
-        **LLAMAS[size],
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        vocab_size=len(tokenizer),
+        **shape | changes,
         max_position_embeddings=8192,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
