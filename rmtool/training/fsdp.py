@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from rmtool.errors import RmtoolError
 from rmtool.model.classifier import is_matrix
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing.layers import decoder_layers
@@ -30,8 +31,15 @@ FULL = MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
 def shard(model: RewardModel, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Shard the model over all ranks, onto their devices, and give its new parameters to the optimizer."""
+    """Shard the model over all ranks, onto their devices, and give its new parameters to the optimizer.
+
+    Raises:
+        RmtoolError: E0406 layers share weights, which `fully_shard` refuses.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
+    if len(names) < sum(1 for _ in model.named_parameters(remove_duplicate=False)):
+        what = f"launch.engine=fsdp2 cannot shard {model.backbone.config.model_type}: its layers share weights"
+        raise RmtoolError("E0406", what, "set launch.engine to ddp or zero2")
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     names.clear()
     for group in optimizer.param_groups:
@@ -49,7 +57,8 @@ def _shard_modules(model: RewardModel, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     mixed = HALF if model.precision == "bf16" else FULL
     for module in reversed(list(model.modules())):  # a module after those that it contains
-        if type(module) is not nn.Linear and any(map(is_matrix, module.parameters(recurse=False))):
+        # Linear layers are gathered with their layer; so are convolutions, whose weights the layer reads (qwen3_next).
+        if type(module) not in (nn.Linear, nn.Conv1d) and any(map(is_matrix, module.parameters(recurse=False))):
             unit = fully_shard(module, mesh=mesh, mp_policy=FULL, ignored_params=whole)
             if isinstance(module, nn.Embedding):  # its gradient needs no weights
                 unit.set_unshard_in_backward(False)
