@@ -52,13 +52,16 @@ def shard(model: RewardModel, optimizer: torch.optim.Optimizer, device: torch.de
 
 def _shard_modules(model: RewardModel, device: torch.device) -> None:
     whole = {parameter for parameter in model.parameters() if not is_matrix(parameter)}
+    for module in model.modules():
+        if isinstance(module, nn.ParameterDict):  # adapters of an embedding, with no forward to gather them for
+            whole.update(module.parameters())
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     mixed = HALF if model.precision == "bf16" else FULL
     for module in reversed(list(model.modules())):  # a module after those that it contains
         # Linear layers are gathered with their layer; so are convolutions, whose weights the layer reads (qwen3_next).
-        if type(module) not in (nn.Linear, nn.Conv1d) and any(map(is_matrix, module.parameters(recurse=False))):
+        if type(module) not in (nn.Linear, nn.Conv1d) and set(module.parameters(recurse=False)) - whole:
             unit = fully_shard(module, mesh=mesh, mp_policy=FULL, ignored_params=whole)
             if isinstance(module, nn.Embedding):  # its gradient needs no weights
                 unit.set_unshard_in_backward(False)

@@ -15,8 +15,9 @@ import torch.distributed as dist
 import transformers as hf
 from helpers import FAMILIES, GROUPS, TINY, build, gradients, relative
 
-from rmtool.config import TrainConfig
+from rmtool.config import LoraConfig, TrainConfig
 from rmtool.errors import RmtoolError
+from rmtool.model.loading import add_adapters
 from rmtool.training import fsdp
 from rmtool.training.optim import build_optimizer
 
@@ -32,10 +33,18 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("config", [FAMILIES["gpt_neox"], CONVOLUTIONS])
-def test_gradients_are_those_of_the_whole_model(config: Any, one_rank: None) -> None:
-    """Layers of qwen3_5 read the weights of their convolutions instead of calling them."""
+@pytest.mark.parametrize(
+    ("config", "adapted"),
+    [(FAMILIES["gpt_neox"], ()), (CONVOLUTIONS, ()), (FAMILIES["llama"], ("embed_tokens", "q_proj"))],
+    ids=["gpt_neox", "qwen3_5", "adapters"],
+)
+def test_gradients_are_those_of_the_whole_model(config: Any, adapted: tuple[str, ...], one_rank: None) -> None:
+    """Layers of qwen3_5 read the weights of their convolutions, and peft's those of its embeddings, without a call."""
     whole, sharded = build(config), build(config)
+    for model in (whole, sharded):
+        if adapted:
+            torch.manual_seed(0)
+            add_adapters(model.classifier, LoraConfig(rank=4, targets=adapted))
     expected = gradients(whole, whole(whole.collate(GROUPS)))
     fsdp.shard(sharded, build_optimizer(sharded, TRAIN), torch.device("cpu"))
     found = gradients(sharded, sharded(sharded.collate(GROUPS)))
