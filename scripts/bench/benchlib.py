@@ -452,17 +452,15 @@ def synchronize(device: str) -> None:
 
 
 class TokenCount:
-    """Counts the tokens of the batches that a reward model of rmtool makes."""
+    """Counts the tokens of the batches that a reward model of rmtool is given."""
 
     def __init__(self, model: Any):
         self.tokens = 0
-        self._build = model.build_batch
-        model.build_batch = self._counted
+        # Not where batches are built: that of the next step is built before this one has ended.
+        model.register_forward_pre_hook(self._add)
 
-    def _counted(self, trees: Any) -> Any:
-        batch = self._build(trees)
-        self.tokens += batch.input_ids.numel()
-        return batch
+    def _add(self, _: Any, given: Any) -> None:
+        self.tokens += given[0].input_ids.numel()
 
     def take(self) -> int:
         """The tokens since the last call."""

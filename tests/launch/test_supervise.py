@@ -176,7 +176,7 @@ def test_a_single_process_that_dies_is_reported_by_its_signal(number: int, words
 @pytest.mark.slow
 def test_a_launcher_killed_at_once_leaves_no_process(tmp_path: Path) -> None:
     running = subprocess.Popen([PROGRAM, "train", "--recipe", "debug"], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    until(lambda: (tmp_path / "runs/debug/.events").exists())
+    until(lambda: (tmp_path / "runs/debug/accelerate.yaml").exists())
     until(lambda: bool(children(running.pid)))
     sessions = children(running.pid)
     running.kill()
