@@ -122,14 +122,8 @@ def children(pid: int) -> list[int]:
     return [child for child in found if group_members(child)]
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        (signal.SIGTERM, 75),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_run_leaves_no_process_and_can_be_run_again(number: int, code: int, tmp_path: Path) -> None:
     command = [PROGRAM, "train", "--recipe", "debug", "--set", "train.epochs=100"]
     # A shell that runs the tests in the background has them ignore Ctrl-C, and every program they start.

@@ -70,6 +70,7 @@ def test_zero3_shares_weights_gradients_and_optimizer_out(sharded: Memory) -> No
     assert PERSISTENT_PARAMETERS < 4096 * 1024  # no matrix stays whole
 
 
+@pytest.mark.slow
 def test_fsdp2_shares_them_out_too(llama: Path) -> None:
     memory, matrices = plan_memory(recipe("launch.engine=fsdp2"), llama, 8192), WEIGHTS - 65 * 4096
     assert memory.weights == 4 * 65 * 4096 + matrices * 4 // 64

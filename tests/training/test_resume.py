@@ -525,6 +525,7 @@ def kill_chain(root: Path, kills: int, seed: int) -> dict[str, Any]:
     return dict(json.loads(shown.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_kills_at_random_instants_end_in_the_same_run(tmp_path: Path, causal_lm: Path) -> None:
     make_inputs(tmp_path, causal_lm)
     found = kill_chain(tmp_path, 4, seed=1)

@@ -136,7 +136,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, causal_lm: Path, worker: Any
 @pytest.mark.parametrize(
     ("world", "sources"),
     [
-        ("ddp-2", ("ddp-2", "single-1")),
+        slow("ddp-2", ("ddp-2", "single-1")),
         slow("single-1", ("single-1", *WORLDS[1:])),
         *(slow(world, (world, *(other for other in WORLDS if other != world))) for world in WORLDS[1:]),
     ],
