@@ -80,7 +80,11 @@ class StubHub:
         self.lock = threading.Lock()
         self.closing = threading.Event()
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), self._handler()) for _ in range(2)]
-        self.url, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        # Of different names, as on the Hub: huggingface_hub 1 follows redirects to the same host, whatever the port.
+        names = ("127.0.0.1", "localhost")
+        self.url, self.storage = (
+            f"http://{name}:{server.server_port}" for name, server in zip(names, self.servers, strict=True)
+        )
 
     def __enter__(self) -> StubHub:
         for server in self.servers:
