@@ -58,6 +58,15 @@ def dataset_rows(dataset: Any) -> Iterator[dict[str, Any] | Exception]:
     )
 
 
+def require_datasets(source: str) -> None:
+    """Check that the package that loads Hub datasets is installed.
+
+    Raises:
+        RmtoolError: E0507 it is not.
+    """
+    require_package("datasets", f"the Hub dataset {source}", "use a local file")
+
+
 @functools.lru_cache(8)  # a dataset that was identified is the one that is read
 def load_hub_dataset(source: str) -> Any:
     """Load a Hub dataset.
@@ -66,7 +75,7 @@ def load_hub_dataset(source: str) -> Any:
         RmtoolError: E0203 when the split is unknown; E0507 without the package datasets; E0701 when the Hub is not
             reachable, or has no such dataset.
     """
-    require_package("datasets", f"the Hub dataset {source}", "use a local file")
+    require_datasets(source)
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

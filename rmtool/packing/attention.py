@@ -57,15 +57,18 @@ def packed_attention(
     if packed is None:
         raise UnsupportedAttentionError("the model does not pass keyword arguments to its attention layers")
     _refuse_unsupported(module, attention_mask, dropout, others)
-    dtype, device = query_1HTD.dtype, query_1HTD.device
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    attend = _node_by_node
-    if takes_kernel(dtype, _kernel_width(query_1HTD, value_1KTD), _capability(device)):
+    dtype, attend = product_dtype(query_1HTD), _node_by_node
+    if takes_kernel(dtype, _kernel_width(query_1HTD, value_1KTD), _capability(query_1HTD.device)):
         # Rotary embedding in fp32 leaves query and key in fp32; autocast knows torch's attention, not the kernel.
         query_1HTD, key_1KTD, value_1KTD = (tensor.to(dtype) for tensor in (query_1HTD, key_1KTD, value_1KTD))
         attend = _varlen
     return attend(query_1HTD, key_1KTD, value_1KTD, scaling, sliding_window, packed), None
+
+
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which products of this tensor are computed: autocast's, where it is enabled."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def takes_kernel(dtype: torch.dtype, width: int, capability: tuple[int, int] | None) -> bool:

@@ -48,9 +48,7 @@ class KernelCheck:
         **given: Any,
     ) -> tuple[torch.Tensor, None]:
         attend = ALL_ATTENTION_FUNCTIONS[attention.NAME]
-        dtype, device = query_1HTD.dtype, query_1HTD.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = attention.product_dtype(query_1HTD)
         if dtype in attention.HALF:
             packed = given["packed"]
             spiky_1KTV = value_1KTV * _spikes(packed, value_1KTV.device)[:, None].to(value_1KTV.dtype)

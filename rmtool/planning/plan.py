@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from rmtool.config import Recipe, Source, TrainConfig
+from rmtool.data.arrow_rows import require_datasets
 from rmtool.data.rejects import Rejects
 from rmtool.data.rows import is_hub_source
 from rmtool.data.sources import SourceCount, draw_share, load_source
 from rmtool.dataset.batches import count_pairs
 from rmtool.dataset.split import none_held_out, resolve_sources, row_options
 from rmtool.errors import RmtoolError
-from rmtool.packages import require_package, require_packages
+from rmtool.packages import require_packages
 from rmtool.recipe import as_source, engine_of, recipe_hash, world_size
 from rmtool.training.schedule import UNKNOWN, Schedule, require_reachable, schedule_rows
 from rmtool.training.tracking import describe_tracking
@@ -233,7 +234,7 @@ def _count_source(
     source: Source, number: int, recipe: Recipe, rejects: Rejects, ui: Ui
 ) -> tuple[int | None, SourceCount | None]:
     if is_hub_source(source.path):
-        require_package("datasets", f"the Hub dataset {source.path}", "use a local file")
+        require_datasets(source.path)
         return None, None
     with ui.progress(f"Reading {Path(source.path).name}", None, "rows") as bar:
         loaded = load_source(

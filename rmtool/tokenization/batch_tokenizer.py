@@ -85,6 +85,7 @@ class BatchTokenizer:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        self._sanitizes = _sanitizes(tokenizer)
         self._lock = threading.Lock()  # tokenizing changes settings of the tokenizer
         self._suspect = _any_of([token for token in tokenizer.get_added_vocab() if not token.isspace()], *_MARKS)
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -173,9 +174,9 @@ class BatchTokenizer:
     def _sanitized(self, conversation: Conversation) -> Result:
         if self._normalized_tokens and any(self._hides(message.content) for message in conversation.messages):
             return ValueError("after normalization, its text contains a control token of the tokenizer")
-        if not _sanitizes(self.tokenizer) and any(map(self._suspect.search, conversation.texts())):
+        if not self._sanitizes and any(map(self._suspect.search, conversation.texts())):
             return NeedsTransformersError("its text contains a control token: requires transformers 5.23 or later")
-        sanitize = {"sanitize_control_tokens": True} if _sanitizes(self.tokenizer) else {}
+        sanitize = {"sanitize_control_tokens": True} if self._sanitizes else {}
         try:
             ids = self.tokenizer.apply_chat_template(
                 [message.as_dict() for message in conversation.messages],

@@ -17,13 +17,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import benchlib
 import gpu_steps
 from benchlib import BenchError, Event, Session, emit, say
+
+from rmtool.packages import version_of
 
 LIMIT = 460.0  # seconds of a part: eight minutes with its start and end
 CHECKS = ("kernel", "precision", "processes", "step", "step-liger", "commands")
@@ -84,13 +85,6 @@ def main(args: argparse.Namespace) -> int:
     if failed:
         say(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def run_part(session: Session, part: str, args: argparse.Namespace, versions: dict[str, str | None]) -> Event:
