@@ -82,6 +82,7 @@ ERRORS = {
     "E0413": "the checkpoint is a PEFT adapter",
     "E0414": "the checkpoint's weights are quantized",
     "E0415": "a token id exceeds the model's embedding",
+    "E0416": "fp16 cannot hold the checkpoint's weights",
     "E0471": "the folder is not a complete checkpoint",
     "E0472": "a weights file is corrupted",
     "E0501": "a file cannot be read or written",

@@ -16,6 +16,8 @@ from rmtool.cli.inference import (
     InferenceOptions,
     load,
     parse_columns,
+    precision_fields,
+    print_precision,
     print_sharing,
     print_skipped,
     sharing_fields,
@@ -24,6 +26,7 @@ from rmtool.cli.options import (
     AllowEmptyOption,
     BadRowOption,
     ColumnOption,
+    FidelityOption,
     JsonOption,
     MaxLengthOption,
     PrecisionOption,
@@ -53,7 +56,8 @@ def eval_(
     ] = None,
     column: ColumnOption = None,
     samples: Annotated[int, typer.Option(min=0, help="Number of example pairs to print.")] = 5,
-    precision: PrecisionOption = None,
+    precision: PrecisionOption = "auto",
+    fidelity: FidelityOption = None,
     max_length: MaxLengthOption = None,
     on_long: Annotated[
         str | None,
@@ -74,7 +78,9 @@ def eval_(
     smoothing, centering or hinge that the training loss (train/rm/loss) may have.
     """
     options = InferenceOptions(
-        precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row, parse_columns(column)
+        *(precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row),
+        parse_columns(column),
+        fidelity,
     )
     options.check(("error", "drop", "truncate_prompt"))
     from rmtool.ui import redirect_output
@@ -122,6 +128,7 @@ class _Evaluated:
             "dropped": dict(self.pairs.counts),
             "dropped_pairs": self.dropped_pairs,
             "skipped_rows": self.skipped_rows,
+            **precision_fields(self.loaded, self.result.fidelity),
             **sharing_fields(self.loaded.padded_reason),
         }
 
@@ -130,6 +137,7 @@ def _evaluate(folder: Path, sources: list[str], samples: int, options: Inference
     from rmtool.config import Source
     from rmtool.dataset.split import read_sources, require_pairs, tokenize_subset
     from rmtool.evaluation.evaluate import evaluate
+    from rmtool.model.fidelity import rewards_with_fidelity
 
     ui.say(f"model: {folder}\ndata:  {', '.join(sources)}")
     with options.rejects(Path(Path(sources[0]).name), sources) as rejects:
@@ -146,7 +154,8 @@ def _evaluate(folder: Path, sources: list[str], samples: int, options: Inference
         rejects.raise_if_any()
     require_pairs("eval", pairs, rejects, Place(", ".join(sources)))
     with ui.progress("Evaluating", len(pairs.metadata), "rows") as bar:
-        result = evaluate(loaded.model, pairs.metadata, pairs.groups, options.tokens_per_pack, bar, samples)
+        given = (loaded.model, pairs.groups, options.tokens_per_pack, bar, options.fidelity)
+        result = evaluate(pairs.metadata, lambda: rewards_with_fidelity(*given), samples)
     shown = _samples(selection, pairs, result)
     print_skipped(rejects, ui)
     dropped = sum(each.count.dropped_pairs for each in selection.loaded)
@@ -181,6 +190,7 @@ def _print_result(evaluated: _Evaluated, as_json: bool, ui: TerminalUi) -> None:
     else:
         _print_metrics(evaluated.result, ui)
         _print_samples(evaluated.samples, ui)
+    print_precision(evaluated.loaded, evaluated.result.fidelity, ui)
     print_sharing(evaluated.loaded, ui)
 
 

@@ -16,15 +16,19 @@ from rmtool.errors import RmtoolError
 if TYPE_CHECKING:
     from rmtool.data.record import RowOptions
     from rmtool.data.rejects import Rejects
+    from rmtool.model.fidelity import Fidelity
     from rmtool.model.loading import LoadedModel
     from rmtool.ui import TerminalUi
+
+
+PRECISIONS = ("auto", "fp16", "bf16", "tf32", "fp32")
 
 
 @dataclass(frozen=True)
 class InferenceOptions:
     """Options of eval and score; None takes the value from the checkpoint's manifest."""
 
-    precision: str | None
+    precision: str
     max_length: int | None
     on_long: str | None
     allow_empty: bool
@@ -32,6 +36,7 @@ class InferenceOptions:
     chat_template: str | None
     on_bad_row: str = "fail"
     columns: tuple[tuple[str, str], ...] = ()
+    fidelity: int | None = None
 
     def row_options(self) -> RowOptions:
         """Return how rows are read."""
@@ -60,7 +65,7 @@ class InferenceOptions:
             RmtoolError: E0206 when one has another value.
         """
         for option, value, allowed in (
-            ("--precision", self.precision, ("fp32", "bf16")),
+            ("--precision", self.precision, PRECISIONS),
             ("--on-bad-row", self.on_bad_row, ("fail", "skip")),
             ("--on-long", self.on_long, on_long),
         ):
@@ -95,6 +100,7 @@ def load(folder: Path, options: InferenceOptions, ui: TerminalUi) -> LoadedModel
         on_long=options.on_long,
         on_empty="keep" if options.allow_empty else None,
         chat_template=options.chat_template,
+        fidelity=options.fidelity != 0,
     )
     for notice in loaded.notices:
         ui.say(f"note: {notice}")
@@ -113,6 +119,25 @@ def print_sharing(loaded: LoadedModel, ui: TerminalUi) -> None:
         from rmtool.packing.prefix_sharing import describe_sharing
 
         ui.say(f"note: prefix sharing: {describe_sharing(loaded.padded_reason)}")
+
+
+def print_precision(loaded: LoadedModel, fidelity: Fidelity | None, ui: TerminalUi) -> None:
+    """Print what the rewards were computed in, how far they are from fp32, and what had to be repeated in fp32."""
+    guard, precision = loaded.model.overflow_guard, loaded.model.precision
+    if guard.repeated:
+        layers = f"; from then on scaled: {', '.join(guard.adapted)}" if guard.adapted else ""
+        ui.say(f"note: fp16 overflowed in {guard.repeated} of {guard.forwards} packs, computed again in fp32{layers}")
+    if fidelity:
+        ui.say(f"fidelity of {precision}: {fidelity}")
+
+
+def precision_fields(loaded: LoadedModel, fidelity: Fidelity | None) -> dict[str, Any]:
+    """Return the JSON fields on precision."""
+    return {
+        "precision": loaded.model.precision,
+        "fidelity": fidelity.as_dict() if fidelity else None,
+        "fp32_packs": loaded.model.overflow_guard.repeated,
+    }
 
 
 def sharing_fields(reason: str | None) -> dict[str, Any]:

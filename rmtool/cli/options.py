@@ -16,7 +16,16 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 PrecisionOption = Annotated[
-    str | None, typer.Option(help="Compute precision, fp32 or bf16. [default: from the checkpoint]", show_default=False)
+    str,
+    typer.Option(help="Compute precision: auto (fp16 on a GPU, fp32 on a CPU), fp16, bf16, tf32 or fp32."),
+]
+FidelityOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Number of responses whose rewards are also computed in fp32, and compared; 0 for none. "
+        "[default: 64, but at most a 16th of the responses]",
+    ),
 ]
 TokensOption = Annotated[
     int,

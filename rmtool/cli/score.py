@@ -16,6 +16,8 @@ from rmtool.cli.inference import (
     InferenceOptions,
     load,
     parse_columns,
+    precision_fields,
+    print_precision,
     print_sharing,
     print_skipped,
     sharing_fields,
@@ -26,6 +28,7 @@ from rmtool.cli.options import (
     AllowEmptyOption,
     BadRowOption,
     ColumnOption,
+    FidelityOption,
     JsonOption,
     MaxLengthOption,
     PrecisionOption,
@@ -60,7 +63,8 @@ def score(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     column: ColumnOption = None,
-    precision: PrecisionOption = None,
+    precision: PrecisionOption = "auto",
+    fidelity: FidelityOption = None,
     max_length: MaxLengthOption = None,
     on_long: Annotated[
         str, typer.Option(help="What to do with conversations longer than max length: error or truncate_prompt.")
@@ -73,7 +77,9 @@ def score(
 ) -> None:
     """Score the responses in a file with a reward model."""
     options = InferenceOptions(
-        precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row, parse_columns(column)
+        *(precision, max_length, on_long, allow_empty, tokens_per_pack, chat_template, on_bad_row),
+        parse_columns(column),
+        fidelity,
     )
     options.check(("error", "truncate_prompt"))
     from rmtool.ui import redirect_output
@@ -105,9 +111,11 @@ def _score(
 
     loaded = load(resolve_checkpoint(model, None, ui), options, ui)
     with rejects:
-        summary = score_file(source, output, loaded, options.tokens_per_pack, rejects, ui, options.row_options())
+        given = (source, output, loaded, options.tokens_per_pack, rejects, ui, options.row_options())
+        summary = score_file(*given, options.fidelity)
     print_skipped(rejects, ui)
     _print_summary(model, output, loaded, summary, as_json, ui)
+    print_precision(loaded, summary.fidelity, ui)
     print_sharing(loaded, ui)
     return summary
 
@@ -125,8 +133,8 @@ def _print_summary(
         names = ", ".join(summary.converted)
         ui.say(f"note: dates are written as text, bytes as base64, NaN and inf as null (fields: {names})")
     if as_json:
-        sharing = sharing_fields(loaded.padded_reason)
-        print_json({"model": model, "output": str(output), **vars(summary), **sharing}, ui)
+        more = precision_fields(loaded, summary.fidelity) | sharing_fields(loaded.padded_reason)
+        print_json({"model": model, "output": str(output), **vars(summary), **more}, ui)
     else:
         responses = f"{summary.responses:,} response{'s' * (summary.responses != 1)}"
         ui.result(f"scored {responses} in {summary.rows:,} row{'s' * (summary.rows != 1)}: {output}")

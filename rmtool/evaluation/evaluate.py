@@ -1,8 +1,8 @@
 """Evaluation of a reward model on preference pairs.
 
-In: a model, and the pairs' metadata and token ids. Out: an `EvalResult`: the eval/rm metrics, overall and per subset,
-and the rewards of a few examples.
-Cost: one forward pass over the unique tokens.
+In: the pairs' metadata, and what computes their rewards. Out: an `EvalResult`: the eval/rm metrics, overall and per
+subset, and the rewards of a few examples.
+Cost: that of the rewards.
 """
 
 from __future__ import annotations
@@ -14,18 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from rmtool.data.record import PairMetadata
-from rmtool.dist import SINGLE_PROCESS, DistInfo
 from rmtool.errors import RmtoolError
 from rmtool.evaluation.metrics import EVAL_PREFIX, PairSums
+from rmtool.model.fidelity import Fidelity
 from rmtool.model.loss import bradley_terry
 from rmtool.model.out_of_memory import PackOutOfMemoryError, row_out_of_memory
-from rmtool.model.reward_model import RewardModel
-from rmtool.model.rewards import compute_rewards
-from rmtool.tokenization.response_group import ResponseGroup
-from rmtool.ui import Bar
 
 Samples = tuple[tuple[int, list[float]], ...]
 
@@ -36,11 +31,13 @@ class EvalResult:
 
     total, subsets: their loss is plain Bradley-Terry, whatever the model was trained with
     samples:        for some rows, drawn at random, the index and the rewards of the responses
+    fidelity:       of the rewards, where that was measured
     """
 
     total: PairSums
     subsets: dict[str, PairSums]
     samples: Samples
+    fidelity: Fidelity | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the `--json` form."""
@@ -52,28 +49,23 @@ class EvalResult:
 
 
 def evaluate(
-    model: RewardModel,
     metadata: Sequence[PairMetadata],
-    groups: Sequence[ResponseGroup],
-    max_tokens: int,
-    bar: Bar,
+    compute: Callable[[], tuple[list[list[float]], Fidelity | None]],
     samples: int = 0,
     seed: int = 0,
-    forward_module: nn.Module | None = None,
-    dist: DistInfo = SINGLE_PROCESS,
-    interrupt: Callable[[], bool] | None = None,
 ) -> EvalResult:
-    """Compute the eval metrics of all pairs; arguments as of `compute_rewards`.
+    """Compute the eval metrics of all pairs.
 
     Args:
+        compute: computes the rewards of all rows, as `compute_rewards` or `rewards_with_fidelity` does.
         samples: number of rows whose rewards are returned.
 
     Raises:
-        AbandonedError: when `interrupt` says so.
+        AbandonedError: when `compute` raises it.
         RmtoolError: E0409 a reward is NaN or inf; E0503 out of memory, a `PackOutOfMemoryError` if smaller packs help.
     """
     try:
-        rewards = compute_rewards(model, groups, max_tokens, bar, forward_module, dist, interrupt)
+        rewards, fidelity = compute()
     except PackOutOfMemoryError as error:
         if len(error.indices) > 1:
             raise
@@ -86,7 +78,8 @@ def evaluate(
         if each.subset is not None:
             subsets[each.subset] = subsets.get(each.subset, PairSums()) + sums
     indices = sorted(np.random.default_rng(seed).permutation(len(metadata))[:samples].tolist())
-    return EvalResult(total, dict(sorted(subsets.items())), tuple((index, rewards[index]) for index in indices))
+    shown = tuple((index, rewards[index]) for index in indices)
+    return EvalResult(total, dict(sorted(subsets.items())), shown, fidelity)
 
 
 def _require_finite(metadata: PairMetadata, rewards: Sequence[float]) -> None:

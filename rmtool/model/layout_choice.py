@@ -6,8 +6,7 @@ Cost: a few short forwards in fp32, one in the model's precision.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +15,6 @@ from torch import nn
 
 from rmtool.dist import SINGLE_PROCESS, DistInfo
 from rmtool.model.classifier import HEAD
-from rmtool.model.precision import fp32_compute
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing import attention_check, prefix_sharing
 from rmtool.tokenization.response_group import ResponseGroup
@@ -56,13 +54,13 @@ def choose_layout(
     training, shared = model.training, False
     forward_module.eval()
     try:
-        with _in_fp32(model):
+        with model.in_fp32():
             probe = prefix_sharing.Probe(groups, partial(states, False), dist)
             reason = prefix_sharing.declared_reason(model.backbone)
             reason = reason or prefix_sharing.probe_failure(probe, partial(states, True, groups))
         reason = reason or prefix_sharing.kernel_failure(dist.max(_kernel_error(model, forward_module, groups)))
         if reason is not None:
-            with _in_fp32(model):
+            with model.in_fp32():
                 prefix_sharing.require_padding(probe)
         shared = reason is None
     finally:
@@ -90,14 +88,3 @@ def _head_inputs(model: RewardModel, forward_module: nn.Module, groups: Sequence
     finally:
         hook.remove()
     return inputs[0]
-
-
-@contextlib.contextmanager
-def _in_fp32(model: RewardModel) -> Iterator[None]:
-    """Compute in fp32 inside the context, whatever the precision and the weights' dtype."""
-    precision, model.precision = model.precision, "fp32"
-    try:
-        with fp32_compute(model.backbone):
-            yield
-    finally:
-        model.precision = precision

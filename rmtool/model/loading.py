@@ -7,9 +7,7 @@ Cost: reads the weights once, and runs a few short forwards for inference (`layo
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +31,20 @@ from rmtool.model.layout_choice import choose_layout
 from rmtool.model.liger import apply_liger
 from rmtool.model.limits import embedding_rows, positions_notice, require_embedded
 from rmtool.model.model_config import read_config
-from rmtool.model.precision import PRECISIONS, compute_precision, default_device, precision_notices
+from rmtool.model.overflow import beyond_fp16
+from rmtool.model.precision import (
+    FP16_MAX,
+    compute_precision,
+    default_device,
+    loading_dtype,
+    precision_notices,
+)
+from rmtool.model.process_settings import apply_settings
 from rmtool.model.reward_model import RewardModel
 from rmtool.model.stored_weights import HeadOrigin, unread_notice
-from rmtool.model.weight_files import HEAD_WEIGHT
+from rmtool.model.weight_files import HEAD_WEIGHT, read_headers
 from rmtool.tokenization.encoder import FINGERPRINT_CONVERSATIONS, Encoder
 from rmtool.tokenization.tokenizer import ensure_pad_token, load_tokenizer
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-_MALLOC = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_"}
 
 
 @dataclass(frozen=True)
@@ -63,50 +66,53 @@ class LoadedModel:
 def load_for_inference(
     folder: Path,
     *,
-    precision: str | None = None,
+    precision: str = "auto",
     max_length: int | None = None,
     on_long: str | None = None,
     on_empty: str | None = None,
     chat_template: str | None = None,
+    fidelity: bool = False,
 ) -> LoadedModel:
     """Load a trained reward model, ready to compute rewards. Arguments that are None follow the checkpoint's manifest.
 
+    Args:
+        precision: auto, fp16, bf16, tf32 or fp32; see `compute_precision`.
+        fidelity: leave the weights in the dtype of their file, where they fit into the GPU's memory, until
+            `RewardModel.round_weights` is called: `rewards_with_fidelity` compares with their fp32 rewards.
+
     Raises:
         RmtoolError: E0401 no score head; E0403 tokenizer mismatch; E0402 and E0404 to E0408 as from `build_classifier`,
-            `load_tokenizer` and `read_manifest`; E0410 to E0412 as from `choose_layout`.
+            `load_tokenizer` and `read_manifest`; E0410 to E0412 as from `choose_layout`; E0416 as `_avoid_fp16`.
     """
-    tune_malloc()
-    manifest = read_manifest(folder)
-    full_config = read_config(folder)
-    config, tokenizer = full_config.get_text_config(), load_tokenizer(folder, chat_template, full_config)
-    positions = int(getattr(config, "max_position_embeddings", 0) or 2048)
-    encoder = Encoder(
-        tokenizer,
-        max_length or (manifest.max_length if manifest else positions),
-        on_long or (manifest.on_long if manifest else "error"),
-        on_empty or (manifest.on_empty if manifest else "error"),
-        config.pad_token_id,
-        embedding_rows(config),
+    apply_settings()
+    manifest, config = read_manifest(folder), read_config(folder)
+    tokenizer, config = load_tokenizer(folder, chat_template, config), config.get_text_config()
+    length = max_length or (manifest.max_length if manifest else getattr(config, "max_position_embeddings", 0) or 2048)
+    on_long, on_empty = (
+        given or (getattr(manifest, name) if manifest else "error")
+        for given, name in ((on_long, "on_long"), (on_empty, "on_empty"))
     )
+    encoder = Encoder(tokenizer, int(length), on_long, on_empty, config.pad_token_id, embedding_rows(config))
     require_embedded(encoder)
     notices = _check_fingerprint(encoder, manifest, folder) if manifest and not chat_template else []
-    precision = precision or (manifest.precision if manifest else "fp32")
-    model, head = _load_model(folder, compute_precision(precision), config.pad_token_id or 0)
+    model, head, more = _load_model(folder, precision, config.pad_token_id or 0)
+    if not fidelity:
+        model.round_weights()
     layout = choose_layout(model, model, encoder.max_length)
-    notices += [*_pad_notices(tokenizer, config.pad_token_id), *precision_notices(precision, layout.shared)]
+    notices += [*_pad_notices(tokenizer, config.pad_token_id), *more, *precision_notices(precision, layout.shared)]
     notices += positions_notice(config, encoder.max_length, manifest.max_length if manifest else 0)
-    if head.name != HEAD_WEIGHT:
-        notices.append(f"score head: loaded from {head.name}")
     notices += unread_notice(head)
     return LoadedModel(model, encoder, manifest, tuple(notices), layout.reason)
 
 
 def _load_model(
     folder: Path, precision: str, pad_id: int, dtype: torch.dtype | None = None
-) -> tuple[RewardModel, HeadOrigin]:
-    if dtype is None:  # on a CPU, autocast copies fp32 weights anyway
-        dtype = PRECISIONS[precision] if default_device().type == "cuda" else torch.float32
-    classifier, head = build_classifier(folder, dtype=dtype, device=default_device())
+) -> tuple[RewardModel, HeadOrigin, list[str]]:
+    used, device = compute_precision(precision), default_device()
+    if dtype is None:
+        free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else None
+        dtype = loading_dtype(used, read_headers(folder).sizes(), free)
+    classifier, head = build_classifier(folder, dtype=dtype, device=device)
     if head.name is None:
         raise RmtoolError(
             "E0401",
@@ -114,7 +120,27 @@ def _load_model(
             f"train one from it: rmtool train --recipe smollm2-135m --model {shlex.quote(str(folder))}",
         )
     disable_dropout(classifier)
-    return RewardModel(classifier, pad_id, precision).to(default_device()).eval(), head
+    model = RewardModel(classifier, pad_id, used).to(device).eval()
+    notices = [f"score head: loaded from {head.name}"] if head.name != HEAD_WEIGHT else []
+    return model, head, notices + _avoid_fp16(model, precision)
+
+
+def _avoid_fp16(model: RewardModel, precision: str) -> list[str]:
+    """Compute in fp32 where auto has chosen fp16, which cannot hold the weights; return a notice that says so.
+
+    Raises:
+        RmtoolError: E0416 where fp16 was asked for by name.
+    """
+    names = beyond_fp16(model.backbone) if model.precision == "fp16" else []
+    if not names:
+        return []
+    what = f"{names[0]} has weights beyond the range of fp16 ({FP16_MAX:,.0f})"
+    if precision != "auto":
+        raise RmtoolError("E0416", what, "set train.precision=bf16, or fp32")
+    model.precision = "fp32"
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    return [f"{what}: computing in fp32"]
 
 
 def _pad_notices(tokenizer: Any, pad_id: int | None) -> list[str]:
@@ -124,17 +150,6 @@ def _pad_notices(tokenizer: Any, pad_id: int | None) -> list[str]:
         f"the pad token (id {pad_id}) also ends responses; the reward is taken at the token before it, as in "
         "transformers, so complete and unfinished responses look the same to the model"
     ]
-
-
-def tune_malloc() -> None:
-    """Let glibc reuse freed memory, on a CPU: it would return blocks over 32 MB to the system, and each layer then pays
-    for zeroing new ones (10 to 20% of a forward of 8,192 tokens, scripts/bench/SPEED.md). Lasts until the process ends;
-    does nothing with a different C library, or where the user has set MALLOC_ variables.
-    """
-    library = ctypes.CDLL(None)
-    if default_device().type == "cpu" and hasattr(library, "gnu_get_libc_version") and not _MALLOC & os.environ.keys():
-        library.mallopt(_M_MMAP_MAX, 0)
-        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def last_id(tokenizer: Any) -> int:
@@ -184,7 +199,7 @@ def training_model(
         RmtoolError: E0205 unknown lora.targets; E0402, E0404, E0406, E0407 as from `build_classifier`; E0505 4-bit
             weights are not supported here.
     """
-    tune_malloc()
+    apply_settings()
     train = recipe.train
     # Random weights and adapters must not depend on what was sampled before.
     torch.manual_seed(train.seed)

@@ -1,21 +1,24 @@
 """Compute precision: what this machine supports, and fp32 forwards of a half-precision model.
 
-In: the precision that a recipe or checkpoint names; or a backbone with bf16, fp16 or 4-bit weights. Out: the precision
-to compute in; or a context in which the backbone computes in fp32 (outside autocast) from the same weights.
+In: the precision that a recipe or an option names; or a backbone with bf16, fp16 or 4-bit weights. Out: the precision
+to compute in, and a context that computes in it; or one in which the backbone computes in fp32 (outside autocast) from
+the same weights.
 Cost: of the fp32 forwards, the largest layer in fp32 while it runs, and one more read and write of the weights.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP16_MAX = 65504.0
+AMPERE = (8, 0)  # CUDA capability
 STACKS = (nn.ModuleList, nn.ModuleDict)
 
 
@@ -27,6 +30,12 @@ def lacks_bf16() -> bool:
     """Whether this CPU has no bf16 instructions; torch's bf16 products are then some ten times slower than fp32."""
     has = torch.cpu.get_capabilities()
     return has.get("architecture") == "x86_64" and not (has.get("amx_bf16") or has.get("avx512_bf16"))
+
+
+def lacks_fp16() -> bool:
+    """Whether this CPU has no fp16 instructions (AVX512-FP16, AMX-FP16)."""
+    has = torch.cpu.get_capabilities()
+    return has.get("architecture") == "x86_64" and not (has.get("amx_fp16") or has.get("avx512_fp16"))
 
 
 def fast_bf16_device() -> str | None:
@@ -41,8 +50,25 @@ def fast_bf16_device() -> str | None:
 
 
 def compute_precision(precision: str) -> str:
-    """The precision to compute in where `precision` is asked for: fp32 on a CPU without bf16 instructions."""
-    return "fp32" if default_device().type == "cpu" and lacks_bf16() else precision
+    """The precision to compute in where `precision` is asked for.
+
+    auto is the fastest that keeps the rewards of fp32: on a GPU fp16, which has three bits more than bf16 at the same
+    speed; on a CPU fp32. No CPU measured multiplies fp16 faster than fp32, and bf16 products split into two or three
+    terms are no faster either (scripts/bench/SPEED.md).
+    """
+    on_cpu = default_device().type == "cpu"
+    if precision == "auto":
+        return "fp32" if on_cpu else "fp16"
+    return "fp32" if _lacks(precision) else precision
+
+
+def _lacks(precision: str) -> bool:
+    """Whether this device would be slower in `precision` than in fp32, or not compute in it at all."""
+    if default_device().type == "cuda":
+        # Of inference alone: a launcher, which asks for fp32 and bf16, must not initialize CUDA.
+        return precision == "tf32" and torch.cuda.get_device_capability() < AMPERE
+    lacks = {"bf16": lacks_bf16, "fp16": lacks_fp16, "tf32": lambda: True}
+    return precision in lacks and lacks[precision]()
 
 
 def precision_notices(precision: str, shared: bool = False) -> list[str]:
@@ -51,12 +77,50 @@ def precision_notices(precision: str, shared: bool = False) -> list[str]:
     Args:
         shared: whether the model shares prefixes. The attention kernel for that is one of half precision.
     """
-    used = compute_precision(precision)
-    if used != precision:
-        return [f"{precision} is not supported by this CPU; computing in {used}"]
-    if used == "fp32" and shared and default_device().type == "cuda":
-        return ["fp32 on a GPU is many times slower than bf16: attention over shared prefixes runs node by node"]
+    used, device = compute_precision(precision), default_device().type
+    if precision not in ("auto", used):
+        return [f"{precision} is not supported by this {'CPU' if device == 'cpu' else 'GPU'}; computing in {used}"]
+    if PRECISIONS[used] == torch.float32 and shared and device == "cuda":
+        faster = "bf16 or fp16"
+        return [f"{used} on a GPU is many times slower than {faster}: attention over shared prefixes runs node by node"]
     return []
+
+
+@contextlib.contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Compute forwards in `precision`: half precision by autocast, fp32 without TF32 products, tf32 with them."""
+    half = PRECISIONS[precision] != torch.float32
+    # Autocast's cache would keep a copy of every weight until the end of the forward; none is used twice.
+    autocast = torch.autocast(device.type, PRECISIONS[precision] if half else None, half, cache_enabled=False)
+    with autocast, contextlib.nullcontext() if half else _tf32_products(precision == "tf32"):
+        yield
+
+
+@contextlib.contextmanager
+def _tf32_products(allowed: bool) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def loading_dtype(precision: str, stored: Mapping[str, int], free: int | None) -> torch.dtype:
+    """The dtype to read a model's matrices in: on a GPU that of the file, where its fp32 rewards are wanted first.
+
+    Args:
+        stored: numbers of the checkpoint's weights by safetensors' names of dtypes.
+        free: bytes of GPU memory; None on a CPU, where autocast copies fp32 weights anyway.
+    """
+    dtype = PRECISIONS[precision]
+    if free is None or dtype == torch.float32:
+        return torch.float32
+    if stored.keys() <= {"BF16", "F16"}:
+        return torch.float16 if stored.keys() == {"F16"} else torch.bfloat16
+    return torch.float32 if 4 * sum(stored.values()) < free / 2 else dtype
 
 
 @contextlib.contextmanager
@@ -89,21 +153,28 @@ def _is_half(parameter: nn.Parameter) -> bool:
     return parameter.dtype in (torch.bfloat16, torch.float16)
 
 
-def _upcast_while_it_runs(module: nn.Module, stack: contextlib.ExitStack) -> None:
-    half = dict[nn.Parameter, torch.Tensor]()
-
-    def upcast(*_: Any) -> None:
-        for parameter in module.parameters():
-            if _is_half(parameter):
-                half[parameter] = parameter.data
-                parameter.data = parameter.data.float()
-
-    def restore(*_: Any) -> None:
+@contextlib.contextmanager
+def fp32_weights(module: nn.Module) -> Iterator[None]:
+    """Hold the module's half-precision weights in fp32 inside the context."""
+    half = {parameter: parameter.data for parameter in module.parameters() if _is_half(parameter)}
+    for parameter in half:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
         for parameter, data in half.items():
             parameter.data = data
-        half.clear()
 
-    stack.callback(restore)
+
+def _upcast_while_it_runs(module: nn.Module, stack: contextlib.ExitStack) -> None:
+    running = stack.enter_context(contextlib.ExitStack())
+
+    def upcast(*_: Any) -> None:
+        running.enter_context(fp32_weights(module))
+
+    def restore(*_: Any) -> None:
+        running.close()
+
     stack.callback(module.register_forward_pre_hook(upcast).remove)
     stack.callback(module.register_forward_hook(restore).remove)
 

@@ -9,16 +9,18 @@ Shapes: N responses, D hidden size.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rmtool.model.classifier import HEAD, ScoreHead, full_shape, is_matrix
-from rmtool.model.precision import PRECISIONS
+from rmtool.model.classifier import HEAD, ScoreHead, full_shape, is_matrix, matrices
+from rmtool.model.overflow import OverflowGuard
+from rmtool.model.precision import PRECISIONS, computing_in, fp32_compute
 from rmtool.packing import attention
 from rmtool.packing.packs import Batch, PackedBatch, pack, pad
 from rmtool.packing.transfer import to_device
@@ -34,8 +36,8 @@ class RewardModel(nn.Module):
     Args:
         classifier: a `*ForSequenceClassification` with a bias-free one-row `score` head.
         pad_id: the token that fills the right side of padded batches.
-        precision: "fp32", or "bf16" or "fp16" for autocast around the backbone. The head always runs in the dtype of
-            its weights without autocast: in bf16, rewards near 4 would be 0.03 apart.
+        precision: "fp32" or "tf32", or "bf16" or "fp16" for autocast around the backbone. The head always runs in the
+            dtype of its weights without autocast: in bf16, rewards near 4 would be 0.03 apart.
     """
 
     def __init__(self, classifier: PreTrainedModel, pad_id: int, precision: str = "fp32"):
@@ -45,6 +47,7 @@ class RewardModel(nn.Module):
         self.precision = precision
         self.stock_attention = classifier.config._attn_implementation
         self.shares_prompts = False
+        self.overflow_guard = OverflowGuard(self.backbone)
         getattr(classifier, HEAD).__class__ = ScoreHead
 
     @property
@@ -57,11 +60,7 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Compute rewards, float32[N], in the order of the responses given to `pack` or `pad`."""
-        # Autocast's cache would keep a copy of every weight until the end of the forward; none is used twice.
-        half = torch.autocast(
-            self.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32", cache_enabled=False
-        )
-        with half:
+        with computing_in(self.precision, self.device):
             states_ND = self._last_states(batch)
         with torch.autocast(self.device.type, enabled=False):
             head = getattr(self.classifier, HEAD)
@@ -77,6 +76,24 @@ class RewardModel(nn.Module):
         output = self.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         rows = torch.arange(len(batch.reward_index), device=batch.reward_index.device)
         return output.last_hidden_state[rows, batch.reward_index]
+
+    @contextlib.contextmanager
+    def in_fp32(self) -> Iterator[None]:
+        """Compute in fp32 inside the context, whatever the precision and the weights' dtype; not with gradients."""
+        precision, self.precision = self.precision, "fp32"
+        try:
+            with fp32_compute(self.backbone):
+                yield
+        finally:
+            self.precision = precision
+
+    def round_weights(self) -> None:
+        """Round the matrices to the precision's dtype, on a GPU in half precision; not for a model in training."""
+        dtype = PRECISIONS[self.precision]
+        if self.device.type == "cuda" and dtype != torch.float32:
+            for name in matrices(self.classifier):
+                weight = self.classifier.get_parameter(name)
+                weight.data = weight.data.to(dtype)
 
     def share_prompts(self, shares: bool) -> None:
         """Switch prefix sharing on (packed batches) or off (padded batches)."""

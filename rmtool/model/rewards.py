@@ -10,6 +10,7 @@ import functools
 import itertools
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from rmtool.dist import SINGLE_PROCESS, DistInfo
 from rmtool.model.out_of_memory import PackOutOfMemoryError, unless_out_of_memory
+from rmtool.model.overflow import all_finite
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing.packs import Batch
 from rmtool.packing.transfer import to_device
@@ -99,8 +101,14 @@ def _run_packs(
 
 
 def _launch(model: RewardModel, module: nn.Module, batch: Batch) -> Callable[[], list[float]]:
-    """Start a forward and the copy of its rewards to the CPU; return what waits for them."""
-    rewards_N = module(to_device(batch, model.device))
+    """Start a forward and the copy of its rewards to the CPU; return what waits for them. Where fp16 has overflowed, it
+    computes them again in fp32.
+    """
+    batch, guard = to_device(batch, model.device), model.overflow_guard
+    with guard.watch() if model.precision == "fp16" else nullcontext() as ranges:
+        rewards_N = module(batch)
+    if ranges is not None:
+        rewards_N = torch.cat((rewards_N, all_finite(ranges).float()[None]))
     copied_N = rewards_N.to("cpu", non_blocking=True)
     arrived = None if rewards_N.device.type == "cpu" else torch.Event(rewards_N.device)
     if arrived:
@@ -109,7 +117,12 @@ def _launch(model: RewardModel, module: nn.Module, batch: Batch) -> Callable[[],
     def fetch() -> list[float]:
         if arrived:
             arrived.synchronize()
-        return copied_N.tolist()
+        rewards = copied_N.tolist()
+        if ranges is None or rewards.pop():
+            return rewards
+        guard.adapt(ranges)
+        with model.in_fp32():
+            return module(batch).tolist()
 
     return fetch
 

@@ -7,6 +7,7 @@ Cost: reads the headers of the files.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -44,6 +45,13 @@ class StoredWeights:
         """Read one tensor."""
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(own_name(name))
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of weights of each dtype, by safetensors' names of dtypes."""
+        sizes = dict[str, int]()
+        for name, shape in self.shapes.items():
+            sizes[self.dtypes[name]] = sizes.get(self.dtypes[name], 0) + math.prod(shape)
+        return sizes
 
     def beside(self) -> list[str]:
         """List the score heads in files that transformers does not load."""

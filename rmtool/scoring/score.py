@@ -5,8 +5,8 @@ In: rows with prompt and response(s), or messages. Out: the same rows with "rewa
 The file is read twice: first to check and tokenize every row, so that an invalid last row is reported before the first
 forward pass; then to write the rows with their rewards, in the form that the output's name says (`output.py`). The
 output is renamed into place when it is complete.
-Cost: one forward pass over the unique tokens of the file (`compute_rewards`); 4 bytes of disk per token next to the
-output while it runs; less than 1 KB of memory per response for the packs.
+Cost: one forward pass over the unique tokens of the file (`rewards_with_fidelity`); 4 bytes of disk per token next to
+the output while it runs; less than 1 KB of memory per response for the packs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from rmtool.data.responses import SCORE_FIELDS, has_list, score_record
 from rmtool.data.rows import Row, read_rows
 from rmtool.dataset.split import describe_counts
 from rmtool.errors import Place, RmtoolError
+from rmtool.model.fidelity import Fidelity, rewards_with_fidelity
 from rmtool.model.loading import LoadedModel
-from rmtool.model.rewards import compute_rewards
 from rmtool.scoring.output import write_rows
 from rmtool.tokenization.encoder import Encoder
 from rmtool.tokenization.token_store import TokenStore
@@ -46,6 +46,7 @@ class ScoreSummary:
         truncated: rows whose prompt was truncated to max length.
         skipped_rows: invalid rows.
         unread_fields: names of fields that no reward depends on.
+        fidelity: of the rewards, where that was measured.
         converted: fields whose values JSON cannot hold: dates, bytes, decimals, NaN.
     """
 
@@ -56,44 +57,55 @@ class ScoreSummary:
     skipped_rows: int
     unread_fields: tuple[str, ...] = ()
     converted: tuple[str, ...] = ()
+    fidelity: Fidelity | None = None
 
 
 def score_file(
-    source: Path, output: Path, loaded: LoadedModel, tokens: int, rejects: Rejects, ui: Ui, options: RowOptions = PLAIN
+    source: Path,
+    output: Path,
+    loaded: LoadedModel,
+    tokens: int,
+    rejects: Rejects,
+    ui: Ui,
+    options: RowOptions = PLAIN,
+    sample: int | None = None,
 ) -> ScoreSummary:
     """Score every row of `source` into `output`.
 
     Args:
         tokens: unique tokens per forward pass.
         rejects: skips invalid rows, or raises.
-        options: how rows are read.
+        sample: responses whose rewards are compared with fp32; see `sample_size`.
 
     Raises:
-        RmtoolError: E0204, E03xx: a mapped field or a row is invalid, or the file changes while it is scored; E0502:
-            the output cannot be written; E0503: out of memory. No output is written then.
+        RmtoolError: without output: E0204, E03xx a mapped field or a row is invalid, or the file changes while it is
+            scored; E0502 the output cannot be written; E0503 out of memory.
     """
     unread, temporary = set[str](), output.with_name(f".tmp-{output.name}-{os.getpid()}")
     try:
         with TokenStore(output.parent) as groups:
             signature = _signature(source)
             counts, skipped = _tokenize(source, options, unread, loaded.encoder, groups, rejects, ui)
-            for what, count in describe_counts(counts, f" of {len(groups):,}"):
-                ui.say(f"note: rows {what}: {count}")
             with ui.progress("Scoring", len(groups), "rows") as bar:
-                rewards = compute_rewards(loaded.model, groups, tokens, bar)
+                rewards, fidelity = rewards_with_fidelity(loaded.model, groups, tokens, bar, sample)
+        _require_unchanged(source, signature)
         with ui.progress("Writing", len(rewards), "rows") as bar:
-            _require_unchanged(source, signature)
             rows = functools.partial(_scored_rows, source, options, skipped, rewards)
             converted = write_rows(temporary, output.name, rows, bar.advance)
-            _require_unchanged(source, signature)
+        _require_unchanged(source, signature)
         os.replace(temporary, output)
     except OSError as error:
         raise cannot_write(output, error) from error
     finally:
         temporary.unlink(missing_ok=True)
-    nonfinite = sum(not math.isfinite(value) for values in rewards for value in values)
-    responses, names = sum(map(len, rewards)), (tuple(sorted(unread)), tuple(converted))
-    return ScoreSummary(len(rewards), responses, nonfinite, counts["truncated"], rejects.count, *names)
+    numbers = counts["truncated"], rejects.count
+    return ScoreSummary(len(rewards), *_count(rewards), *numbers, tuple(sorted(unread)), tuple(converted), fidelity)
+
+
+def _count(rewards: Sequence[Sequence[float]]) -> tuple[int, int]:
+    """Return the number of responses, and of those whose reward is NaN or inf."""
+    finite = [math.isfinite(value) for values in rewards for value in values]
+    return len(finite), finite.count(False)
 
 
 def _signature(source: Path) -> tuple[int, int] | None:
@@ -143,11 +155,12 @@ def _tokenize(
             assert result.group is not None, "score drops no rows"
             groups.append(result.group)
             counts.update(result.counts)
-            if renders_alike(result.record, result.group):
-                counts["same_ids"] += 1
+            counts.update(["same_ids"] * renders_alike(result.record, result.group))
     rejects.raise_if_any()
     if not len(groups):
         raise RmtoolError("E0302", "no valid rows to score", f"check the errors in {rejects.path}", Place(str(source)))
+    for what, count in describe_counts(counts, f" of {len(groups):,}"):
+        ui.say(f"note: rows {what}: {count}")
     return counts, skipped
 
 

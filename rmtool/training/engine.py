@@ -69,6 +69,16 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def eval_precision(recipe: Recipe) -> str:
+    """The precision of a run's evaluations: that of `rmtool eval`, auto, or the training's where only that is possible.
+
+    Engines that shard weights gather them as training needs them, 4-bit layers compute in bf16, and compiled layers do
+    not run the hooks that find fp16 overflows.
+    """
+    fixed = engine_of(recipe.launch) in ("zero3", "fsdp2") or recipe.train.compile or recipe.lora.quantize != "none"
+    return compute_precision(recipe.train.precision if fixed else "auto")
+
+
 def start_accelerator(recipe: Recipe) -> Accelerator:
     """Join the process group that the environment variables of `accelerate launch` describe."""
     engine = engine_of(recipe.launch)

@@ -7,9 +7,10 @@ Shapes: N responses of a pack, B pairs of a pack.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from rmtool.model.loss import pair_losses
 from rmtool.model.out_of_memory import row_out_of_memory, unless_out_of_memory
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing.transfer import to_device
-from rmtool.training.engine import Engine
+from rmtool.training.engine import Engine, eval_precision
 from rmtool.training.nonfinite import SkippedStep, input_gradient_norm, nan_unless_finite, stop_or_skip, trace_step
 from rmtool.training.pack_budget import ended_out_of_memory, read_pack_budget, smaller_budget
 from rmtool.training.training_pack import PackedPairs, StepPlan, TrainingPack
@@ -65,6 +66,15 @@ class Trainer:
     @property
     def model(self) -> RewardModel:
         return self.engine.model
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Compute in the precision of evaluations inside the context."""
+        training, self.model.precision = self.model.precision, eval_precision(self.recipe)
+        try:
+            yield
+        finally:
+            self.model.precision = training
 
     def plan(self, batch: Sequence[BatchItem], tokens_per_pack: int) -> list[list[int]]:
         """Plan the packs of a step."""

@@ -17,7 +17,7 @@ from rmtool.evaluation import evaluate as evaluation
 from rmtool.evaluation.evaluate import EvalResult, Samples
 from rmtool.evaluation.metrics import EVAL_PREFIX, describe
 from rmtool.model.out_of_memory import PackOutOfMemoryError
-from rmtool.model.rewards import AbandonedError
+from rmtool.model.rewards import AbandonedError, compute_rewards
 from rmtool.tokenization.tokenized_dataset import TokenizedDataset
 from rmtool.training.engine import peak_memory
 from rmtool.training.eval_samples import SAMPLES, sample_rows
@@ -186,13 +186,11 @@ def _evaluate(trainer: Trainer, held_out: TokenizedDataset, ui: Ui, stopping: St
     wrapped, limit = trainer.engine.wrapped, trainer.tokens_per_pack
     try:
         with ui.progress(EVALUATION_BAR, len(held_out.metadata), "rows") as bar:
-            return evaluation.evaluate(
-                *(trainer.model, held_out.metadata, held_out.groups, limit, bar),
-                samples=SAMPLES,
-                seed=trainer.recipe.train.seed,
-                forward_module=wrapped,
-                dist=trainer.engine.dist,
-                interrupt=stopping.requested if stopping else None,
-            )
+            interrupt = stopping.requested if stopping else None
+            given = (trainer.model, held_out.groups, limit, bar, wrapped, trainer.engine.dist, interrupt)
+            with trainer.evaluating():
+                return evaluation.evaluate(
+                    held_out.metadata, lambda: (compute_rewards(*given), None), SAMPLES, trainer.recipe.train.seed
+                )
     finally:
         wrapped.train()

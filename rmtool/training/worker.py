@@ -39,7 +39,7 @@ from rmtool.recipe import CONFIG_FILE, as_dict, engine_of, load_recipe, recipe_h
 from rmtool.redaction import redacted_output
 from rmtool.tokenization.encoder import Encoder
 from rmtool.training.checkpoint_writer import CheckpointWriter, build_manifest
-from rmtool.training.engine import Engine, require_agreement, start_accelerator
+from rmtool.training.engine import Engine, eval_precision, require_agreement, start_accelerator
 from rmtool.training.optim import build_optimizer
 from rmtool.training.resume import identity, require_unchanged
 from rmtool.training.run_files import WRITTEN, move_to_previous
@@ -133,7 +133,8 @@ def _prepare_engine(
         more += [f"compiled layers: {_compile(model)}"]
     for notice in (*notices, *more):
         ui.say(notice)
-    ui.facts("Plan: model", [("prefix sharing", describe_sharing(padded_reason))])
+    sharing = ("prefix sharing", describe_sharing(padded_reason))
+    ui.facts("Plan: model", [sharing, ("eval precision", eval_precision(recipe))])
     return engine, padded_reason
 
 

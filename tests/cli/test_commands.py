@@ -57,11 +57,11 @@ def test_a_file_that_changes_while_it_is_scored_is_refused(
 
     def meanwhile(*arguments: Any) -> Any:
         change(source)
-        return compute_rewards(*arguments)
+        return rewards_with_fidelity(*arguments)
 
-    from rmtool.model.rewards import compute_rewards
+    from rmtool.model.fidelity import rewards_with_fidelity
 
-    monkeypatch.setattr("rmtool.scoring.score.compute_rewards", meanwhile)
+    monkeypatch.setattr("rmtool.scoring.score.rewards_with_fidelity", meanwhile)
     shown = rmtool("score", source, "--model", model)
     assert (shown.code, shown.error) == (3, "E0301")
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} <= {"r.jsonl", "rmtool.log"}
@@ -92,6 +92,7 @@ def test_score_takes_the_newest_finished_run(rmtool: Any, model: Path, tmp_path:
         "model": "", "output": str(tmp_path / "r.scored.jsonl"),
         "rows": 4, "responses": 6, "nonfinite": 0, "truncated": 0, "skipped_rows": 0,
         "unread_fields": ["id"], "converted": [], "prefix_sharing": True, "padded_reason": None,
+        "precision": "fp32", "fidelity": None, "fp32_packs": 0,
     }  # fmt: skip
     # Another template reads conversations otherwise: refused, unless a template is named.
     (run / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
@@ -227,7 +228,7 @@ def test_mistakes_of_eval_and_score(rmtool: Any, causal_lm: Path, model: Path, p
         (("score", rows, "--model", model, "--output", rows, "--overwrite"), "E0601", 6, "is the input"),
         (("score", rows, "--model", model, "--output", "/proc/x/y.jsonl"), "E0501", 5, "/proc/x"),
         (("score", rows, "--model", "nowhere/here/there"), "E0404", 4, "nowhere"),
-        (("score", rows, "--model", model, "--precision", "int3"), "E0206", 2, "fp32 or bf16"),
+        (("score", rows, "--model", model, "--precision", "int3"), "E0206", 2, "auto, fp16, bf16, tf32 or fp32"),
         (("eval", model, "--data", rows), "E0303", 3, "r.jsonl:1"),
         (("eval", model), "E0701", 7, "allenai/reward-bench"),
         (("push", "nowhere", "me/rm"), "E0404", 4, "nowhere"),

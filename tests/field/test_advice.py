@@ -149,6 +149,7 @@ NOT_FOLLOWED = {
     "E0412": "a different model is the advice: tests/packing/test_prefix_sharing.py",
     "E0413": "needs a base model and peft's merge: tests/field/adapter.yaml",
     "E0414": "a different checkpoint is the advice: tests/field/checkpoint_formats.yaml",
+    "E0416": "needs a device that computes in fp16: tests/model/test_fidelity.py",
     "E0502": "needs a full disk: tests/test_checkpoint.py",
     "E0503": "needs a full device: tests/model/test_rewards.py",
     "E0504": "needs a broken compiler: tests/launch/test_supervise.py",

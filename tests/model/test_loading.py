@@ -337,7 +337,7 @@ def test_large_blocks_are_reused() -> None:
     not count. Without huge pages, which some systems use by default: 64 MB of them are only 32 faults."""
     code = """if True:
         import ctypes, os, resource, torch
-        from rmtool.model.loading import tune_malloc
+        from rmtool.model.process_settings import tune_malloc
         ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
         def faults():
             for _ in range(20):

@@ -20,6 +20,7 @@ from rmtool.data.rejects import Rejects
 from rmtool.evaluation.evaluate import evaluate
 from rmtool.model.classifier import init_score_head
 from rmtool.model.loading import load_for_inference
+from rmtool.model.rewards import compute_rewards
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.scoring.score import score_file
 from rmtool.tokenization.tokenized_dataset import tokenize_records
@@ -214,7 +215,9 @@ def evaluated(checkpoint: Path, tmp_path: Path) -> dict[str, float]:
     loaded = load_for_inference(checkpoint)
     records = read_pairs(write_jsonl(tmp_path / "pairs.jsonl", pair_rows()))
     encoded = tokenize_records(loaded.encoder, records, "error", lambda: None)
-    report = evaluate(loaded.model, encoded.metadata, encoded.groups, 2048, SilentUi()).as_dict()
+    report = evaluate(
+        encoded.metadata, lambda: (compute_rewards(loaded.model, encoded.groups, 2048, SilentUi()), None)
+    ).as_dict()
     chosen, rejected = report["eval/rm/chosen_rewards"], report["eval/rm/rejected_rewards"]
     return {
         "eval_loss": report["eval/rm/loss"],

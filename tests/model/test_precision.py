@@ -15,17 +15,25 @@ from transformers import AutoModelForSequenceClassification
 from rmtool.model.classifier import build_classifier, matrices
 from rmtool.model.layout_choice import _head_inputs, choose_layout
 from rmtool.model.loading import _load_model, load_for_inference
-from rmtool.model.precision import compute_precision, fast_bf16_device, fp32_compute, lacks_bf16, precision_notices
+from rmtool.model.precision import (
+    compute_precision,
+    fast_bf16_device,
+    fp32_compute,
+    lacks_bf16,
+    lacks_fp16,
+    precision_notices,
+)
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing import prefix_sharing
 
 Patch = pytest.MonkeyPatch
 
 
-@pytest.fixture(params=[True, False], ids=["without bf16", "with bf16"])
+@pytest.fixture(params=[True, False], ids=["without", "with"])
 def lacks(request: pytest.FixtureRequest, monkeypatch: Patch) -> bool:
-    """A CPU without bf16 instructions, and one with them."""
-    monkeypatch.setattr("rmtool.model.precision.lacks_bf16", lambda: request.param)
+    """A CPU without half-precision instructions, and one with them."""
+    for name in ("lacks_bf16", "lacks_fp16"):
+        monkeypatch.setattr(f"rmtool.model.precision.{name}", lambda: request.param)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return bool(request.param)
 
@@ -36,6 +44,14 @@ def test_bf16_needs_its_instructions(monkeypatch: Patch, flag: str, missing: boo
     assert lacks_bf16() == missing
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64", flag: True})
     assert not lacks_bf16()
+
+
+@pytest.mark.parametrize(
+    ("flag", "missing"), [("avx512_bf16", True), ("amx_bf16", True), ("amx_fp16", False), ("avx512_fp16", False)]
+)
+def test_fp16_needs_its_instructions(monkeypatch: Patch, flag: str, missing: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", flag: True})
+    assert lacks_fp16() == missing
 
 
 @pytest.mark.parametrize(
@@ -122,7 +138,7 @@ def test_bf16_weights_give_the_rewards_of_training(family: str, tmp_path: Path) 
             return model(model.collate(GROUPS))
 
     trained = rewards(build_classifier(tmp_path, dtype=torch.float32)[0])
-    model, _ = _load_model(tmp_path, "bf16", 0, torch.bfloat16)
+    model, _, _ = _load_model(tmp_path, "bf16", 0, torch.bfloat16)
     names = {torch.float32: set[str](), torch.bfloat16: set[str]()}
     for name, parameter in model.classifier.named_parameters():
         names[parameter.dtype].add(name)

@@ -27,6 +27,7 @@ from rmtool.errors import RmtoolError
 from rmtool.evaluation.evaluate import evaluate
 from rmtool.model.loading import load_for_inference, training_encoder, training_model
 from rmtool.model.loss import bradley_terry
+from rmtool.model.rewards import compute_rewards
 from rmtool.recipe import CONFIG_FILE, dump_recipe, load_recipe
 from rmtool.tokenization.tokenized_dataset import tokenize_records
 from rmtool.training import worker as train
@@ -111,7 +112,9 @@ def test_the_saved_checkpoint_gives_the_rewards_of_the_last_evaluation(trained: 
     assert loaded.notices == ()
     records = [preference_record(row) for row in read_rows(str(folder / "held_out.jsonl"))]
     encoded = tokenize_records(loaded.encoder, records, "error", lambda: None)
-    report = evaluate(loaded.model, encoded.metadata, encoded.groups, 300, SilentUi()).total.report("eval/rm")
+    report = evaluate(
+        encoded.metadata, lambda: (compute_rewards(loaded.model, encoded.groups, 300, SilentUi()), None)
+    ).total.report("eval/rm")
     assert report == pytest.approx({name: lines(folder)[-1][name] for name in EVAL_NAMES}, abs=1e-6)
     assert loaded.manifest is not None
     assert loaded.manifest.metrics == pytest.approx(report, abs=1e-6)
@@ -359,7 +362,9 @@ def test_four_bit_weights_are_saved_as_they_were_trained(
     encoded = tokenize_records(
         loaded.encoder, (preference_record(row) for row in read_rows(str(folder / "held_out.jsonl"))), "keep", int
     )
-    again = evaluate(loaded.model, encoded.metadata, encoded.groups, 300, SilentUi()).total.report("eval/rm")
+    again = evaluate(
+        encoded.metadata, lambda: (compute_rewards(loaded.model, encoded.groups, 300, SilentUi()), None)
+    ).total.report("eval/rm")
     assert again == pytest.approx(manifest.metrics, abs=0.02)  # products in bfloat16 there, in fp32 here
 
 
@@ -412,14 +417,15 @@ def test_rows_that_cannot_be_used_stop_the_run_unless_told_otherwise(recipe: Rec
 
 @pytest.mark.parametrize("lacks", [False, True])
 def test_bf16_trains_too(lacks: bool, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The manifest has the precision that was computed in, the weights the dtype of the recipe."""
+    """The manifest has the precision of training, the weights the dtype of the recipe; inference takes neither."""
     monkeypatch.setattr("rmtool.model.precision.lacks_bf16", lambda: lacks)
     folder = run(set_(recipe, precision="bf16", save_dtype="bf16"), tmp_path / "run")
     assert weights(folder)["score.weight"].dtype == torch.bfloat16
     loaded = load_for_inference(folder / "model")
     assert loaded.manifest
     assert loaded.manifest.settings["precision"] == "bf16"
-    assert loaded.model.precision == loaded.manifest.precision == ("fp32" if lacks else "bf16")
+    assert loaded.manifest.precision == ("fp32" if lacks else "bf16")
+    assert loaded.model.precision == "fp32"
     assert next(loaded.model.classifier.score.parameters()).dtype == torch.float32
 
 

@@ -1,0 +1,162 @@
+"""Fidelity: which responses are sampled, and what is said about their rewards; weights on their way to fp16."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import GROUPS
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from rmtool.errors import RmtoolError
+from rmtool.model import fidelity
+from rmtool.model.fidelity import choose_sample, compare, rewards_with_fidelity, sample_size
+from rmtool.model.loading import load_for_inference
+from rmtool.model.out_of_memory import PackOutOfMemoryError
+from rmtool.model.precision import loading_dtype
+from rmtool.model.reward_model import RewardModel
+from rmtool.model.rewards import compute_rewards
+from rmtool.tokenization.response_group import build_group
+from rmtool.ui import SilentUi
+
+MANY = [build_group([[3, 4, index + 5, number] for number in range(1 + index % 3)]) for index in range(90)]
+
+
+@given(st.lists(st.tuples(*[st.floats(-4, 4) | st.sampled_from([0.0, math.nan, math.inf])] * 2), max_size=12))
+def test_the_numbers_are_those_of_their_definition(both: list[tuple[float, float]]) -> None:
+    found = compare(*zip(*both, strict=True)) if both else compare([], [])
+    kept = [pair for pair in both if all(map(math.isfinite, pair))]
+    std = np.std([exact for exact, _ in kept]) if kept else 0.0
+    off = [abs(reward - exact) for exact, reward in kept]
+    ordered = [(a, b) if a[0] > b[0] else (b, a) for a, b in itertools.combinations(kept, 2) if a[0] != b[0]]
+    assert (found.responses, found.pairs) == (len(kept), len(ordered))
+    assert found.std == pytest.approx(std)
+    assert found.reordered == sum(higher[1] <= lower[1] for higher, lower in ordered)
+    if std > 1e-6:
+        assert found.rms == pytest.approx(np.sqrt(np.mean(np.square(off))) / std)
+        assert found.max == pytest.approx(max(off) / std)
+    if not std:
+        assert found.as_dict()["rms"] is None
+
+
+def test_the_default_sample_is_small_beside_the_data() -> None:
+    sizes = {responses: sample_size(None, responses) for responses in (0, 1, 127, 128, 600, 1024, 10**6)}
+    assert sizes == {0: 0, 1: 0, 127: 0, 128: 8, 600: 37, 1024: 64, 10**6: 64}
+    assert [sample_size(requested, 10) for requested in (0, 3, 10, 500)] == [0, 3, 10, 10]
+
+
+def test_the_sample_is_the_same_in_any_order() -> None:
+    """By text alone: not by row, nor by how often it occurs."""
+
+    def texts(groups: list[Any], size: int) -> set[bytes]:
+        places = choose_sample(groups, size)
+        assert len(set(places)) == min(size, len({ids.tobytes() for group in groups for ids in group.sequences()}))
+        return {groups[index].sequence(number).tobytes() for index, number in places}
+
+    shuffled = [MANY[at] for at in np.random.default_rng(0).permutation(len(MANY))]
+    assert texts(MANY, 20) == texts(shuffled, 20) == texts(shuffled + MANY[:50], 20)
+    assert texts(MANY, 10) < texts(MANY, 20)
+    assert len(texts(MANY, 500)) == 180
+    assert texts(MANY, 20) != texts(MANY[:10], 20)
+
+
+def test_pruning_keeps_the_lowest_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [build_group([[index, index % 7 + 1]]) for index in range(5000)]
+    found = choose_sample(many, 20)
+    monkeypatch.setattr("heapq.nsmallest", lambda size, values: sorted(values)[:size])
+    assert found == choose_sample(many, 20) != list(range(20))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_sample_is_compared_with_fp32(precision: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lacks_bf16", "lacks_fp16"):
+        monkeypatch.setattr(f"rmtool.model.precision.{name}", lambda: False)
+    loaded = load_for_inference(checkpoint, precision=precision, fidelity=True)
+    rewards, found = rewards_with_fidelity(loaded.model, GROUPS, 64, SilentUi(), 6)
+    assert found is not None
+    exact = compute_rewards(load_for_inference(checkpoint).model, GROUPS, 64, SilentUi())
+    off = [rewards[group][number] - exact[group][number] for group, number in choose_sample(GROUPS, 6)]
+    assert found.responses == 6
+    assert 0 < found.rms * found.std == pytest.approx(float(np.sqrt(np.mean(np.square(off)))), rel=0.01)
+    assert rewards == compute_rewards(loaded.model, GROUPS, 64, SilentUi())
+    assert rewards_with_fidelity(loaded.model, GROUPS, 64, SilentUi(), 0) == (rewards, None)
+    assert rewards_with_fidelity(loaded.model, GROUPS, 64, SilentUi()) == (rewards, None)  # tiny
+
+
+def test_fp32_has_nothing_to_be_compared_with(checkpoint: Path) -> None:
+    loaded = load_for_inference(checkpoint)
+    assert rewards_with_fidelity(loaded.model, GROUPS, 64, SilentUi(), 6)[1] is None
+
+
+def test_a_sample_that_does_not_fit_in_fp32_is_taken_one_by_one(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, limits = fidelity.compute_rewards, list[int]()
+
+    def full(model: RewardModel, groups: Any, max_tokens: int, bar: Any) -> Any:
+        limits.append(max_tokens)
+        if model.precision == "fp32" and max_tokens > fits:
+            raise PackOutOfMemoryError([0], 9)
+        return real(model, groups, max_tokens, bar)
+
+    monkeypatch.setattr(fidelity, "compute_rewards", full)
+    monkeypatch.setattr("rmtool.model.precision.lacks_bf16", lambda: False)
+    loaded = load_for_inference(checkpoint, precision="bf16", fidelity=True)
+    for fits, measured in ((1, True), (0, False)):
+        limits.clear()
+        _, found = rewards_with_fidelity(loaded.model, GROUPS, 64, SilentUi(), 6)
+        assert (found is not None) == measured
+        assert limits == [64, 1, 64]
+
+
+# --------------------------------------------------------------------------------------------- weights on their way
+
+
+@pytest.mark.parametrize(
+    ("precision", "stored", "free", "dtype"),
+    [
+        ("fp16", {"F32": 100}, None, torch.float32),
+        ("fp16", {"BF16": 100}, None, torch.float32),
+        ("fp32", {"BF16": 100}, 1000, torch.float32),
+        ("tf32", {"BF16": 100}, 1000, torch.float32),
+        ("fp16", {"BF16": 100}, 1000, torch.bfloat16),
+        ("bf16", {"F16": 100}, 1000, torch.float16),
+        ("fp16", {"BF16": 90, "F16": 10}, 1000, torch.bfloat16),
+        ("fp16", {"F32": 100}, 1000, torch.float32),
+        ("fp16", {"F32": 100}, 800, torch.float16),
+        ("bf16", {"F32": 100}, 100, torch.bfloat16),
+        ("fp16", {"BF16": 90, "F32": 10}, 1000, torch.float32),
+    ],
+)
+def test_weights_are_read_in_the_dtype_of_their_file_where_they_fit(
+    precision: str, stored: dict[str, int], free: int | None, dtype: torch.dtype
+) -> None:
+    assert loading_dtype(precision, stored, free) == dtype
+
+
+def test_weights_beyond_fp16_are_an_error_or_computed_in_fp32(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = checkpoint / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in sorted(weights) if "down_proj" in name)
+    weights[name][0, 0] = 1e5
+    save_file(weights, file, metadata={"format": "pt"})
+    monkeypatch.setattr("rmtool.model.precision.lacks_fp16", lambda: False)
+    with pytest.raises(RmtoolError) as caught:
+        load_for_inference(checkpoint, precision="fp16")
+    assert caught.value.id == "E0416"
+    assert name.removeprefix("model.") in str(caught.value)
+    exact = compute_rewards(load_for_inference(checkpoint, precision="fp32").model, GROUPS, 64, SilentUi())
+    monkeypatch.setattr("rmtool.model.loading.compute_precision", lambda _: "fp16")  # as on a GPU
+    loaded = load_for_inference(checkpoint)
+    assert loaded.model.precision == "fp32"
+    assert [notice for notice in loaded.notices if "beyond the range of fp16" in notice]
+    assert compute_rewards(loaded.model, GROUPS, 64, SilentUi()) == exact
