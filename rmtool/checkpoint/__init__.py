@@ -79,6 +79,8 @@ class Manifest:
     padded_reason: str | None = None  # why training used padded batches; None with prefix sharing
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    eval_precision: str = ""  # of the metrics
+    fidelity: dict[str, dict[str, Any]] = field(default_factory=dict)  # of rewards of eval responses, by precision
     versions: dict[str, str] = field(default_factory=dict)
     format: int = 1
 
@@ -104,8 +106,10 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest into a checkpoint folder."""
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write the manifest into a checkpoint folder, or replace it at once."""
+    temporary = folder / f".tmp-{MANIFEST}"
+    temporary.write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(folder / MANIFEST)
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -128,7 +128,7 @@ def print_precision(loaded: LoadedModel, fidelity: Fidelity | None, ui: Terminal
         layers = f"; from then on scaled: {', '.join(guard.adapted)}" if guard.adapted else ""
         ui.say(f"note: fp16 overflowed in {guard.repeated} of {guard.forwards} packs, computed again in fp32{layers}")
     if fidelity:
-        ui.say(f"fidelity of {precision}: {fidelity}")
+        ui.say(f"fidelity ({precision}): {fidelity}")
 
 
 def precision_fields(loaded: LoadedModel, fidelity: Fidelity | None) -> dict[str, Any]:

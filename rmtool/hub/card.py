@@ -15,6 +15,7 @@ from typing import Any
 from rmtool.checkpoint import is_hub_id, public_name
 from rmtool.redaction import redact
 
+BF16 = "loaded in bf16"  # in the manifest's fidelity
 _LABELS = {"recipe": "recipe", "max_length": "max length", "precision": "precision", "versions": "versions"}
 _PAGE = """\
 ---
@@ -63,7 +64,7 @@ print(reward)
   Pass `activation_fn=torch.nn.Identity()` to sentence-transformers' `CrossEncoder`.
 - The chat template adds the special tokens: tokenize rendered text with `add_special_tokens=False`.
 - `sanitize_control_tokens` (transformers 5.23 or later) tokenizes special tokens in messages as plain text.
-- For full precision pass `dtype=torch.float32`: in bfloat16, rewards near 4 are 0.03 apart.
+- For full precision pass `dtype=torch.float32`. {{ bf16 }}
 {%- else -%}
 The tokenizer has no chat template; format the text as in the model's training.
 {%- endif %}
@@ -91,6 +92,7 @@ def model_card(folder: Path, repo_id: str, facts: Mapping[str, object]) -> str:
     settings = [(label, facts[key]) for key, label in _LABELS.items() if facts.get(key)]
     settings += sorted(_flat(facts.get("settings") or {}, ""))
     numbers = metrics.items() if isinstance(metrics, Mapping) else ()
+    computed = f" (computed in {facts['eval_precision']})" if facts.get("eval_precision") else ""
     card = ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
@@ -105,12 +107,27 @@ def model_card(folder: Path, repo_id: str, facts: Mapping[str, object]) -> str:
         summary=_summary(base, data, dict(settings).get("loss")),
         has_template=_has_template(folder),
         raw=_config(folder, "config.json").get("problem_type") == "regression",
+        bf16=_bf16_note(facts.get("fidelity")),
         tables=[
             ("Training", "setting", [(label, _shown(value)) for label, value in settings]),
-            ("Evaluation", "metric", [(k, f"{v:.4f}") for k, v in numbers if isinstance(v, int | float)]),
+            (f"Evaluation{computed}", "metric", [(k, f"{v:.4f}") for k, v in numbers if isinstance(v, int | float)]),
         ],
     )
     return redact(str(card)).rstrip() + "\n"
+
+
+def _bf16_note(fidelity: object) -> str:
+    """Say what loading in bf16 does to rewards: as measured in training, if that is known."""
+    measured = fidelity.get(BF16) if isinstance(fidelity, Mapping) else None
+    names = ("responses", "rms", "max", "reordered", "pairs")
+    if not isinstance(measured, Mapping) or not all(isinstance(measured.get(name), int | float) for name in names):
+        return "In bfloat16, rewards near 4 are 0.03 apart."
+    responses, rms, largest, reordered, pairs = (measured[name] for name in names)
+    return (
+        f"Loaded in bfloat16, rewards of {responses} responses of the eval pairs differ by {rms:.2g} standard "
+        f"deviations (root mean square; {largest:.2g} at most), and {reordered:,} of {pairs:,} pairs of any two of "
+        "them change their order."
+    )
 
 
 def _shown(value: object) -> str:

@@ -7,20 +7,26 @@ Cost per checkpoint: one `Engine.full_state_dict` and one write of the model.
 
 from __future__ import annotations
 
+import functools
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rmtool.checkpoint import Manifest, public_name, write_folder, write_manifest
+from rmtool.checkpoint import Manifest, public_name, read_manifest, write_folder, write_manifest
 from rmtool.config import Recipe
+from rmtool.model.checkpoint_fidelity import checkpoint_fidelity
+from rmtool.model.out_of_memory import unless_out_of_memory
 from rmtool.model.precision import PRECISIONS, compute_precision
 from rmtool.model.weights import meta_copy
 from rmtool.packages import version_of
 from rmtool.recipe import as_dict, as_source
 from rmtool.tokenization.encoder import Encoder
-from rmtool.training.engine import Engine
+from rmtool.tokenization.response_group import ResponseGroup
+from rmtool.training.engine import Engine, eval_precision
 from rmtool.training.progress import Best
 from rmtool.training.worker_status import BEST_PREFIX
+from rmtool.ui import Ui
 
 
 @dataclass
@@ -63,6 +69,19 @@ class CheckpointWriter:
         if self.engine.accelerator.is_main_process:
             self.delete_best_but(set())
 
+    def measure_fidelity(self, groups: Sequence[ResponseGroup], ui: Ui) -> None:
+        """Add to the manifest of `model/` how far its rewards of these responses are from fp32, where memory allows."""
+        if self.engine.accelerator.is_main_process:
+            folder, tokens = self.folder / "model", self.recipe.train.tokens_per_pack
+            found = unless_out_of_memory(functools.partial(checkpoint_fidelity, folder, groups, tokens))
+            if found:
+                fields = {name: fidelity.as_dict() for name, fidelity in found.items()}
+                manifest = read_manifest(folder)
+                assert manifest is not None
+                write_manifest(folder, replace(manifest, fidelity=fields))
+            for name, fidelity in (found or {}).items():
+                ui.say(f"fidelity ({name}): {fidelity}")
+
     def _save(self, name: str, metrics: dict[str, float]) -> None:
         dtype = PRECISIONS[self.recipe.train.save_dtype]
         weights = self.engine.full_state_dict(dtype)
@@ -92,5 +111,6 @@ def build_manifest(recipe: Recipe, encoder: Encoder, fingerprint: str, padded_re
         train_data=[public_name(as_source(source).path) for source in recipe.data.train],
         padded_reason=padded_reason,
         settings=as_dict(recipe)["train"] | {"lora": as_dict(recipe)["lora"]},
+        eval_precision=eval_precision(recipe),
         versions={name: version for name in packages if (version := version_of(name))},
     )

@@ -155,6 +155,7 @@ def _train(trainer: Trainer, split: Split, saver: Saver, folder: Path, ui: Ui, r
         ui.say("Saving the checkpoint")
         saver.checkpoints.finish(metrics, progress.best)  # before the tracker is closed, which may take seconds
         saver.finish()
+    saver.checkpoints.measure_fidelity(split.eval.groups, ui)
 
 
 @contextlib.contextmanager

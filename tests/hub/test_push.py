@@ -430,6 +430,17 @@ def test_the_card_shows_no_local_path_and_no_token(tmp_path, untouched, monkeypa
     assert "a" * 34 not in card
 
 
+def test_the_card_says_what_loading_in_bf16_does_to_rewards(untouched):
+    measured = {"responses": 36, "std": 0.7, "rms": 0.41234, "max": 0.84, "pairs": 1630, "reordered": 59}
+    facts = {"fidelity": {"loaded in bf16": measured}, "metrics": {"eval/rm/loss": 0.5}, "eval_precision": "fp16"}
+    card = model_card(untouched, "me/rm", facts)
+    assert "36 responses of the eval pairs differ by 0.41 standard deviations (root mean square; 0.84 at most)" in card
+    assert "59 of 1,630 pairs" in card
+    assert "## Evaluation (computed in fp16)" in card
+    for odd in ({}, None, "x", {"loaded in bf16": None}, {"loaded in bf16": measured | {"rms": None}}):
+        assert "In bfloat16, rewards near 4 are 0.03 apart." in model_card(untouched, "me/rm", {"fidelity": odd})
+
+
 def test_a_card_without_facts_or_chat_template_claims_neither(folder):
     (folder / "chat_template.jinja").unlink()
     card = model_card(folder, "me/rm", {})

@@ -14,9 +14,11 @@ from helpers import GROUPS
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from rmtool.errors import RmtoolError
 from rmtool.model import fidelity
+from rmtool.model.checkpoint_fidelity import checkpoint_fidelity
 from rmtool.model.fidelity import choose_sample, compare, rewards_with_fidelity, sample_size
 from rmtool.model.loading import load_for_inference
 from rmtool.model.out_of_memory import PackOutOfMemoryError
@@ -26,7 +28,7 @@ from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.response_group import build_group
 from rmtool.ui import SilentUi
 
-MANY = [build_group([[3, 4, index + 5, number] for number in range(1 + index % 3)]) for index in range(90)]
+MANY = [build_group([[3, 4, index + 5, number + 7] for number in range(1 + index % 3)]) for index in range(90)]
 
 
 @given(st.lists(st.tuples(*[st.floats(-4, 4) | st.sampled_from([0.0, math.nan, math.inf])] * 2), max_size=12))
@@ -98,22 +100,53 @@ def test_fp32_has_nothing_to_be_compared_with(checkpoint: Path) -> None:
 def test_a_sample_that_does_not_fit_in_fp32_is_taken_one_by_one(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, limits = fidelity.compute_rewards, list[int]()
+    real, limits, fits = fidelity.compute_rewards, list[int](), [1, 0]
 
     def full(model: RewardModel, groups: Any, max_tokens: int, bar: Any) -> Any:
         limits.append(max_tokens)
-        if model.precision == "fp32" and max_tokens > fits:
+        if model.precision == "fp32" and max_tokens > fits[0]:
             raise PackOutOfMemoryError([0], 9)
         return real(model, groups, max_tokens, bar)
 
     monkeypatch.setattr(fidelity, "compute_rewards", full)
     monkeypatch.setattr("rmtool.model.precision.lacks_bf16", lambda: False)
     loaded = load_for_inference(checkpoint, precision="bf16", fidelity=True)
-    for fits, measured in ((1, True), (0, False)):
+    for measured in (True, False):
         limits.clear()
         _, found = rewards_with_fidelity(loaded.model, GROUPS, 64, SilentUi(), 6)
         assert (found is not None) == measured
         assert limits == [64, 1, 64]
+        fits.pop(0)
+
+
+# ------------------------------------------------------------------------------------------------ of a checkpoint
+
+
+def test_a_checkpoint_loaded_in_bf16_gives_what_transformers_gives(checkpoint: Path) -> None:
+    groups = MANY
+    found = checkpoint_fidelity(checkpoint, groups, 256)
+    assert found.keys() == {"loaded in bf16"}  # on a CPU, auto is fp32
+    assert found["loaded in bf16"].responses == sample_size(None, 180)
+    exact, half = (
+        AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=dtype).eval()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    places = choose_sample(groups, found["loaded in bf16"].responses)
+    ids = [torch.from_numpy(groups[index].sequence(number))[None].long() for index, number in places]
+    with torch.no_grad():
+        both = [[float(model(input_ids=each).logits) for each in ids] for model in (exact, half)]
+    expected = compare(*both)
+    assert found["loaded in bf16"].rms == pytest.approx(expected.rms, rel=1e-3)
+    assert found["loaded in bf16"].reordered == expected.reordered
+
+
+def test_a_slow_bf16_measurement_ends(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rmtool.model.checkpoint_fidelity.BF16_SECONDS", 0.0)
+    assert checkpoint_fidelity(checkpoint, MANY[:80], 256) == {}
+
+
+def test_few_responses_are_not_measured(checkpoint: Path) -> None:
+    assert checkpoint_fidelity(checkpoint, GROUPS, 256) == {}
 
 
 # --------------------------------------------------------------------------------------------- weights on their way
