@@ -14,7 +14,7 @@ import torch
 from helpers import FAMILIES, VOCABULARY, build
 from transformers import AutoModelForSequenceClassification
 
-from rmtool.model.precision import PRECISIONS
+from rmtool.model.precision import computing_in
 from rmtool.model.reward_model import RewardModel
 from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.response_group import Ids, ResponseGroup, build_group
@@ -23,8 +23,9 @@ from rmtool.ui import SilentUi
 # Largest difference allowed between a reward in a batch and the same response alone, where the largest reward of the
 # pool is 1. fp32: 8 units in the last place of 1; a third of it was observed. bf16: two units in the last place of 1,
 # since an activation may round the other way in a different shape, in each of two layers; a seventh of it was observed
-# with AMX, half of it where every part of a product is rounded. Rounding grows with depth (README).
-BOUND = {"fp32": 1e-6, "bf16": 2**-6}
+# with AMX, half of it where every part of a product is rounded. fp16 and tf32 have three bits more. Rounding grows with
+# depth (README).
+BOUND = {"fp32": 1e-6, "bf16": 2**-6, "fp16": 2**-9, "tf32": 2**-9}
 
 
 MODELS = ("llama", "mistral_window", "qwen3")
@@ -68,8 +69,7 @@ def sequences(seed: int) -> tuple[tuple[Ids, ...], ...]:
 def alone(classifier: Any, ids: Ids, precision: str = "fp32") -> float:
     """The slow twin: one response through a classifier as transformers built it; the backbone in `precision`."""
     tokens = torch.tensor(ids[None].astype(np.int64))
-    half = torch.autocast("cpu", dtype=PRECISIONS[precision], enabled=precision != "fp32")
-    with half:
+    with computing_in(precision, torch.device("cpu")):
         state = classifier.base_model(input_ids=tokens).last_hidden_state[0, -1]
     return float(classifier.score(state.float()))
 

@@ -1,9 +1,10 @@
-"""Half-precision matrix products as coarse as hardware could make them, on any CPU.
+"""Half-precision and TF32 matrix products as coarse as hardware could make them, on any CPU.
 
 Real instructions add exact products up in fp32, in an order that depends on the shapes, and round the result. Here the
 sum is taken in 2 to 5 parts, how many depends on the number of rows, and each part and each running sum is rounded: a
 token's states differ between batches as they do on hardware, and by more. On CPUs without the instructions torch rounds
-less, and a token's states are often the same bits in every batch.
+less, and a token's states are often the same bits in every batch. TF32 has the factors rounded to 10 bits of mantissa,
+and sums in fp32.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu.default
 def rounded_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """[..., M, K] @ [..., K, N], every part of the sum rounded to the factors' dtype."""
     parts = min(2 + left.shape[-2] % 4, left.shape[-1])
+    if left.dtype == torch.float32:
+        left, right = _as_tf32(left), _as_tf32(right)
     total = None
     for a, b in zip(left.tensor_split(parts, -1), right.tensor_split(parts, -2), strict=True):
         part = (a.float() @ b.float()).to(left.dtype)
@@ -34,8 +37,18 @@ def rounded_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def _as_tf32(tensor: torch.Tensor) -> torch.Tensor:
+    """Round to 10 bits of mantissa, to nearest, ties away from zero."""
+    bits = tensor.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 class RoundedProducts(TorchDispatchMode):
-    """While it is on, products of half-precision matrices are `rounded_matmul`s, attention's two products included."""
+    """While it is on, products of matrices of these dtypes are `rounded_matmul`s, attention's two products included."""
+
+    def __init__(self, dtypes: Sequence[torch.dtype] = HALF):
+        super().__init__()
+        self.dtypes = dtypes
 
     def __torch_dispatch__(
         self,
@@ -45,7 +58,7 @@ class RoundedProducts(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        half = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype in HALF
+        half = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype in self.dtypes
         if half and func in (_ATEN.mm.default, _ATEN.bmm.default):
             return rounded_matmul(args[0], args[1])
         if half and func is _ATEN.addmm.default:
@@ -77,13 +90,13 @@ def _rounded_attention(
 
 
 def round_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the half-precision forwards of every `RewardModel` with `RoundedProducts`."""
+    """Run the forwards of every `RewardModel` in less than fp32 with `RoundedProducts`."""
     real = RewardModel.forward
 
     def forward(self: RewardModel, batch: Batch) -> torch.Tensor:
         if self.precision == "fp32":
             return real(self, batch)
-        with RoundedProducts():
+        with RoundedProducts((torch.float32,) if self.precision == "tf32" else HALF):
             return real(self, batch)
 
     monkeypatch.setattr(RewardModel, "forward", forward)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +176,9 @@ def test_weights_are_read_in_the_dtype_of_their_file_where_they_fit(
 
 
 def test_weights_beyond_fp16_are_an_error_or_computed_in_fp32(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    checkpoint = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     file = checkpoint / "model.safetensors"
     weights = load_file(file)
     name = next(name for name in sorted(weights) if "down_proj" in name)

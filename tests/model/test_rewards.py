@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from random_batches import BOUND, MODELS, check_many, draw, pool
+from rounding import round_forwards
 
 from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.response_group import build_group
@@ -51,16 +52,25 @@ def test_bf16_rewards_stay_within_their_bound(family: str, rounded: bool) -> Non
     check_many(pool(family, "bf16", rounded), [(9, index) for index in range(10)])
 
 
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_rewards_of_10_bits_stay_within_their_bound(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part of a product rounded: no CPU has tf32, and few have fp16."""
+    round_forwards(monkeypatch)
+    check_many(pool("llama", precision, rounded=True), [(9, index) for index in range(10)])
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 @pytest.mark.parametrize("family", ["llama", "mistral_window"])
-def test_bf16_rewards_stay_within_their_bound_in_100_batches(family: str, rounded: bool) -> None:
-    check_many(pool(family, "bf16", rounded), [(0, index) for index in range(100)])
+def test_rounded_rewards_stay_within_their_bound_in_100_batches(family: str, precision: str, rounded: bool) -> None:
+    check_many(pool(family, precision, rounded), [(0, index) for index in range(100)])
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("family", MODELS)
-def test_bf16_rewards_are_near_those_of_fp32(family: str) -> None:
-    exact, half = (np.array(list(pool(family, precision).rewards.values())) for precision in ("fp32", "bf16"))
-    assert np.abs(exact - half).max() < 2 * BOUND["bf16"]
+def test_half_precision_rewards_are_near_those_of_fp32(family: str, precision: str) -> None:
+    exact, half = (np.array(list(pool(family, each).rewards.values())) for each in ("fp32", precision))
+    assert np.abs(exact - half).max() < 2 * BOUND[precision]
 
 
 def test_bf16_rounds_the_backbone_and_not_the_reward() -> None:
