@@ -24,7 +24,7 @@ FidelityOption = Annotated[
     typer.Option(
         min=0,
         help="Number of responses whose rewards are also computed in fp32, and compared; 0 for none. "
-        "[default: 64, but at most a 16th of the responses]",
+        "[default: 64, but at most a 32nd of the responses]",
     ),
 ]
 TokensOption = Annotated[

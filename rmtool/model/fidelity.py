@@ -22,7 +22,7 @@ from rmtool.tokenization.response_group import ResponseGroup, build_group
 from rmtool.ui import Bar, SilentUi
 
 SAMPLE = 64  # responses
-SHARE, SMALLEST = 16, 8  # the default sample is at most a 16th of the responses, and none below 8
+SHARE, SMALLEST = 32, 8  # the default sample is at most a 32nd of the responses, and none below 8
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,10 @@ from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.response_group import build_group
 from rmtool.ui import SilentUi
 
-MANY = [build_group([[3, 4, index + 5, number + 7] for number in range(1 + index % 3)]) for index in range(90)]
+MANY = [
+    build_group([[3, 4, index % 90 + 5, number + 7 + 3 * (index // 90)] for number in range(1 + index % 3)])
+    for index in range(150)
+]
 
 
 @given(st.lists(st.tuples(*[st.floats(-4, 4) | st.sampled_from([0.0, math.nan, math.inf])] * 2), max_size=12))
@@ -50,8 +53,8 @@ def test_the_numbers_are_those_of_their_definition(both: list[tuple[float, float
 
 
 def test_the_default_sample_is_small_beside_the_data() -> None:
-    sizes = {responses: sample_size(None, responses) for responses in (0, 1, 127, 128, 600, 1024, 10**6)}
-    assert sizes == {0: 0, 1: 0, 127: 0, 128: 8, 600: 37, 1024: 64, 10**6: 64}
+    sizes = {responses: sample_size(None, responses) for responses in (0, 1, 255, 256, 600, 2048, 10**6)}
+    assert sizes == {0: 0, 1: 0, 255: 0, 256: 8, 600: 18, 2048: 64, 10**6: 64}
     assert [sample_size(requested, 10) for requested in (0, 3, 10, 500)] == [0, 3, 10, 10]
 
 
@@ -66,7 +69,7 @@ def test_the_sample_is_the_same_in_any_order() -> None:
     shuffled = [MANY[at] for at in np.random.default_rng(0).permutation(len(MANY))]
     assert texts(MANY, 20) == texts(shuffled, 20) == texts(shuffled + MANY[:50], 20)
     assert texts(MANY, 10) < texts(MANY, 20)
-    assert len(texts(MANY, 500)) == 180
+    assert len(texts(MANY, 500)) == 300
     assert texts(MANY, 20) != texts(MANY[:10], 20)
 
 
@@ -127,7 +130,7 @@ def test_a_checkpoint_loaded_in_bf16_gives_what_transformers_gives(checkpoint: P
     groups = MANY
     found = checkpoint_fidelity(checkpoint, groups, 256)
     assert found.keys() == {"loaded in bf16"}  # on a CPU, auto is fp32
-    assert found["loaded in bf16"].responses == sample_size(None, 180)
+    assert found["loaded in bf16"].responses == sample_size(None, 300) == 9
     exact, half = (
         AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=dtype).eval()
         for dtype in (torch.float32, torch.bfloat16)
