@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface
 
 from rmtool.packing.packs import PackLayout
@@ -62,6 +63,8 @@ def packed_attention(
         # Rotary embedding in fp32 leaves query and key in fp32; autocast knows torch's attention, not the kernel.
         query_1HTD, key_1KTD, value_1KTD = (tensor.to(dtype) for tensor in (query_1HTD, key_1KTD, value_1KTD))
         attend = _varlen
+    elif dtype in HALF and _trains_on_cpu(query_1HTD):
+        attend = _node_by_node_in_fp32
     return attend(query_1HTD, key_1KTD, value_1KTD, scaling, sliding_window, packed), None
 
 
@@ -120,6 +123,25 @@ def _node_by_node(
         key_1KPD, value_1KPD = (torch.cat([nodes[at] for at in path], dim=2) for nodes in (keys, values))
         outputs.append(_one_node(query_1HQD, key_1KPD, value_1KPD, scaling, window))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _trains_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether a CPU will need gradients; a plan's fake tensors stand for a GPU."""
+    return tensor.device.type == "cpu" and torch.is_grad_enabled() and not isinstance(tensor, FakeTensor)
+
+
+def _node_by_node_in_fp32(
+    query_1HTD: torch.Tensor,
+    key_1KTD: torch.Tensor,
+    value_1KTD: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    packed: PackLayout,
+) -> torch.Tensor:
+    """In half precision, the backward of torch's attention takes about three times as long on a CPU with AMX."""
+    with torch.autocast("cpu", enabled=False):
+        heads = (query_1HTD.float(), key_1KTD.float(), value_1KTD.float())
+        return _node_by_node(*heads, scaling, window, packed)
 
 
 def _one_node(
