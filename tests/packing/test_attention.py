@@ -244,8 +244,8 @@ def test_attention_that_is_not_computed_here_is_refused(given: dict[str, Any], r
 
 def test_fewer_queries_than_keys_see_the_last_keys() -> None:
     q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64)
-    whole = _one_node(q, k, v, None, None)
-    torch.testing.assert_close(_one_node(q[:, :, 3:], k, v, None, None), whole[:, :, 3:])
+    whole = _one_node(q, k, v, None, None, {})
+    torch.testing.assert_close(_one_node(q[:, :, 3:], k, v, None, None, {}), whole[:, :, 3:])
 
 
 @settings(max_examples=20, deadline=None)
