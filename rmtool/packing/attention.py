@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface
 
 from rmtool.packing.packs import PackLayout
 
 NAME = "rmtool_packed"
 HALF = (torch.float16, torch.bfloat16)
+KEPT_MASKS = 2**24  # elements of the masks that are kept for the next layers
 # What `torch.nn.attention.varlen` takes: half precision on NVIDIA's Ampere or later, and heads up to this size.
 KERNEL_CAPABILITY, KERNEL_WIDTH = (8, 0), 256
 
@@ -62,6 +64,8 @@ def packed_attention(
         # Rotary embedding in fp32 leaves query and key in fp32; autocast knows torch's attention, not the kernel.
         query_1HTD, key_1KTD, value_1KTD = (tensor.to(dtype) for tensor in (query_1HTD, key_1KTD, value_1KTD))
         attend = _varlen
+    elif dtype in HALF and _trains_on_cpu(query_1HTD):
+        attend = _node_by_node_in_fp32
     return attend(query_1HTD, key_1KTD, value_1KTD, scaling, sliding_window, packed), None
 
 
@@ -113,24 +117,57 @@ def _node_by_node(
     window: int | None,
     packed: PackLayout,
 ) -> torch.Tensor:
-    # split and cat, not slices: the gradient of a slice is a full-length tensor of zeros, per node and layer.
-    queries, keys, values = (tensor.split(packed.lengths, dim=2) for tensor in (query_1HTD, key_1KTD, value_1KTD))
-    outputs = []
-    for query_1HQD, path in zip(queries, packed.paths, strict=True):
-        key_1KPD, value_1KPD = (torch.cat([nodes[at] for at in path], dim=2) for nodes in (keys, values))
-        outputs.append(_one_node(query_1HQD, key_1KPD, value_1KPD, scaling, window))
+    # One gather and one split for all nodes: concatenating each path's keys takes thousands of small operations. No
+    # slices: their gradients are tensors of zeros.
+    both_1TKE = torch.cat((key_1KTD.transpose(1, 2), value_1KTD.transpose(1, 2)), dim=-1)
+    gathered = _Gather.apply(both_1TKE, packed.kv_index).transpose(1, 2)
+    keys, values = (
+        part.split(packed.key_lengths, dim=2)
+        for part in gathered.split((key_1KTD.shape[-1], value_1KTD.shape[-1]), dim=-1)
+    )
+    nodes = zip(query_1HTD.split(packed.lengths, dim=2), keys, values, strict=True)
+    outputs = [_one_node(*node, scaling, window, packed.masks) for node in nodes]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
+def _trains_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether a CPU will need gradients; a plan's fake tensors stand for a GPU."""
+    return tensor.device.type == "cpu" and torch.is_grad_enabled() and not isinstance(tensor, FakeTensor)
+
+
+def _node_by_node_in_fp32(
+    query_1HTD: torch.Tensor,
+    key_1KTD: torch.Tensor,
+    value_1KTD: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    packed: PackLayout,
+) -> torch.Tensor:
+    """In half precision, the backward of torch's attention takes about three times as long on a CPU with AMX."""
+    with torch.autocast("cpu", enabled=False):
+        heads = (query_1HTD.float(), key_1KTD.float(), value_1KTD.float())
+        return _node_by_node(*heads, scaling, window, packed)
+
+
 def _one_node(
-    q_1HQD: torch.Tensor, k_1KPD: torch.Tensor, v_1KPD: torch.Tensor, scaling: float | None, window: int | None
+    q_1HQD: torch.Tensor,
+    k_1KPD: torch.Tensor,
+    v_1KPD: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    masks: dict[Any, torch.Tensor],
 ) -> torch.Tensor:
     q_len, k_len = q_1HQD.shape[2], k_1KPD.shape[2]
     gqa = q_1HQD.shape[1] != k_1KPD.shape[1]
     if q_len == k_len and (window is None or k_len <= window):
         return F.scaled_dot_product_attention(q_1HQD, k_1KPD, v_1KPD, is_causal=True, scale=scaling, enable_gqa=gqa)
     # The queries are the last q_len of the k_len tokens; is_causal would align them with the first.
-    mask_QP = causal_mask(q_len, k_len, window, q_1HQD.device)
+    wanted = (q_len, k_len, window, q_1HQD.device)
+    mask_QP = masks.get(wanted)
+    if mask_QP is None:
+        mask_QP = causal_mask(*wanted)
+        if q_len * k_len + sum(mask.numel() for mask in masks.values()) < KEPT_MASKS:
+            masks[wanted] = mask_QP
     return F.scaled_dot_product_attention(q_1HQD, k_1KPD, v_1KPD, attn_mask=mask_QP, scale=scaling, enable_gqa=gqa)
 
 

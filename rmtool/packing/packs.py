@@ -8,8 +8,10 @@ batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ class PackLayout:
     cu_seqlens_k: int32[S + 1], cumulative lengths of the paths
     kv_index:     int64[cu_seqlens_k[-1]], the position of each key in the pack
     max_q, max_k: the longest node and the longest path, in tokens
+    masks:        masks of nodes that a layer has made, for the next layers
     """
 
     lengths: tuple[int, ...]
@@ -36,6 +39,12 @@ class PackLayout:
     kv_index: torch.Tensor
     max_q: int
     max_k: int
+    masks: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    @functools.cached_property
+    def key_lengths(self) -> tuple[int, ...]:
+        """S ints, keys of each node."""
+        return tuple(sum(self.lengths[node] for node in path) for path in self.paths)
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,29 @@ def test_packed_attention_equals_a_dense_mask(shapes: Any, window: int | None, s
     torch.testing.assert_close(got, dense_oracle(q, k, v, batch, window))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_of_a_training_step_is_fp32_on_a_cpu(dtype: torch.dtype) -> None:
+    """Output and gradients are those of the same numbers in fp32, not rounded on the way."""
+    batch = pack(GROUPS)
+    rng, tokens = torch.Generator().manual_seed(0), batch.input_ids.shape[1]
+    shapes = [(1, heads, tokens, 8) for heads in (4, 2, 2)]
+    heads = [torch.randn(shape, generator=rng).to(dtype).requires_grad_() for shape in shapes]
+    exact = [part.detach().float().requires_grad_() for part in heads]
+    with torch.autocast("cpu", dtype):
+        got, _ = packed_attention(torch.nn.Identity(), *heads, None, scaling=0.3, packed=batch.layout)
+    expected = dense_oracle(*exact, batch, None)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected)
+    readout = torch.randn(got.shape, generator=rng)
+    mine, theirs = (
+        torch.autograd.grad((out * readout).sum(), parts) for out, parts in ((got, heads), (expected, exact))
+    )
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other.to(dtype), atol=1e-3, rtol=2e-2)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        assert packed_attention(torch.nn.Identity(), *heads, None, scaling=0.3, packed=batch.layout)[0].dtype == dtype
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
@@ -221,8 +244,8 @@ def test_attention_that_is_not_computed_here_is_refused(given: dict[str, Any], r
 
 def test_fewer_queries_than_keys_see_the_last_keys() -> None:
     q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64)
-    whole = _one_node(q, k, v, None, None)
-    torch.testing.assert_close(_one_node(q[:, :, 3:], k, v, None, None), whole[:, :, 3:])
+    whole = _one_node(q, k, v, None, None, {})
+    torch.testing.assert_close(_one_node(q[:, :, 3:], k, v, None, None, {}), whole[:, :, 3:])
 
 
 @settings(max_examples=20, deadline=None)
