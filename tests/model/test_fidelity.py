@@ -165,7 +165,8 @@ def test_few_responses_are_not_measured(checkpoint: Path) -> None:
         ("tf32", {"BF16": 100}, 1000, torch.float32),
         ("fp16", {"BF16": 100}, 1000, torch.bfloat16),
         ("bf16", {"F16": 100}, 1000, torch.float16),
-        ("fp16", {"BF16": 90, "F16": 10}, 1000, torch.bfloat16),
+        ("fp16", {"BF16": 90, "F16": 10}, 1000, torch.float32),
+        ("fp16", {"BF16": 90, "F16": 10}, 100, torch.float16),
         ("fp16", {"F32": 100}, 1000, torch.float32),
         ("fp16", {"F32": 100}, 800, torch.float16),
         ("bf16", {"F32": 100}, 100, torch.bfloat16),
@@ -198,3 +199,7 @@ def test_weights_beyond_fp16_are_an_error_or_computed_in_fp32(
     assert loaded.model.precision == "fp32"
     assert [notice for notice in loaded.notices if "beyond the range of fp16" in notice]
     assert compute_rewards(loaded.model, GROUPS, 64, SilentUi()) == exact
+    # As on a GPU without memory for fp32, where the weight arrives as inf.
+    dtypes = {"fp16": torch.float16, "fp32": torch.float32}
+    monkeypatch.setattr("rmtool.model.loading.loading_dtype", lambda precision, *_: dtypes[precision])
+    assert compute_rewards(load_for_inference(checkpoint).model, GROUPS, 64, SilentUi()) == exact
