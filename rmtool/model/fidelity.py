@@ -48,6 +48,8 @@ class Fidelity:
         return {name: value if np.isfinite(value) else None for name, value in asdict(self).items()}
 
     def __str__(self) -> str:
+        if not self.std:
+            return f"not measurable (no spread in the finite fp32 rewards of {self.responses} responses)"
         return (
             f"rms {self.rms:.2g}, max {self.max:.2g} standard deviations from fp32; {self.reordered:,} of "
             f"{self.pairs:,} pairs in a different order ({self.responses} responses)"

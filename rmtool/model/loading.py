@@ -82,7 +82,7 @@ def load_for_inference(
 
     Raises:
         RmtoolError: E0401 no score head; E0403 tokenizer mismatch; E0402 and E0404 to E0408 as from `build_classifier`,
-            `load_tokenizer` and `read_manifest`; E0410 to E0412 as from `choose_layout`; E0416 as `_avoid_fp16`.
+            `load_tokenizer` and `read_manifest`; E0410 to E0412 as from `choose_layout`; E0416 as from `_load_model`.
     """
     apply_settings()
     manifest, config = read_manifest(folder), read_config(folder)
@@ -108,10 +108,28 @@ def load_for_inference(
 def _load_model(
     folder: Path, precision: str, pad_id: int, dtype: torch.dtype | None = None
 ) -> tuple[RewardModel, HeadOrigin, list[str]]:
-    used, device = compute_precision(precision), default_device()
+    """Raises:
+    RmtoolError: E0416 where fp16 was asked for by name, but cannot hold the weights; auto computes in fp32 then.
+    """
+    model, head = _read_model(folder, compute_precision(precision), pad_id, dtype)
+    notices = [f"score head: loaded from {head.name}"] if head.name != HEAD_WEIGHT else []
+    if model.precision == "fp16" and (names := beyond_fp16(model.backbone)):
+        what = f"{names[0]} has weights beyond the range of fp16 ({FP16_MAX:,.0f})"
+        if precision != "auto":
+            raise RmtoolError("E0416", what, "set train.precision=bf16, or fp32")
+        del model
+        model, _ = _read_model(folder, "fp32", pad_id)  # again: those above may have been cast to inf
+        notices += [f"{what}: computing in fp32"]
+    return model, head, notices
+
+
+def _read_model(
+    folder: Path, precision: str, pad_id: int, dtype: torch.dtype | None = None
+) -> tuple[RewardModel, HeadOrigin]:
+    device = default_device()
     if dtype is None:
         free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else None
-        dtype = loading_dtype(used, read_headers(folder).sizes(), free)
+        dtype = loading_dtype(precision, read_headers(folder).sizes(), free)
     classifier, head = build_classifier(folder, dtype=dtype, device=device)
     if head.name is None:
         raise RmtoolError(
@@ -120,27 +138,7 @@ def _load_model(
             f"train one from it: rmtool train --recipe smollm2-135m --model {shlex.quote(str(folder))}",
         )
     disable_dropout(classifier)
-    model = RewardModel(classifier, pad_id, used).to(device).eval()
-    notices = [f"score head: loaded from {head.name}"] if head.name != HEAD_WEIGHT else []
-    return model, head, notices + _avoid_fp16(model, precision)
-
-
-def _avoid_fp16(model: RewardModel, precision: str) -> list[str]:
-    """Compute in fp32 where auto has chosen fp16, which cannot hold the weights; return a notice that says so.
-
-    Raises:
-        RmtoolError: E0416 where fp16 was asked for by name.
-    """
-    names = beyond_fp16(model.backbone) if model.precision == "fp16" else []
-    if not names:
-        return []
-    what = f"{names[0]} has weights beyond the range of fp16 ({FP16_MAX:,.0f})"
-    if precision != "auto":
-        raise RmtoolError("E0416", what, "set train.precision=bf16, or fp32")
-    model.precision = "fp32"
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-    return [f"{what}: computing in fp32"]
+    return RewardModel(classifier, pad_id, precision).to(device).eval(), head
 
 
 def _pad_notices(tokenizer: Any, pad_id: int | None) -> list[str]:

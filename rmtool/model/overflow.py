@@ -42,6 +42,7 @@ class OverflowGuard:
         ]
         self.forwards = self.repeated = 0
         self.adapted: list[str] = []
+        self._before: list[tuple[nn.Module, Any]] = []  # adapted modules and their own forwards, None for their class's
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Ranges]:
@@ -70,7 +71,19 @@ class OverflowGuard:
         for name, module in self._layers:
             if name.rpartition(".")[0] == parent and name not in self.adapted:
                 self.adapted.append(name)
+                self._before.append((module, vars(module).get("forward")))
                 _adapt(module)
+
+    def release(self) -> None:
+        """Let the adapted layers compute as before: those of a model in training get new weights, and other forwards
+        than fp16's must not change.
+        """
+        for module, forward in self._before:
+            del module.forward
+            if forward is not None:
+                setattr(module, "forward", forward)  # noqa: B010 - mypy takes it for a method
+        self._before.clear()
+        self.adapted.clear()
 
 
 def all_finite(ranges: Ranges) -> torch.Tensor:
@@ -79,11 +92,13 @@ def all_finite(ranges: Ranges) -> torch.Tensor:
 
 
 def beyond_fp16(backbone: nn.Module) -> list[str]:
-    """List the matrices with a weight that fp16 cannot hold: beyond its range, or inf where it was cast already."""
+    """List the matrices with a weight that fp16 cannot hold: beyond its range, or inf where it was cast already. Those
+    with NaN are not listed: no precision helps.
+    """
     return [
         name
         for name, weight in backbone.named_parameters()
-        if weight.dim() > 1 and not max(map(abs, torch.stack(weight.detach().aminmax()).tolist())) <= FP16_MAX
+        if weight.dim() > 1 and max(map(abs, torch.stack(weight.detach().aminmax()).tolist())) > FP16_MAX
     ]
 
 

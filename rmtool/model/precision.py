@@ -118,8 +118,8 @@ def loading_dtype(precision: str, stored: Mapping[str, int], free: int | None) -
     dtype = PRECISIONS[precision]
     if free is None or dtype == torch.float32:
         return torch.float32
-    if stored.keys() <= {"BF16", "F16"}:
-        return torch.float16 if stored.keys() == {"F16"} else torch.bfloat16
+    if stored.keys() in ({"BF16"}, {"F16"}):  # neither holds every number of the other
+        return torch.bfloat16 if "BF16" in stored else torch.float16
     return torch.float32 if 4 * sum(stored.values()) < free / 2 else dtype
 
 

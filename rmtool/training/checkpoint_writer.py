@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rmtool.checkpoint import Manifest, public_name, read_manifest, write_folder, write_manifest
 from rmtool.config import Recipe
+from rmtool.errors import RmtoolError
 from rmtool.model.checkpoint_fidelity import checkpoint_fidelity
 from rmtool.model.out_of_memory import unless_out_of_memory
 from rmtool.model.precision import PRECISIONS, compute_precision
@@ -73,7 +74,11 @@ class CheckpointWriter:
         """Add to the manifest of `model/` how far its rewards of these responses are from fp32, where memory allows."""
         if self.engine.accelerator.is_main_process:
             folder, tokens = self.folder / "model", self.recipe.train.tokens_per_pack
-            found = unless_out_of_memory(functools.partial(checkpoint_fidelity, folder, groups, tokens))
+            try:
+                found = unless_out_of_memory(functools.partial(checkpoint_fidelity, folder, groups, tokens))
+            except RmtoolError as error:  # a run with a checkpoint is complete
+                ui.say(f"fidelity of the checkpoint not measured: {error.what}")
+                return
             if found:
                 fields = {name: fidelity.as_dict() for name, fidelity in found.items()}
                 manifest = read_manifest(folder)

@@ -69,12 +69,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Compute in the precision of evaluations inside the context."""
+        """Compute in the precision of evaluations inside the context; steps after it are as without it."""
         training, self.model.precision = self.model.precision, eval_precision(self.recipe)
         try:
             yield
         finally:
             self.model.precision = training
+            self.model.overflow_guard.release()
 
     def plan(self, batch: Sequence[BatchItem], tokens_per_pack: int) -> list[list[int]]:
         """Plan the packs of a step."""

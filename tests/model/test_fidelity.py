@@ -6,12 +6,14 @@ import itertools
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from helpers import GROUPS
+from helpers import GROUPS, Lines
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -27,6 +29,7 @@ from rmtool.model.precision import loading_dtype
 from rmtool.model.reward_model import RewardModel
 from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.response_group import build_group
+from rmtool.training.checkpoint_writer import CheckpointWriter
 from rmtool.ui import SilentUi
 
 MANY = [
@@ -50,6 +53,7 @@ def test_the_numbers_are_those_of_their_definition(both: list[tuple[float, float
         assert found.max == pytest.approx(max(off) / std)
     if not std:
         assert found.as_dict()["rms"] is None
+        assert str(found).startswith("not measurable")
 
 
 def test_the_default_sample_is_small_beside_the_data() -> None:
@@ -149,6 +153,22 @@ def test_a_slow_bf16_measurement_ends(checkpoint: Path, monkeypatch: pytest.Monk
     assert checkpoint_fidelity(checkpoint, MANY[:80], 256) == {}
 
 
+def test_a_complete_run_does_not_fail_for_want_of_memory_or_a_checkpoint_to_compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here packs that do not fit, while the optimizer's states still hold the memory; then any error of loading."""
+    engine = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True))
+    recipe = SimpleNamespace(train=SimpleNamespace(tokens_per_pack=64))
+    writer, said = CheckpointWriter(tmp_path, recipe, engine, None, None), Lines()  # type: ignore[arg-type]
+    for error in (PackOutOfMemoryError([0, 1], 9), RmtoolError("E0404", "no weights", "")):
+        monkeypatch.setattr("rmtool.training.checkpoint_writer.checkpoint_fidelity", Mock(side_effect=error))
+        writer.measure_fidelity(GROUPS, said)
+        assert said.lines.pop() == f"fidelity of the checkpoint not measured: {error.what}"
+    monkeypatch.setattr("rmtool.training.checkpoint_writer.checkpoint_fidelity", Mock(side_effect=ValueError))
+    with pytest.raises(ValueError):
+        writer.measure_fidelity(GROUPS, said)
+
+
 def test_few_responses_are_not_measured(checkpoint: Path) -> None:
     assert checkpoint_fidelity(checkpoint, GROUPS, 256) == {}
 
@@ -165,7 +185,8 @@ def test_few_responses_are_not_measured(checkpoint: Path) -> None:
         ("tf32", {"BF16": 100}, 1000, torch.float32),
         ("fp16", {"BF16": 100}, 1000, torch.bfloat16),
         ("bf16", {"F16": 100}, 1000, torch.float16),
-        ("fp16", {"BF16": 90, "F16": 10}, 1000, torch.bfloat16),
+        ("fp16", {"BF16": 90, "F16": 10}, 1000, torch.float32),
+        ("fp16", {"BF16": 90, "F16": 10}, 100, torch.float16),
         ("fp16", {"F32": 100}, 1000, torch.float32),
         ("fp16", {"F32": 100}, 800, torch.float16),
         ("bf16", {"F32": 100}, 100, torch.bfloat16),
@@ -198,3 +219,7 @@ def test_weights_beyond_fp16_are_an_error_or_computed_in_fp32(
     assert loaded.model.precision == "fp32"
     assert [notice for notice in loaded.notices if "beyond the range of fp16" in notice]
     assert compute_rewards(loaded.model, GROUPS, 64, SilentUi()) == exact
+    # As on a GPU without memory for fp32, where the weight arrives as inf.
+    dtypes = {"fp16": torch.float16, "fp32": torch.float32}
+    monkeypatch.setattr("rmtool.model.loading.loading_dtype", lambda precision, *_: dtypes[precision])
+    assert compute_rewards(load_for_inference(checkpoint).model, GROUPS, 64, SilentUi()) == exact

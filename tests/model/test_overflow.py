@@ -118,6 +118,26 @@ def test_scaled_layers_give_the_rewards_of_fp32_at_any_size() -> None:
     assert torch.equal(layer(x), exact)
 
 
+def test_released_layers_compute_as_before_and_are_adapted_again() -> None:
+    """To their weights then: those of a model in training grow."""
+    model = with_large_outputs("llama", "layers.0.mlp.up_proj")
+    layer, guard = model.backbone.get_submodule("layers.0.mlp.up_proj"), model.overflow_guard
+    own = layer.forward
+    layer.forward = lambda x: own(x)  # a forward that someone else has set
+    given = layer.forward
+    rewards_of(model, "fp16")
+    assert len(guard.adapted) == 3
+    assert layer.forward is not given
+    guard.release()
+    assert (guard.adapted, layer.forward) == ([], given)
+    assert not any("forward" in vars(module) for module in model.backbone.modules() if module is not layer)
+    scale(layer, 1.1)
+    exact, counted = rewards_of(model, "fp32"), guard.repeated
+    assert torch.equal(rewards_of(model, "fp16"), exact)
+    assert 0 < (rewards_of(model, "fp16") - exact).abs().max() < 0.02 * exact.std()
+    assert guard.repeated == counted + 1
+
+
 def test_weights_beyond_fp16_are_found() -> None:
     model = build(CONFIGS["llama"])
     name = "layers.1.mlp.gate_proj.weight"
@@ -127,4 +147,6 @@ def test_weights_beyond_fp16_are_found() -> None:
     model.backbone.half()
     assert beyond_fp16(model.backbone) == [name]
     model.backbone.get_parameter(name).data[3, 4] = 65504.0
+    assert beyond_fp16(model.backbone) == []
+    model.backbone.get_parameter(name).data[3, 4] = float("nan")
     assert beyond_fp16(model.backbone) == []

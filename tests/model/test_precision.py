@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rmtool.model.layout_choice import _head_inputs, choose_layout
 from rmtool.model.loading import _load_model, load_for_inference
 from rmtool.model.precision import (
     compute_precision,
+    computing_in,
     fast_bf16_device,
     fp32_compute,
     lacks_bf16,
@@ -52,6 +54,22 @@ def test_bf16_needs_its_instructions(monkeypatch: Patch, flag: str, missing: boo
 def test_fp16_needs_its_instructions(monkeypatch: Patch, flag: str, missing: bool) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", flag: True})
     assert lacks_fp16() == missing
+
+
+@pytest.mark.parametrize(("precision", "products"), [("fp32", "highest"), ("tf32", "high"), ("fp16", "medium")])
+def test_products_of_fp32_are_set_for_a_forward_and_restored(precision: str, products: str, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with contextlib.suppress(KeyError), computing_in(precision, torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == products
+            assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from helpers import PROGRAM, free_port, group_members, pair_rows, until, write_jsonl
+from helpers import PROGRAM, ROOT, free_port, group_members, pair_rows, until, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from rmtool.launch import supervise as launch
+from rmtool.recipe import load_recipe
+from rmtool.training.engine import eval_precision
 from rmtool.training.worker_status import process_state
 
 ROWS = 49  # 9 are held out: on two ranks one has five, on four one has three
@@ -300,3 +302,25 @@ def test_a_rank_that_fails_alone_is_named_with_its_last_lines(place: Path, tmp_p
     assert shown.returncode == 70
     assert "internal error in rank 1 of 2" in shown.stderr
     assert "only on one rank" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision"),
+    [
+        ([], "fp16"),
+        ([("lora.rank", 4)], "fp16"),
+        ([("train.compile", True)], "bf16"),
+        ([("launch.engine", "zero3")], "bf16"),
+        ([("launch.engine", "fsdp2"), ("launch.gpus_per_node", 2)], "bf16"),
+    ],
+)
+def test_evaluations_are_in_auto_where_overflows_can_be_found(
+    settings: list[tuple[str, object]], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rmtool.model.precision.default_device", lambda: torch.device("cuda"))
+    assert (
+        eval_precision(
+            load_recipe(str(ROOT / "recipes" / "smollm2-135m.yaml"), [("train.precision", "bf16"), *settings])
+        )
+        == precision
+    )

@@ -313,6 +313,26 @@ def test_an_evaluation_out_of_memory_is_run_again_with_smaller_packs(recipe: Pat
     assert "out of memory in a row of" in caught.value.what
 
 
+def test_steps_do_not_depend_on_overflows_of_evaluations(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers that are scaled for fp16 compute as before in the next step, which bf16 autocast would tell."""
+    monkeypatch.setattr("rmtool.model.precision.lacks_bf16", lambda: False)
+    monkeypatch.setattr("rmtool.training.step.eval_precision", lambda _: "fp16")
+    states = []
+    for evaluates in (False, True):
+        trainer, batches = start(str(recipe), [("train.precision", "bf16")])
+        trainer.model.backbone.get_submodule("layers.0.mlp.up_proj").weight.data *= 3e5
+        if evaluates:
+            data = load_split(
+                trainer.recipe, training_encoder(trainer.recipe, Path(trainer.recipe.model.path))[0], Rejects(), Lines()
+            )
+            run_eval(trainer, data.train, Lines())
+            assert trainer.model.overflow_guard.repeated
+        assert trainer.model.precision == "bf16"
+        take(trainer, batches[0], 1, "none")
+        states.append(state(trainer.engine))
+    assert states[0] == states[1]
+
+
 def test_a_bug_is_not_taken_for_a_full_device() -> None:
     def fail() -> None:
         raise RuntimeError("The size of tensor a must match")
