@@ -125,8 +125,7 @@ def print_precision(loaded: LoadedModel, fidelity: Fidelity | None, ui: Terminal
     """Print what the rewards were computed in, how far they are from fp32, and what had to be repeated in fp32."""
     guard, precision = loaded.model.overflow_guard, loaded.model.precision
     if guard.repeated:
-        layers = f"; from then on scaled: {', '.join(guard.adapted)}" if guard.adapted else ""
-        ui.say(f"note: fp16 overflowed in {guard.repeated} of {guard.forwards} packs, computed again in fp32{layers}")
+        ui.say(f"note: {guard.describe()}")
     if fidelity:
         ui.say(f"fidelity ({precision}): {fidelity}")
 

@@ -74,6 +74,11 @@ class OverflowGuard:
                 self._before.append((module, vars(module).get("forward")))
                 _adapt(module)
 
+    def describe(self) -> str:
+        """Say how many forwards were repeated, and which layers are adapted."""
+        layers = f"; from then on scaled: {', '.join(self.adapted)}" if self.adapted else ""
+        return f"fp16 overflowed in {self.repeated} of {self.forwards} packs, computed again in fp32{layers}"
+
     def release(self) -> None:
         """Let the adapted layers compute as before: those of a model in training get new weights, and other forwards
         than fp16's must not change.

@@ -70,12 +70,16 @@ class Trainer:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Compute in the precision of evaluations inside the context; steps after it are as without it."""
+        guard = self.model.overflow_guard
         training, self.model.precision = self.model.precision, eval_precision(self.recipe)
+        guard.forwards = guard.repeated = 0
         try:
             yield
+            if guard.repeated:
+                self.ui.say(guard.describe())
         finally:
             self.model.precision = training
-            self.model.overflow_guard.release()
+            guard.release()
 
     def plan(self, batch: Sequence[BatchItem], tokens_per_pack: int) -> list[list[int]]:
         """Plan the packs of a step."""
