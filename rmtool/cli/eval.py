@@ -90,7 +90,7 @@ def eval_(
 
         folder = resolve_checkpoint(model, None, ui)
         evaluated = _evaluate(folder, data or _default_eval_data(folder), samples, options, ui)
-        _print_result(evaluated, as_json, ui)
+        _print_result(evaluated, as_json, fidelity, ui)
     if evaluated.pairs.counts["too_long"] or evaluated.skipped_rows:
         raise SystemExit(ExitCode.PARTIAL)
 
@@ -182,7 +182,7 @@ def _default_eval_data(folder: Path) -> list[str]:
     return [str(held_out)] if held_out.is_file() and held_out.stat().st_size else [DEFAULT_EVAL_DATA]
 
 
-def _print_result(evaluated: _Evaluated, as_json: bool, ui: TerminalUi) -> None:
+def _print_result(evaluated: _Evaluated, as_json: bool, requested: int | None, ui: TerminalUi) -> None:
     from rmtool.ui import print_json
 
     if as_json:
@@ -190,7 +190,7 @@ def _print_result(evaluated: _Evaluated, as_json: bool, ui: TerminalUi) -> None:
     else:
         _print_metrics(evaluated.result, ui)
         _print_samples(evaluated.samples, ui)
-    print_precision(evaluated.loaded, evaluated.result.fidelity, ui)
+    print_precision(evaluated.loaded, evaluated.result.fidelity, requested, ui)
     print_sharing(evaluated.loaded, ui)
 
 

@@ -121,11 +121,14 @@ def print_sharing(loaded: LoadedModel, ui: TerminalUi) -> None:
         ui.say(f"note: prefix sharing: {describe_sharing(loaded.padded_reason)}")
 
 
-def print_precision(loaded: LoadedModel, fidelity: Fidelity | None, ui: TerminalUi) -> None:
+def print_precision(loaded: LoadedModel, fidelity: Fidelity | None, requested: int | None, ui: TerminalUi) -> None:
     """Print what the rewards were computed in, how far they are from fp32, and what had to be repeated in fp32."""
     guard, precision = loaded.model.overflow_guard, loaded.model.precision
     if guard.repeated:
         ui.say(f"note: {guard.describe()}")
+    if requested and not fidelity:
+        reason = "rewards are computed in fp32" if precision == "fp32" else "out of memory in fp32"
+        ui.say(f"note: fidelity not measured: {reason}")
     if fidelity:
         ui.say(f"fidelity ({precision}): {fidelity}")
 

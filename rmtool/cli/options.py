@@ -23,8 +23,8 @@ FidelityOption = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Number of responses whose rewards are also computed in fp32, and compared; 0 for none. "
-        "[default: 64, but at most a 32nd of the responses]",
+        help="Number of responses whose rewards are also computed in fp32, and compared, unless all are in fp32; 0 for "
+        "none. [default: 64, at most a 32nd of the responses, none below 256]",
     ),
 ]
 TokensOption = Annotated[

@@ -115,7 +115,7 @@ def _score(
         summary = score_file(*given, options.fidelity)
     print_skipped(rejects, ui)
     _print_summary(model, output, loaded, summary, as_json, ui)
-    print_precision(loaded, summary.fidelity, ui)
+    print_precision(loaded, summary.fidelity, options.fidelity, ui)
     print_sharing(loaded, ui)
     return summary
 

@@ -43,6 +43,7 @@ from rmtool.model.process_settings import apply_settings
 from rmtool.model.reward_model import RewardModel
 from rmtool.model.stored_weights import HeadOrigin, unread_notice
 from rmtool.model.weight_files import HEAD_WEIGHT, read_headers
+from rmtool.packing.attention import HALF
 from rmtool.tokenization.encoder import FINGERPRINT_CONVERSATIONS, Encoder
 from rmtool.tokenization.tokenizer import ensure_pad_token, load_tokenizer
 
@@ -120,6 +121,8 @@ def _load_model(
         del model
         model, _ = _read_model(folder, "fp32", pad_id)  # again: those above may have been cast to inf
         notices += [f"{what}: computing in fp32"]
+    if "F32" in read_headers(folder).sizes() and any(weight.dtype in HALF for weight in model.parameters()):
+        notices.append("fidelity does not include the rounding of fp32 weights, which do not fit into the GPU's memory")
     return model, head, notices
 
 

@@ -29,7 +29,7 @@ class OverflowGuard:
 
     Attributes:
         forwards: watched forwards.
-        repeated: those with an overflow, which were computed again in fp32.
+        repeated: those with inf or NaN, which were computed again in fp32.
         adapted: names of the layers that overflowed and their siblings (gate, up and down projection), which are
             computed with scaled inputs, or, if they are not linear layers, in fp32.
     """
@@ -62,8 +62,7 @@ class OverflowGuard:
                 hook.remove()
 
     def adapt(self, ranges: Ranges) -> None:
-        """Count a forward that overflowed, and adapt the layer that did so first, with its siblings."""
-        self.repeated += 1
+        """Adapt the layer that was the first to overflow in a forward, and its siblings."""
         first = next((name for name, values in ranges if not values.isfinite().all()), None)
         if first is None:
             return
@@ -77,7 +76,7 @@ class OverflowGuard:
     def describe(self) -> str:
         """Say how many forwards were repeated, and which layers are adapted."""
         layers = f"; from then on scaled: {', '.join(self.adapted)}" if self.adapted else ""
-        return f"fp16 overflowed in {self.repeated} of {self.forwards} packs, computed again in fp32{layers}"
+        return f"inf or NaN in fp16 in {self.repeated} of {self.forwards} packs, computed again in fp32{layers}"
 
     def release(self) -> None:
         """Let the adapted layers compute as before: those of a model in training get new weights, and other forwards

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -120,9 +121,12 @@ def _launch(model: RewardModel, module: nn.Module, batch: Batch) -> Callable[[],
         rewards = copied_N.tolist()
         if ranges is None or rewards.pop():
             return rewards
-        guard.adapt(ranges)
         with model.in_fp32():
-            return module(batch).tolist()
+            rewards = module(batch).tolist()
+        guard.repeated += 1
+        if all(map(math.isfinite, rewards)):  # else it is not fp16 that fails
+            guard.adapt(ranges)
+        return rewards
 
     return fetch
 

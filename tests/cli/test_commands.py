@@ -100,6 +100,37 @@ def test_score_takes_the_newest_finished_run(rmtool: Any, model: Path, tmp_path:
     assert rmtool("score", source, "--overwrite", "--chat-template", "tulu").code == 0
 
 
+def test_score_says_what_fp16_has_cost(rmtool: Any, model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """An overflow, repeated in fp32, and the fidelity of the rest; NaN weights are not an overflow."""
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.setattr("rmtool.model.precision.lacks_fp16", lambda: False)
+    source = write_jsonl(tmp_path / "r.jsonl", RESPONSES)
+    shown = rmtool("score", source, "--model", model, "--precision", "fp16", "--fidelity", 3)
+    assert "fidelity (fp16): rms " in shown.err
+    assert "(3 responses)" in shown.err
+    assert "note: " not in shown.err
+    shown = rmtool("score", source, "--model", model, "--precision", "fp32", "--fidelity", 3, "--overwrite")
+    assert "note: fidelity not measured: rewards are computed in fp32" in shown.err
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.0.mlp.{}_proj.weight"
+    weights[name.format("up")] *= 5e5
+    weights[name.format("down")] /= 5e5
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    given = ("--precision", "fp16", "--tokens-per-pack", 1, "--overwrite")
+    shown = rmtool("score", source, "--model", model, *given, "--json")
+    packs = json.loads(shown.out)["fp32_packs"]
+    assert 0 < packs < 6
+    scaled = ", ".join(f"layers.0.mlp.{name}_proj" for name in ("gate", "up", "down"))
+    assert f"note: inf or NaN in fp16 in {packs} of 6 packs, computed again in fp32; from then on scaled: {scaled}" in (
+        shown.err
+    )
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    shown = rmtool("score", source, "--model", model, *given)
+    assert "inf or NaN in fp16 in 6 of 6 packs, computed again in fp32\n" in shown.err
+
+
 def test_rewards_that_are_not_finite_are_null_and_counted(rmtool: Any, model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

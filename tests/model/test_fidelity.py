@@ -22,10 +22,11 @@ from transformers import AutoModelForSequenceClassification
 from rmtool.errors import RmtoolError
 from rmtool.model import fidelity
 from rmtool.model.checkpoint_fidelity import checkpoint_fidelity
+from rmtool.model.classifier import matrices
 from rmtool.model.fidelity import choose_sample, compare, rewards_with_fidelity, sample_size
 from rmtool.model.loading import load_for_inference
 from rmtool.model.out_of_memory import PackOutOfMemoryError
-from rmtool.model.precision import loading_dtype
+from rmtool.model.precision import PRECISIONS, loading_dtype
 from rmtool.model.reward_model import RewardModel
 from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.response_group import build_group
@@ -98,6 +99,30 @@ def test_the_sample_is_compared_with_fp32(precision: str, checkpoint: Path, monk
     assert rewards == compute_rewards(loaded.model, GROUPS, 64, SilentUi())
     assert rewards_with_fidelity(loaded.model, GROUPS, 64, SilentUi(), 0) == (rewards, None)
     assert rewards_with_fidelity(loaded.model, GROUPS, 64, SilentUi()) == (rewards, None)  # tiny
+
+
+def test_the_sample_comes_before_weights_are_rounded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else fp16 weights are compared with themselves."""
+    monkeypatch.setattr("rmtool.model.precision.lacks_bf16", lambda: False)
+    model, done = load_for_inference(checkpoint, precision="bf16", fidelity=True).model, list[str]()
+    real = fidelity.compute_rewards
+    monkeypatch.setattr(fidelity, "compute_rewards", lambda *given: done.append(model.precision) or real(*given))
+    monkeypatch.setattr(RewardModel, "round_weights", lambda _: done.append("round"))
+    rewards_with_fidelity(model, GROUPS, 64, SilentUi(), 6)
+    assert done == ["fp32", "round", "bf16"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32", "fp32"])
+def test_only_matrices_are_rounded_on_a_gpu(precision: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_for_inference(checkpoint).model
+    model.precision = precision
+    model.round_weights()
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}  # on a CPU
+    monkeypatch.setattr(RewardModel, "device", torch.device("cuda"))
+    model.round_weights()
+    rounded = {name for name, weight in model.classifier.named_parameters() if weight.dtype == PRECISIONS[precision]}
+    expected = {name for name, _ in model.classifier.named_parameters()}
+    assert rounded == (set(matrices(model.classifier)) if "16" in precision else expected)
 
 
 def test_fp32_has_nothing_to_be_compared_with(checkpoint: Path) -> None:
@@ -223,3 +248,11 @@ def test_weights_beyond_fp16_are_an_error_or_computed_in_fp32(
     dtypes = {"fp16": torch.float16, "fp32": torch.float32}
     monkeypatch.setattr("rmtool.model.loading.loading_dtype", lambda precision, *_: dtypes[precision])
     assert compute_rewards(load_for_inference(checkpoint).model, GROUPS, 64, SilentUi()) == exact
+
+
+def test_products_are_summed_in_fp32(checkpoint: Path) -> None:
+    settings = torch.backends.cuda.matmul
+    settings.allow_fp16_reduced_precision_reduction = settings.allow_bf16_reduced_precision_reduction = True
+    load_for_inference(checkpoint)
+    assert not settings.allow_fp16_reduced_precision_reduction
+    assert not settings.allow_bf16_reduced_precision_reduction
