@@ -105,8 +105,8 @@ def _launch(model: RewardModel, module: nn.Module, batch: Batch) -> Callable[[],
     """Start a forward and the copy of its rewards to the CPU; return what waits for them. Where fp16 has overflowed, it
     computes them again in fp32.
     """
-    batch, guard = to_device(batch, model.device), model.overflow_guard
-    with guard.watch() if model.precision == "fp16" else nullcontext() as ranges:
+    batch = to_device(batch, model.device)
+    with model.overflow_guard.watch() if model.precision == "fp16" else nullcontext() as ranges:
         rewards_N = module(batch)
     if ranges is not None:
         rewards_N = torch.cat((rewards_N, all_finite(ranges).float()[None]))
@@ -123,9 +123,9 @@ def _launch(model: RewardModel, module: nn.Module, batch: Batch) -> Callable[[],
             return rewards
         with model.in_fp32():
             rewards = module(batch).tolist()
-        guard.repeated += 1
+        model.overflow_guard.repeated += 1
         if all(map(math.isfinite, rewards)):  # else it is not fp16 that fails
-            guard.adapt(ranges)
+            model.overflow_guard.adapt(ranges)
         return rewards
 
     return fetch
