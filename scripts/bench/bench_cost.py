@@ -329,7 +329,7 @@ def score_order(trees: SharedTokens, spec: Event) -> int:
 
         def __init__(self) -> None:
             torch.nn.Module.__init__(self)
-            self.shares_prompts = True
+            self.shares_prompts, self.precision = True, "fp32"
 
         device = torch.device("cpu")
 
