@@ -12,6 +12,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 
 from rmtool.dist import SINGLE_PROCESS, DistInfo
 from rmtool.model.out_of_memory import PackOutOfMemoryError, unless_out_of_memory
-from rmtool.model.overflow import all_finite
+from rmtool.model.overflow import Ranges, all_finite
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing.packs import Batch
 from rmtool.packing.transfer import to_device
@@ -91,53 +92,84 @@ def _run_packs(
     waiting: Callable[[], tuple[Sequence[int], bool, list[float]]] | None = None
     for items, own in packs:
         batch = model.build_batch([responses.as_group(item) for item in items])
-        fetch = unless_out_of_memory(functools.partial(_launch, model, module, batch))
+        launched = unless_out_of_memory(functools.partial(_Launched.start, model, module, batch))
         if waiting:  # before the error of this launch, which may be one of the kernels of the pack before
             yield waiting()
-        if fetch is None:
+        if launched is None:
             raise _out_of_memory(responses, items)
-        waiting = functools.partial(_fetch, responses, items, own, fetch)
+        waiting = functools.partial(_fetch, model, module, responses, items, own, launched)
     if waiting:
         yield waiting()
 
 
-def _launch(model: RewardModel, module: nn.Module, batch: Batch) -> Callable[[], list[float]]:
-    """Start a forward and the copy of its rewards to the CPU; return what waits for them. Where fp16 has overflowed, it
-    computes them again in fp32.
+@dataclass(frozen=True)
+class _Launched:
+    """A forward that has been started, and the copy of its rewards to the CPU.
+
+    copied: float32[N], valid when `arrived` says so; with `ranges` one more, 0 where fp16 has overflowed
+    ranges:   outputs of the layers, where they are watched
     """
-    batch = to_device(batch, model.device)
-    with model.overflow_guard.watch() if model.precision == "fp16" else nullcontext() as ranges:
-        rewards_N = module(batch)
-    if ranges is not None:
-        rewards_N = torch.cat((rewards_N, all_finite(ranges).float()[None]))
-    copied_N = rewards_N.to("cpu", non_blocking=True)
-    arrived = None if rewards_N.device.type == "cpu" else torch.Event(rewards_N.device)
-    if arrived:
-        arrived.record()
 
-    def fetch() -> list[float]:
+    batch: Batch
+    copied: torch.Tensor
+    arrived: torch.Event | None
+    ranges: Ranges | None
+
+    @classmethod
+    def start(cls, model: RewardModel, module: nn.Module, batch: Batch) -> _Launched:
+        batch = to_device(batch, model.device)
+        with model.overflow_guard.watch() if model.precision == "fp16" else nullcontext() as ranges:
+            rewards_N = module(batch)
+        if ranges is not None:
+            rewards_N = torch.cat((rewards_N, all_finite(ranges).float()[None]))
+        copied = rewards_N.to("cpu", non_blocking=True)
+        arrived = None if rewards_N.device.type == "cpu" else torch.Event(rewards_N.device)
         if arrived:
-            arrived.synchronize()
-        rewards = copied_N.tolist()
-        if ranges is None or rewards.pop():
-            return rewards
-        with model.in_fp32():
-            rewards = module(batch).tolist()
-        model.overflow_guard.repeated += 1
-        if all(map(math.isfinite, rewards)):  # else it is not fp16 that fails
-            model.overflow_guard.adapt(ranges)
-        return rewards
+            arrived.record()
+        return cls(batch, copied, arrived, ranges)
 
-    return fetch
+    def fetch(self) -> list[float]:
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.copied.tolist()
 
 
 def _fetch(
-    responses: _Responses, items: Sequence[int], own: bool, fetch: Callable[[], list[float]]
+    model: RewardModel,
+    module: nn.Module,
+    responses: _Responses,
+    items: Sequence[int],
+    own: bool,
+    launched: _Launched,
 ) -> tuple[Sequence[int], bool, list[float]]:
-    rewards = unless_out_of_memory(fetch)
+    rewards = unless_out_of_memory(launched.fetch)
     if rewards is None:
         raise _out_of_memory(responses, items)
+    if launched.ranges is None or rewards.pop():
+        return items, own, rewards
+    rewards = _repeat_in_fp32(model, module, responses, items, launched.batch)
+    model.overflow_guard.repeated += 1
+    if all(map(math.isfinite, rewards)):  # else it is not fp16 that fails
+        model.overflow_guard.adapt(launched.ranges)
     return items, own, rewards
+
+
+def _repeat_in_fp32(
+    model: RewardModel, module: nn.Module, responses: _Responses, items: Sequence[int], batch: Batch
+) -> list[float]:
+    """Compute the rewards of a pack in fp32; one by one where there is no memory for the pack."""
+
+    def compute(batch: Batch) -> list[float]:
+        found = unless_out_of_memory(lambda: module(batch).tolist())
+        if found is not None:
+            return found
+        if len(batch.reward_index) == 1:
+            raise _out_of_memory(responses, items)
+        singles = (model.build_batch([responses.as_group(item)]) for item in items)
+        return [reward for single in singles for reward in compute(to_device(single, model.device))]
+
+    with model.in_fp32():
+        return compute(batch)
 
 
 def _out_of_memory(responses: _Responses, items: Sequence[int]) -> PackOutOfMemoryError:

@@ -10,6 +10,7 @@ import transformers as hf
 from helpers import GROUPS, build, tiny_config
 from torch import nn
 
+from rmtool.errors import RmtoolError
 from rmtool.model.overflow import OverflowGuard, all_finite, beyond_fp16
 from rmtool.model.reward_model import RewardModel
 from rmtool.model.rewards import compute_rewards
@@ -150,3 +151,22 @@ def test_weights_beyond_fp16_are_found() -> None:
     assert beyond_fp16(model.backbone) == []
     model.backbone.get_parameter(name).data[3, 4] = float("nan")
     assert beyond_fp16(model.backbone) == []
+
+
+def test_a_repeat_that_does_not_fit_is_done_response_by_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_large_outputs("llama", "layers.0.mlp.up_proj")
+    exact, real = rewards_of(model, "fp32"), RewardModel.forward
+
+    def full(self: RewardModel, batch: Any) -> torch.Tensor:
+        if self.precision == "fp32" and len(batch.reward_index) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, batch)
+
+    monkeypatch.setattr(RewardModel, "forward", full)
+    most = 1
+    torch.testing.assert_close(rewards_of(model, "fp16"), exact, atol=1e-5, rtol=1e-5)
+    assert (model.overflow_guard.forwards, model.overflow_guard.repeated) == (1, 1)
+    model.overflow_guard.release()
+    most = 0
+    with pytest.raises(RmtoolError, match="out of memory"):
+        rewards_of(model, "fp16")
