@@ -21,7 +21,7 @@ from torch import nn
 
 from rmtool.model.precision import FP16_MAX, fp32_weights
 
-Ranges = list[tuple[str, torch.Tensor]]  # of a forward: layer, and its smallest and largest output
+Ranges = list[tuple[str, tuple[torch.Tensor, torch.Tensor]]]  # of a forward: layer, its smallest and largest output
 
 
 class OverflowGuard:
@@ -52,7 +52,7 @@ class OverflowGuard:
         def note(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
             for part in output if isinstance(output, tuple) else (output,):
                 if isinstance(part, torch.Tensor) and part.is_floating_point() and part.numel():
-                    ranges.append((name, torch.stack(part.detach().aminmax()).float()))
+                    ranges.append((name, part.detach().aminmax()))
 
         hooks = [module.register_forward_hook(functools.partial(note, name)) for name, module in self._layers]
         try:
@@ -63,7 +63,7 @@ class OverflowGuard:
 
     def adapt(self, ranges: Ranges) -> None:
         """Adapt the layer that was the first to overflow in a forward, and its siblings."""
-        first = next((name for name, values in ranges if not values.isfinite().all()), None)
+        first = next((name for name, bounds in ranges if not all(bound.isfinite() for bound in bounds)), None)
         if first is None:
             return
         parent = first.rpartition(".")[0]
@@ -92,7 +92,7 @@ class OverflowGuard:
 
 def all_finite(ranges: Ranges) -> torch.Tensor:
     """bool[], on the device: whether no layer of a forward had an output of inf or NaN."""
-    return torch.stack([values for _, values in ranges]).isfinite().all()
+    return torch.stack([bound for _, bounds in ranges for bound in bounds]).isfinite().all()
 
 
 def beyond_fp16(backbone: nn.Module) -> list[str]:
