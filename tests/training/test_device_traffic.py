@@ -98,7 +98,7 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.events, self.full = list[str](), set[str]()
-        monkeypatch.setattr(rewards, "_launch", self.launch)
+        monkeypatch.setattr(rewards._Launched, "start", self.launch)
 
     def launch(self, model: Any, module: Any, batch: list[Any]) -> Any:
         number = sum("launch" in event for event in self.events)
@@ -108,7 +108,7 @@ class Device:
             self.note(f"wait {number}")
             return [float(group.responses[0][0]) for group in batch]
 
-        return fetch
+        return SimpleNamespace(fetch=fetch, ranges=None)
 
     def note(self, event: str) -> None:
         self.events.append(event)
