@@ -23,6 +23,7 @@ from rmtool.recipe import BUNDLED
 from rmtool.ui import Ui
 
 MANIFEST = "rmtool.json"
+LOADED_IN_BF16 = "loaded in bf16"  # in the manifest's fidelity: what other tools do by default
 HELD_OUT_FILE = "held_out.jsonl"  # in a run folder, next to model/
 DEFAULT_MODEL = "allenai/Llama-3.1-Tulu-3-8B-RM"
 FILE_SUFFIXES = (

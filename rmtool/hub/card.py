@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rmtool.checkpoint import is_hub_id, public_name
+from rmtool.checkpoint import LOADED_IN_BF16, is_hub_id, public_name
 from rmtool.redaction import redact
 
-BF16 = "loaded in bf16"  # in the manifest's fidelity
 _LABELS = {"recipe": "recipe", "max_length": "max length", "precision": "precision", "versions": "versions"}
 _PAGE = """\
 ---
@@ -118,7 +117,7 @@ def model_card(folder: Path, repo_id: str, facts: Mapping[str, object]) -> str:
 
 def _bf16_note(fidelity: object) -> str:
     """Say what loading in bf16 does to rewards: as measured in training, if that is known."""
-    measured = fidelity.get(BF16) if isinstance(fidelity, Mapping) else None
+    measured = fidelity.get(LOADED_IN_BF16) if isinstance(fidelity, Mapping) else None
     names = ("responses", "rms", "max", "reordered", "pairs")
     if not isinstance(measured, Mapping) or not all(isinstance(measured.get(name), int | float) for name in names):
         return "In bfloat16, rewards near 4 are 0.03 apart."

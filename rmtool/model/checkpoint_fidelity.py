@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from rmtool.checkpoint import LOADED_IN_BF16
 from rmtool.model.fidelity import SMALLEST, Fidelity, compare, sample_in_fp32, sample_size
 from rmtool.model.loading import load_for_inference
 from rmtool.model.reward_model import RewardModel
@@ -20,7 +21,6 @@ from rmtool.model.rewards import compute_rewards
 from rmtool.tokenization.response_group import ResponseGroup, build_group
 from rmtool.ui import SilentUi
 
-BF16 = "loaded in bf16"
 BF16_SECONDS = 60.0  # CPUs without bf16 instructions are slow
 
 
@@ -44,7 +44,7 @@ def checkpoint_fidelity(folder: Path, groups: Sequence[ResponseGroup], max_token
     found = {model.precision: compare(sample.exact, rewards)} if model.precision != "fp32" else {}
     rewards = _rewards_in_bf16(model, sampled)
     if len(rewards) >= SMALLEST:
-        found[BF16] = compare(sample.exact[: len(rewards)], rewards)
+        found[LOADED_IN_BF16] = compare(sample.exact[: len(rewards)], rewards)
     return found
 
 

@@ -121,7 +121,7 @@ def _load_model(
         del model
         model, _ = _read_model(folder, "fp32", pad_id)  # again: those above may have been cast to inf
         notices += [f"{what}: computing in fp32"]
-    if "F32" in read_headers(folder).sizes() and any(weight.dtype in HALF for weight in model.parameters()):
+    if any(weight.dtype in HALF for weight in model.parameters()) and "F32" in read_headers(folder).sizes():
         notices.append("fidelity does not include the rounding of fp32 weights, which do not fit into the GPU's memory")
     return model, head, notices
 

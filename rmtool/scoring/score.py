@@ -46,8 +46,8 @@ class ScoreSummary:
         truncated: rows whose prompt was truncated to max length.
         skipped_rows: invalid rows.
         unread_fields: names of fields that no reward depends on.
-        fidelity: of the rewards, where that was measured.
         converted: fields whose values JSON cannot hold: dates, bytes, decimals, NaN.
+        fidelity: of the rewards, where that was measured.
     """
 
     rows: int

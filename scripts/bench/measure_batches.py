@@ -80,7 +80,7 @@ def main() -> int:
     given = parser.parse_args()
     loaded = load_for_inference(given.run / "model", precision="fp32", on_long="drop", on_empty="drop")
     groups = load_groups(loaded, given.data or str(given.run / "held_out.jsonl"), given.pairs)
-    rewards = measure(loaded.model, groups, ["fp32", *given.precisions][given.precisions[0] == "fp32" :], given.singles)
+    rewards = measure(loaded.model, groups, list(dict.fromkeys(("fp32", *given.precisions))), given.singles)
     for precision in given.precisions:
         first = f"{precision}, packs of 8,192"
         for name in (name for name in rewards if name.startswith(precision)):
