@@ -49,7 +49,7 @@ def one_call_error(sizes: tuple[int, int], window: int | None, device: str) -> f
     batch = to_device(pack(GROUPS), torch.device(device))
     tokens = batch.input_ids.shape[1]
     results = []
-    for kernel in (attention._node_by_node, attention._varlen):
+    for kernel in (attention.attend_by_node, attention._varlen):
         torch.manual_seed(0)
         q, k, v = (
             torch.randn(1, heads, tokens, size, device=device, dtype=torch.bfloat16, requires_grad=True)

@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface
 
+from rmtool.packing.node_attention import GatherRows, attend_by_node, product_dtype
 from rmtool.packing.packs import PackLayout
 
 NAME = "rmtool_packed"
 HALF = (torch.float16, torch.bfloat16)
-KEPT_MASKS = 2**24  # elements of the masks that are kept for the next layers
 # What `torch.nn.attention.varlen` takes: half precision on NVIDIA's Ampere or later, and heads up to this size.
 KERNEL_CAPABILITY, KERNEL_WIDTH = (8, 0), 256
 
@@ -59,23 +58,12 @@ def packed_attention(
     if packed is None:
         raise UnsupportedAttentionError("the model does not pass keyword arguments to its attention layers")
     _refuse_unsupported(module, attention_mask, dropout, others)
-    dtype, attend = product_dtype(query_1HTD), _node_by_node
+    dtype, attend = product_dtype(query_1HTD), attend_by_node
     if takes_kernel(dtype, _kernel_width(query_1HTD, value_1KTD), _capability(query_1HTD.device)):
         # Rotary embedding in fp32 leaves query and key in fp32; autocast knows torch's attention, not the kernel.
         query_1HTD, key_1KTD, value_1KTD = (tensor.to(dtype) for tensor in (query_1HTD, key_1KTD, value_1KTD))
         attend = _varlen
-    elif dtype in HALF and _trains_on_cpu(query_1HTD):
-        # In half precision, the backward of torch's attention takes about three times as long on a CPU with AMX.
-        heads = (query_1HTD.float(), key_1KTD.float(), value_1KTD.float())
-        with torch.autocast("cpu", enabled=False):
-            return _node_by_node(*heads, scaling, sliding_window, packed), None
     return attend(query_1HTD, key_1KTD, value_1KTD, scaling, sliding_window, packed), None
-
-
-def product_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype in which products of this tensor are computed: autocast's, where it is enabled."""
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def takes_kernel(dtype: torch.dtype, width: int, capability: tuple[int, int] | None) -> bool:
@@ -112,78 +100,6 @@ def _refuse_unsupported(
         raise UnsupportedAttentionError(f"unsupported attention argument: {', '.join(unknown)}")
 
 
-def _node_by_node(
-    query_1HTD: torch.Tensor,
-    key_1KTD: torch.Tensor,
-    value_1KTD: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
-    packed: PackLayout,
-) -> torch.Tensor:
-    # One gather and one split for all nodes: concatenating each path's keys takes thousands of small operations. No
-    # slices: their gradients are tensors of zeros.
-    both_1TKE = torch.cat((key_1KTD.transpose(1, 2), value_1KTD.transpose(1, 2)), dim=-1)
-    gathered = _Gather.apply(both_1TKE, packed.kv_index).transpose(1, 2)
-    keys, values = (
-        part.split(packed.key_lengths, dim=2)
-        for part in gathered.split((key_1KTD.shape[-1], value_1KTD.shape[-1]), dim=-1)
-    )
-    nodes = zip(query_1HTD.split(packed.lengths, dim=2), keys, values, strict=True)
-    outputs = [_one_node(*node, scaling, window, packed.masks) for node in nodes]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
-
-
-def _trains_on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether a CPU will need gradients; a plan's fake tensors stand for a GPU."""
-    return tensor.device.type == "cpu" and torch.is_grad_enabled() and not isinstance(tensor, FakeTensor)
-
-
-def _one_node(
-    q_1HQD: torch.Tensor,
-    k_1KPD: torch.Tensor,
-    v_1KPD: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
-    masks: dict[Any, torch.Tensor],
-) -> torch.Tensor:
-    q_len, k_len = q_1HQD.shape[2], k_1KPD.shape[2]
-    gqa = q_1HQD.shape[1] != k_1KPD.shape[1]
-    if q_len == k_len and (window is None or k_len <= window):
-        return F.scaled_dot_product_attention(q_1HQD, k_1KPD, v_1KPD, is_causal=True, scale=scaling, enable_gqa=gqa)
-    # The queries are the last q_len of the k_len tokens; is_causal would align them with the first.
-    wanted = (q_len, k_len, window, q_1HQD.device)
-    mask_QP = masks.get(wanted)
-    if mask_QP is None:
-        mask_QP = causal_mask(*wanted)
-        if q_len * k_len + sum(mask.numel() for mask in masks.values()) < KEPT_MASKS:
-            masks[wanted] = mask_QP
-    return F.scaled_dot_product_attention(q_1HQD, k_1KPD, v_1KPD, attn_mask=mask_QP, scale=scaling, enable_gqa=gqa)
-
-
-def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """bool[Q, P]: which keys each query sees; the last query is the token of the last key."""
-    distance_QP = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return (distance_QP >= 0) & (distance_QP < (keys if window is None else window))
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of dimension 1 by index. Gradients of a row that is used many times, a prompt's, add up in fp32: in bf16,
-    64 responses would cost ten times the rounding error. An index expression would sort the index for that.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = rows.shape
-        return rows.index_select(1, index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (index,) = ctx.saved_tensors
-        exact = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        return exact.new_zeros(ctx.shape).index_add_(1, index, exact).to(gradient.dtype), None
-
-
 def _varlen(
     query_1HTD: torch.Tensor,
     key_1KTD: torch.Tensor,
@@ -197,7 +113,7 @@ def _varlen(
 
     size, width = query_1HTD.shape[-1], _kernel_width(query_1HTD, value_1KTD)
     q_THD, k_TKD, v_TKD = (_widened(part, width)[0].transpose(0, 1) for part in (query_1HTD, key_1KTD, value_1KTD))
-    keys, values = _Gather.apply(torch.stack((k_TKD, v_TKD)), packed.kv_index).unbind(0)
+    keys, values = GatherRows.apply(torch.stack((k_TKD, v_TKD)), packed.kv_index).unbind(0)
     grouped: dict[str, Any] = {}
     if q_THD.shape[1] != k_TKD.shape[1] and _has_enable_gqa(varlen_attn):
         grouped["enable_gqa"] = True

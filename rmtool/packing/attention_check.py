@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rmtool.packing import attention
+from rmtool.packing import attention, node_attention
 from rmtool.packing.packs import PackLayout
 
 NAME = "rmtool_packed_check"
@@ -48,7 +48,7 @@ class KernelCheck:
         **given: Any,
     ) -> tuple[torch.Tensor, None]:
         attend = ALL_ATTENTION_FUNCTIONS[attention.NAME]
-        dtype = attention.product_dtype(query_1HTD)
+        dtype = node_attention.product_dtype(query_1HTD)
         if dtype in attention.HALF:
             packed = given["packed"]
             spiky_1KTV = value_1KTV * _spikes(packed, value_1KTV.device)[:, None].to(value_1KTV.dtype)
@@ -65,7 +65,7 @@ class KernelCheck:
     ) -> None:
         """Compare one node's output with attention of its q over k [1, K, P, D] and v [1, K, P, V]."""
         scaling, gqa = given.get("scaling"), q_1HQD.shape[1] != k.shape[1]
-        mask_QP = attention.causal_mask(q_1HQD.shape[2], k.shape[2], given.get("sliding_window"), k.device)
+        mask_QP = node_attention.causal_mask(q_1HQD.shape[2], k.shape[2], given.get("sliding_window"), k.device)
         blocks = (part.split(QUERY_BLOCK, dim=dim) for part, dim in ((got_HQV, 1), (q_1HQD, 2), (mask_QP, 0)))
         for got, q, mask in zip(*blocks, strict=True):
             stock = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=gqa)[0]

@@ -29,7 +29,7 @@ class PackLayout:
     cu_seqlens_k: int32[S + 1], cumulative lengths of the paths
     kv_index:     int64[cu_seqlens_k[-1]], the position of each key in the pack
     max_q, max_k: the longest node and the longest path, in tokens
-    masks:        masks of nodes that a layer has made, for the next layers
+    masks:        masks that a layer has made, for the next layers
     """
 
     lengths: tuple[int, ...]

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from rmtool.errors import RmtoolError
 from rmtool.model.layout_choice import LayoutDecision, choose_layout
 from rmtool.model.reward_model import RewardModel
-from rmtool.packing import prefix_sharing
-from rmtool.packing.attention import UnsupportedAttentionError, _one_node, packed_attention
+from rmtool.packing import node_attention, prefix_sharing
+from rmtool.packing.attention import UnsupportedAttentionError, packed_attention
 from rmtool.packing.layers import compile_layers, decoder_layers
 from rmtool.packing.packs import pack
 
@@ -187,23 +187,32 @@ SHAPES = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPES, st.sampled_from([None, 1, 2, 5]), st.integers(0, 2**31), st.sampled_from([4, 5, VOCABULARY]))
-def test_packed_attention_equals_a_dense_mask(shapes: Any, window: int | None, seed: int, last: int) -> None:
+@pytest.mark.parametrize("attend", [node_attention.attend_by_node, node_attention._through_autograd])
+def test_packed_attention_equals_a_dense_mask(
+    attend: Any, shapes: Any, window: int | None, seed: int, last: int
+) -> None:
+    """Outputs and gradients, in as many calls as nodes have tokens and one each."""
     batch = pack(
         random_groups(seed, tuple(shapes), last)
     )  # few different ids: groups share beginnings, forests are deep
     torch.manual_seed(seed)
     tokens = batch.input_ids.shape[1]
-    q = torch.randn(1, 4, tokens, 8, dtype=torch.float64)
-    k, v = torch.randn(2, 1, 2, tokens, 8, dtype=torch.float64)
-    got, _ = packed_attention(
-        torch.nn.Identity(), q, k, v, None, scaling=0.3, sliding_window=window, packed=batch.layout
-    )
-    torch.testing.assert_close(got, dense_oracle(q, k, v, batch, window))
+    heads = [torch.randn(1, count, tokens, 8, dtype=torch.float64, requires_grad=True) for count in (4, 2, 2)]
+    expected = dense_oracle(*heads, batch, window)
+    readout = torch.randn(expected.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad((expected * readout).sum(), heads)
+    for longest in (1, 3, 256):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(node_attention, "QUERIES_PER_CALL", longest)
+            batch.layout.masks.clear()
+            got = attend(*heads, 0.3, window, batch.layout)
+            torch.testing.assert_close(got, expected)
+            torch.testing.assert_close(torch.autograd.grad((got * readout).sum(), heads), gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention_of_a_training_step_is_fp32_on_a_cpu(dtype: torch.dtype) -> None:
-    """Output and gradients are those of the same numbers in fp32, not rounded on the way."""
+def test_half_precision_has_its_backward_in_fp32_on_a_cpu(dtype: torch.dtype) -> None:
+    """Gradients are those of the same numbers in fp32, but for the rounding of the output and their own."""
     batch = pack(GROUPS)
     rng, tokens = torch.Generator().manual_seed(0), batch.input_ids.shape[1]
     shapes = [(1, heads, tokens, 8) for heads in (4, 2, 2)]
@@ -212,16 +221,14 @@ def test_attention_of_a_training_step_is_fp32_on_a_cpu(dtype: torch.dtype) -> No
     with torch.autocast("cpu", dtype):
         got, _ = packed_attention(torch.nn.Identity(), *heads, None, scaling=0.3, packed=batch.layout)
     expected = dense_oracle(*exact, batch, None)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, expected)
+    assert got.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got.float(), expected, atol=eps, rtol=eps)
     readout = torch.randn(got.shape, generator=rng)
-    mine, theirs = (
-        torch.autograd.grad((out * readout).sum(), parts) for out, parts in ((got, heads), (expected, exact))
-    )
+    mine = torch.autograd.grad((got.float() * readout.to(dtype).float()).sum(), heads)
+    theirs = torch.autograd.grad((expected * readout.to(dtype).float()).sum(), exact)
     for one, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, other.to(dtype), atol=1e-3, rtol=2e-2)
-    with torch.no_grad(), torch.autocast("cpu", dtype):
-        assert packed_attention(torch.nn.Identity(), *heads, None, scaling=0.3, packed=batch.layout)[0].dtype == dtype
+        assert relative(one.float(), other) < eps
 
 
 @pytest.mark.parametrize(
@@ -244,8 +251,8 @@ def test_attention_that_is_not_computed_here_is_refused(given: dict[str, Any], r
 
 def test_fewer_queries_than_keys_see_the_last_keys() -> None:
     q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64)
-    whole = _one_node(q, k, v, None, None, {})
-    torch.testing.assert_close(_one_node(q[:, :, 3:], k, v, None, None, {}), whole[:, :, 3:])
+    whole = node_attention._one_node(q, k, v, None, None)
+    torch.testing.assert_close(node_attention._one_node(q[:, :, 3:], k, v, None, None), whole[:, :, 3:])
 
 
 @settings(max_examples=20, deadline=None)

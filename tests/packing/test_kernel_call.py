@@ -24,7 +24,8 @@ from kernel_checks import (
 from mutants import plain_kernel, plain_kernel_of_2_11
 from torch.multiprocessing import ProcessRaisedException
 
-from rmtool.packing.attention import _Gather, _node_by_node, _varlen, takes_kernel
+from rmtool.packing.attention import _varlen, takes_kernel
+from rmtool.packing.node_attention import GatherRows, attend_by_node
 from rmtool.packing.packs import pack
 
 AMPERE, TURING, NO_CUDA = (8, 0), (7, 5), None
@@ -70,7 +71,7 @@ def test_the_kernel_call_computes_what_the_loop_computes(
     count_calls(kernel, monkeypatch)
     batch = pack(GROUPS)
     results = []
-    for attend in (_varlen, _node_by_node):
+    for attend in (_varlen, attend_by_node):
         torch.manual_seed(0)
         shapes = (4, sizes[0]), (key_heads, sizes[0]), (key_heads, sizes[1])
         tokens = batch.input_ids.shape[1]
@@ -89,7 +90,7 @@ def test_gradients_of_a_prompt_add_up_in_fp32() -> None:
     index = torch.arange(5).repeat(64)
     rows = torch.randn(2, 5, 1, 8).bfloat16().requires_grad_()
     gradient = torch.randn(2, 320, 1, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    _Gather.apply(rows, index).backward(gradient)
+    GatherRows.apply(rows, index).backward(gradient)
     assert rows.grad is not None
     assert rows.grad.dtype == torch.bfloat16
     expected = gradient.double().view(2, 64, 5, 1, 8).sum(1)

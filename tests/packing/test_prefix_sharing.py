@@ -20,7 +20,7 @@ from rmtool.errors import RmtoolError
 from rmtool.model.layout_choice import _head_inputs, choose_layout
 from rmtool.model.precision import PRECISIONS
 from rmtool.model.reward_model import RewardModel
-from rmtool.packing import attention, attention_check, prefix_sharing
+from rmtool.packing import attention_check, node_attention, prefix_sharing
 from rmtool.packing.attention_check import KernelCheck, key_positions
 from rmtool.packing.packs import pack
 
@@ -169,7 +169,7 @@ def test_the_reference_is_attention_in_fp32(scaling: float | None) -> None:
     """Grouped heads, fewer queries than keys, a window, values of another size; and the scale of its values."""
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 6)
-    visible = attention.causal_mask(3, 7, 4, q.device)
+    visible = node_attention.causal_mask(3, 7, 4, q.device)
     assert visible.int().tolist() == [[0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1, 1]]
     output, scale = attention_check._in_fp32(q, k, v, visible, scaling)
     exact = partial(F.scaled_dot_product_attention, attn_mask=visible, scale=scaling, enable_gqa=True)
