@@ -157,7 +157,8 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"  # of computation; weights and optimizer states are fp32
     gradient_checkpointing: StrictBool = False  # recompute activations in the backward pass to save memory
     liger: Annotated[Literal["auto", "off"], _OFF] = "auto"  # Liger kernels; auto: on CUDA devices
-    compile: StrictBool = False  # torch.compile the decoder layers; startup takes longer than short runs gain
+    # torch.compile the decoder layers; auto: of long runs in bf16 on CPUs that are fast in it
+    compile: StrictBool | Literal["auto"] = "auto"
     eval_every: Count | None = None  # optimizer steps between evaluations; one at the end happens in any case
     keep: Literal["last", "best"] = "last"  # checkpoint to save: of the last step, or of the best evaluation
     metric_for_best: Literal["accuracy", "loss"] = "accuracy"  # of eval/rm, for keep=best and early stopping
@@ -179,7 +180,7 @@ class TrainConfig:
         stopping = "train.eval_every must be set for train.early_stopping_patience"
         warmup = "train.warmup_steps and train.warmup_ratio cannot both be set"
         _refuse(
-            (self.compile and self.gradient_checkpointing, layers, "set one of them to false"),
+            (self.compile is True and self.gradient_checkpointing, layers, "set one of them to false"),
             (
                 self.label_smoothing and self.loss != "bradley_terry",
                 smoothing,

@@ -49,6 +49,7 @@ BESIDE = {
     "tokenization/tokenized_dataset.py": "what became of each record",
     "evaluation/metrics.py": "metrics",
     "packing/attention.py": "called by transformers' layers",
+    "packing/node_attention.py": "called by transformers' layers",
     "model/classifier.py": "names of weights",
     "model/precision.py": "autocast",
     "model/out_of_memory.py": "a pack that does not fit",

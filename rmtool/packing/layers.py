@@ -39,3 +39,9 @@ def compile_layers(backbone: PreTrainedModel, backend: str = "inductor") -> int:
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
     return len(layers)
+
+
+def uncompile_layers(backbone: PreTrainedModel) -> None:
+    """Undo `compile_layers`."""
+    for layer in decoder_layers(backbone):
+        layer._compiled_call_impl = None

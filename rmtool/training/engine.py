@@ -75,7 +75,8 @@ def eval_precision(recipe: Recipe) -> str:
     Engines that shard weights gather them as training needs them, 4-bit layers compute in bf16, and compiled layers do
     not run the hooks that find fp16 overflows.
     """
-    fixed = engine_of(recipe.launch) in ("zero3", "fsdp2") or recipe.train.compile or recipe.lora.quantize != "none"
+    compiled = recipe.train.compile is True  # auto compiles on CPUs only, which do not evaluate in fp16
+    fixed = engine_of(recipe.launch) in ("zero3", "fsdp2") or compiled or recipe.lora.quantize != "none"
     return compute_precision(recipe.train.precision if fixed else "auto")
 
 

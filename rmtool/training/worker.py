@@ -28,12 +28,11 @@ from rmtool.dataset.batches import count_pairs
 from rmtool.dataset.report import add_skipped_steps, build_report, example, write_report
 from rmtool.dataset.split import Split, load_split, write_held_out
 from rmtool.errors import ExitCode, RmtoolError, Stopped, first_line
+from rmtool.model.compiling import choose_compiled, describe_failure, estimate_tokens
 from rmtool.model.layout_choice import choose_layout
 from rmtool.model.loading import training_encoder, training_model
 from rmtool.model.out_of_memory import is_out_of_memory
 from rmtool.model.precision import compute_precision, precision_notices
-from rmtool.model.reward_model import RewardModel
-from rmtool.packing.layers import compile_layers
 from rmtool.packing.prefix_sharing import describe_sharing
 from rmtool.recipe import CONFIG_FILE, as_dict, engine_of, load_recipe, recipe_hash, resolve
 from rmtool.redaction import redacted_output
@@ -83,7 +82,8 @@ def run(recipe: Recipe, folder: Path, accelerator: Accelerator, ui: Ui) -> None:
         require_unchanged(read_progress(found.folder)["identity"], known, found.step)
     if main:
         write_held_out(folder / HELD_OUT_FILE, split)
-    engine, padded_reason = _prepare_engine(recipe, source, encoder, accelerator, notices, ui)
+    tokens = estimate_tokens(split.train.groups) * schedule.steps * recipe.train.batch_size / schedule.pairs
+    engine, padded_reason = _prepare_engine(recipe, source, encoder, accelerator, notices, tokens, ui)
     manifest = build_manifest(recipe, encoder, encoder.fingerprint(), padded_reason)
     saver = Saver(snapshots, CheckpointWriter(folder, recipe, engine, encoder, manifest), known, ui)
     if found:
@@ -119,9 +119,19 @@ def _find_snapshot(snapshots: Snapshots, ui: Ui) -> Snapshot | None:
 
 
 def _prepare_engine(
-    recipe: Recipe, source: Path, encoder: Encoder, accelerator: Accelerator, notices: Sequence[str], ui: Ui
+    recipe: Recipe,
+    source: Path,
+    encoder: Encoder,
+    accelerator: Accelerator,
+    notices: Sequence[str],
+    tokens: float,
+    ui: Ui,
 ) -> tuple[Engine, str | None]:
-    """Load the model and prepare it with its optimizer; return why batches are padded, too."""
+    """Load the model and prepare it with its optimizer; return why batches are padded, too.
+
+    Args:
+        tokens: unique tokens of all steps.
+    """
     name = engine_of(recipe.launch)
     whole = None if name in ("zero3", "fsdp2") else accelerator.device
     model, more = training_model(recipe, source, encoder, whole)
@@ -129,12 +139,19 @@ def _prepare_engine(
     engine = Engine.prepare(accelerator, model, optimizer, recipe.train.max_grad_norm, name)
     padded_reason = choose_layout(model, engine.wrapped, encoder.max_length, engine.dist).reason
     more += precision_notices(recipe.train.precision, padded_reason is None)
-    if recipe.train.compile:  # after choose_layout, which tries both layouts
-        more += [f"compiled layers: {_compile(model)}"]
     for notice in (*notices, *more):
         ui.say(notice)
-    sharing = ("prefix sharing", describe_sharing(padded_reason))
-    ui.facts("Plan: model", [sharing, ("eval precision", eval_precision(recipe))])
+    # After choose_layout, which tries both layouts.
+    setting = recipe.train.compile if name in ("single", "ddp") or recipe.train.compile is True else False
+    compiled = choose_compiled(model, setting, tokens, encoder.max_length, engine.dist)
+    ui.facts(
+        "Plan: model",
+        [
+            ("prefix sharing", describe_sharing(padded_reason)),
+            ("eval precision", eval_precision(recipe)),
+            ("compiled layers", compiled),
+        ],
+    )
     return engine, padded_reason
 
 
@@ -172,11 +189,6 @@ def _draw_curves(folder: Path, ui: Ui) -> None:
         draw_curves(folder)
     except OSError as error:  # the checkpoint is complete
         ui.say(f"cannot draw the training curves: {error}")
-
-
-def _compile(model: RewardModel) -> str:
-    """Compile the layers; return their number, or why there are none."""
-    return str(compile_layers(model.backbone) or "none (unsupported model structure)")
 
 
 def _load_data(recipe: Recipe, folder: Path, encoder: Encoder, main: bool, ui: Ui) -> Split:
@@ -237,7 +249,7 @@ def _known_error(error: Exception) -> RmtoolError | None:
         return RmtoolError("E0503", "out of memory", hint, found=message)
     if isinstance(error, torch._dynamo.exc.TorchDynamoException):
         hint = "set train.compile=false, or install a C++ compiler and Triton"
-        return RmtoolError("E0504", f"torch.compile failed: {message}", hint)
+        return RmtoolError("E0504", describe_failure(error), hint)
     lost = isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError)
     if lost or any(words in message for words in CONNECTION_LOST):
         hint = "check the logs of the other nodes: the first process that failed has the cause"

@@ -211,13 +211,6 @@ def test_deepspeed_sends_what_is_computed_in(lacks: bool, recipe: Recipe, monkey
     assert deepspeed_config(zero)["torch_autocast"]["enabled"] == (not lacks)
 
 
-def test_what_is_compiled_is_said(recipe: Recipe, causal_lm: Path) -> None:
-    mine, _ = trainer(recipe, causal_lm)
-    assert train._compile(mine.model) == "2"
-    del mine.model.backbone.layers[1]
-    assert train._compile(mine.model).startswith("none")
-
-
 def test_a_step_equals_the_obvious_slow_one(recipe: Recipe, causal_lm: Path) -> None:
     """Each response alone through transformers, the mean loss over the step's pairs, one backward."""
     mine, split = trainer(set_(recipe, max_grad_norm=None), causal_lm)
