@@ -34,6 +34,11 @@ from rmtool.redaction import redact, redacted_output
 # `train` starts inherit it; torch reads it when it allocates on a GPU for the first time.
 _ALLOCATOR = "PYTORCH_ALLOC_CONF", "expandable_segments:True"
 _ALLOCATOR_NAMES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+# How long OpenMP's threads spin when they wait. Where others use the same cores, spinning threads take the time of those
+# that they wait for: a step took up to 65 times as long beside a program with as many threads, with this 3.4 times
+# (scripts/bench/SPEED.md). torch reads it when it is imported; processes that `train` starts inherit it.
+_SPINNING = "GOMP_SPINCOUNT", "5000"
+_SPINNING_NAMES = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
 
 _TILDE = re.compile(r"^(--[a-z-]+=)?(~.*)", re.DOTALL)  # a shell leaves it in quotes, and in --option=~/path
 
@@ -74,8 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _main(arguments: list[str] | None) -> None:
-    if not _ALLOCATOR_NAMES & os.environ.keys():  # nothing set by the user
-        os.environ.update([_ALLOCATOR])
+    for setting, names in ((_ALLOCATOR, _ALLOCATOR_NAMES), (_SPINNING, _SPINNING_NAMES)):
+        if not names & os.environ.keys():  # nothing set by the user
+            os.environ.update([setting])
     arguments = [_TILDE.sub(_expand, each) for each in (sys.argv[1:] if arguments is None else arguments)]
     # As an exception, so that children are stopped and temporary files removed on the way out.
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until `train` has its own handlers

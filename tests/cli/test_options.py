@@ -33,15 +33,22 @@ def test_the_options_exist() -> None:
             assert option.strip() in COMMANDS[command], f"{command} has no {option}"
 
 
-@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
-def test_torchs_allocator_grows_its_segments_unless_it_is_configured(
-    name: str | None, rmtool: Any, monkeypatch: pytest.MonkeyPatch
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+@pytest.mark.parametrize(
+    ("names", "default"), [(ALLOCATOR, "expandable_segments:True"), (SPINNING, "5000")], ids=["allocator", "spinning"]
+)
+@pytest.mark.parametrize("given", [None, 0, 1])
+def test_torch_finds_our_settings_unless_the_user_has_set_them(
+    names: tuple[str, ...], default: str, given: int | None, rmtool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+    for each in names:
         monkeypatch.setenv(each, "")  # so that it is restored
         monkeypatch.delenv(each)
-    if name:
-        monkeypatch.setenv(name, "max_split_size_mb:512")
+    if given is not None:
+        monkeypatch.setenv(names[given], "own")
     assert rmtool("--version").code == 0
-    set_ = {key: value for key, value in os.environ.items() if key.endswith("_ALLOC_CONF")}
-    assert set_ == ({name: "max_split_size_mb:512"} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+    set_ = {name: os.environ[name] for name in names if name in os.environ}
+    assert set_ == ({names[0]: default} if given is None else {names[given]: "own"})
