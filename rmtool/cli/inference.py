@@ -123,6 +123,8 @@ def print_sharing(loaded: LoadedModel, ui: TerminalUi) -> None:
 
 def print_precision(loaded: LoadedModel, fidelity: Fidelity | None, requested: int | None, ui: TerminalUi) -> None:
     """Print what the rewards were computed in, how far they are from fp32, and what had to be repeated in fp32."""
+    from rmtool.model.compiling import SHORT
+
     guard, precision = loaded.model.overflow_guard, loaded.model.precision
     if guard.repeated:
         ui.say(f"note: {guard.describe()}")
@@ -131,6 +133,8 @@ def print_precision(loaded: LoadedModel, fidelity: Fidelity | None, requested: i
         ui.say(f"note: fidelity not measured: {reason}")
     if fidelity:
         ui.say(f"fidelity ({precision}): {fidelity}")
+    if loaded.model.compiled not in ("off", SHORT):
+        ui.say(f"compiled layers: {loaded.model.compiled}")
 
 
 def precision_fields(loaded: LoadedModel, fidelity: Fidelity | None) -> dict[str, Any]:
@@ -139,6 +143,7 @@ def precision_fields(loaded: LoadedModel, fidelity: Fidelity | None) -> dict[str
         "precision": loaded.model.precision,
         "fidelity": fidelity.as_dict() if fidelity else None,
         "fp32_packs": loaded.model.overflow_guard.repeated,
+        "compiled_layers": loaded.model.compiled,
     }
 
 

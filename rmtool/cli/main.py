@@ -34,8 +34,8 @@ from rmtool.redaction import redact, redacted_output
 # `train` starts inherit it; torch reads it when it allocates on a GPU for the first time.
 _ALLOCATOR = "PYTORCH_ALLOC_CONF", "expandable_segments:True"
 _ALLOCATOR_NAMES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
-# How long OpenMP's threads spin when they wait. Where others use the same cores, spinning threads take the time of those
-# that they wait for: a step took up to 65 times as long beside a program with as many threads, with this 3.4 times
+# How long threads of OpenMP spin before they sleep. Where others use the same cores, they take time from those they
+# wait for: a step took up to 65 times as long beside a program with as many threads, with this 3.4 times
 # (scripts/bench/SPEED.md). torch reads it when it is imported; processes that `train` starts inherit it.
 _SPINNING = "GOMP_SPINCOUNT", "5000"
 _SPINNING_NAMES = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}

@@ -1,6 +1,6 @@
-"""Whether the decoder layers are compiled: as the recipe says, or by the device and what the run has to compute.
+"""Whether the decoder layers are compiled: as the recipe says, or by the device and what there is to compute.
 
-In: a `RewardModel`, the setting, and the tokens of the run. Out: compiled layers or not, and why, in a few words. All
+In: a `RewardModel`, the setting, and the tokens to compute. Out: compiled layers or not, and why, in a few words. All
 ranks decide the same: by numbers that they share, and by a trial that has to succeed on each.
 Cost: of a trial, the compiling of the layers, some 20 to 40 s, which the first step no longer takes.
 """
@@ -12,53 +12,71 @@ from typing import Literal
 
 import torch
 
-from rmtool.dist import DistInfo
+from rmtool.dist import SINGLE_PROCESS, DistInfo
 from rmtool.model.precision import fast_bf16_device
 from rmtool.model.reward_model import RewardModel
 from rmtool.packing.layers import compile_layers, uncompile_layers
 from rmtool.packing.prefix_sharing import probe_groups
 from rmtool.tokenization.response_group import ResponseGroup
 
-# Of matrix products, forward and backward. Compiling saves about an eighth of a step, so it pays after some 5 minutes;
-# this many operations are about 30 on two cores with AMX (scripts/bench/SPEED.md).
-LEAST_OPERATIONS = 1e15
+# From so many operations of matrix products on, compiling pays several times over: it takes half a minute, and saves an
+# eighth of a training step and a quarter of scoring (scripts/bench/SPEED.md).
+LEAST_TRAINING, LEAST_INFERENCE = 1e15, 1e14
+SHORT = "off (auto: too little to compute)"
 SAMPLE = 256  # groups whose tokens are counted to estimate those of all
 
 
 def choose_compiled(
-    model: RewardModel, setting: bool | Literal["auto"], tokens: float, max_length: int, dist: DistInfo
+    model: RewardModel,
+    setting: bool | Literal["auto"],
+    tokens: float,
+    max_length: int,
+    dist: DistInfo = SINGLE_PROCESS,
+    training: bool = True,
 ) -> str:
-    """Compile the layers or leave them, and describe that. All ranks must call it.
+    """Compile the layers or leave them; describe that, also in `model.compiled`. All ranks must call it.
 
-    auto compiles training in bf16 on a CPU that is fast in it: there matrix products take less than half of a step.
+    auto compiles what is computed in bf16 on a CPU that is fast in it: there matrix products take less than half of the
+    time.
 
     Args:
-        tokens: unique tokens of all steps.
+        tokens: unique tokens of all steps, or of all responses.
         max_length: tokens of the longest sequence that the model will be given.
     """
-    if setting is True:
-        return str(compile_layers(model.backbone) or "none (unsupported model structure)")
-    on_cpu = model.device.type == "cpu" and fast_bf16_device() and model.precision == "bf16"
-    if setting is False or not on_cpu or model.classifier.is_gradient_checkpointing:
+    if setting == "auto":
+        model.compiled = _choose_auto(model, tokens, max_length, dist, training)
+    elif setting:
+        model.compiled = str(compile_layers(model.backbone) or "none (unsupported model structure)")
+    else:
+        model.compiled = "off"
+    return model.compiled
+
+
+def _choose_auto(model: RewardModel, tokens: float, max_length: int, dist: DistInfo, training: bool) -> str:
+    fast = model.device.type == "cpu" and fast_bf16_device() and model.precision == "bf16"
+    if not fast or model.classifier.is_gradient_checkpointing:
         return "off"
-    operations = 6 * model.active_matmul_params * tokens
-    if operations < LEAST_OPERATIONS:
-        return f"off (auto: {operations:.1e} operations; from {LEAST_OPERATIONS:.0e} on, compiling saves time)"
+    passes, least = (6, LEAST_TRAINING) if training else (2, LEAST_INFERENCE)
+    if passes * model.active_matmul_params * tokens < least:
+        return SHORT
     layers = compile_layers(model.backbone)
-    error = _trial(model, max_length) if layers else "unsupported model structure"
+    error = _trial(model, max_length, training) if layers else "unsupported model structure"
     if not dist.max(float(error is not None)):
         return f"{layers} (auto)"
     uncompile_layers(model.backbone)
     return f"off (auto: {error or 'failed on another rank'})"
 
 
-def _trial(model: RewardModel, max_length: int) -> str | None:
-    """Run a small batch forward and backward; return the error of the compiler, or None. Gradients are not kept."""
+def _trial(model: RewardModel, max_length: int, training: bool) -> str | None:
+    """Run a small batch, with its backward in training; return the compiler's error, or None. No gradient is kept."""
     config = model.backbone.config.get_text_config()
     batch = model.collate(probe_groups(config.vocab_size, None, max_length))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        torch.autograd.grad(model(batch).sum(), trained, allow_unused=True)
+        with torch.set_grad_enabled(training):
+            total = model(batch).sum()
+        if training:
+            torch.autograd.grad(total, trained, allow_unused=True)
     except torch._dynamo.exc.TorchDynamoException as error:
         return describe_failure(error)
     return None
@@ -71,5 +89,7 @@ def describe_failure(error: Exception) -> str:
 
 def estimate_tokens(groups: Sequence[ResponseGroup]) -> float:
     """Estimate the unique tokens of all groups from equally spaced ones; the same number on every rank."""
+    if not groups:
+        return 0.0
     sample = range(0, len(groups), -(-len(groups) // SAMPLE))
     return sum(groups[index].unique_tokens for index in sample) * len(groups) / len(sample)

@@ -2,7 +2,7 @@
 
 In: a `RewardModel` as `load_for_inference(fidelity=True)` loads it, and response groups. Out: the rewards of all
 responses, and a `Fidelity` of the sample: the responses whose ids have the lowest hashes, the same in every order.
-Cost: the sample in fp32, and one hash of every response.
+Cost: the sample in fp32, and one hash of every response; where there is much to compute, compiling (`compiling.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from rmtool.model.compiling import choose_compiled, estimate_tokens
 from rmtool.model.out_of_memory import PackOutOfMemoryError
 from rmtool.model.reward_model import RewardModel
 from rmtool.model.rewards import compute_rewards
@@ -22,6 +23,7 @@ from rmtool.tokenization.response_group import ResponseGroup, build_group
 from rmtool.ui import Bar, SilentUi
 
 SAMPLE = 64  # responses
+TRIAL_LENGTH = 64  # tokens of a sequence that is compiled as a trial
 SHARE, SMALLEST = 32, 8  # the default sample is at most a 32nd of the responses, and none below 8
 
 
@@ -132,5 +134,7 @@ def rewards_with_fidelity(
     size = 0 if model.precision == "fp32" else sample_size(requested, responses)
     sample = sample_in_fp32(model, groups, max_tokens, size)
     model.round_weights()
+    # After the sample, whose fp32 forwards would be compiled, too.
+    choose_compiled(model, "auto", estimate_tokens(groups), TRIAL_LENGTH, training=False)
     rewards = compute_rewards(model, groups, max_tokens, bar)
     return rewards, sample.compare(rewards) if sample else None

@@ -47,6 +47,7 @@ class RewardModel(nn.Module):
         self.precision = precision
         self.stock_attention = classifier.config._attn_implementation
         self.shares_prompts = False
+        self.compiled = "off"  # how many layers are, or why none
         self.overflow_guard = OverflowGuard(self.backbone)
         getattr(classifier, HEAD).__class__ = ScoreHead
 

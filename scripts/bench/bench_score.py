@@ -71,6 +71,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             f"--{system}-sizes", default=sizes, type=positive, help=f"{UNITS[system]}, tried on the sample ({sizes})"
         )
     parser.add_argument("--rounds", type=int, default=3, help="processes of each system, in turn (default 3)")
+    parser.add_argument("--compile", action="store_true", help="compile rmtool's layers, as for long files on a CPU")
     benchlib.add_peers(parser)
     return parser.parse_args(arguments)
 
@@ -138,7 +139,7 @@ def tune(session: Session, args: argparse.Namespace) -> tuple[dict[str, int], di
 
 
 def work_spec(session: Session, args: argparse.Namespace) -> Event:
-    names = ("precision", "max_length", "tokens_per_pack")
+    names = ("precision", "max_length", "tokens_per_pack", "compile")
     return {"folder": str(session.folder), **{name: getattr(args, name) for name in names}}
 
 
@@ -440,6 +441,7 @@ def try_sizes(spec: Event, load: Callable[[int], Score]) -> None:
 
 def load_rmtool(spec: Event) -> Score:
     from rmtool.data.rejects import Rejects
+    from rmtool.model import compiling
     from rmtool.model.loading import load_for_inference
     from rmtool.scoring.score import score_file
     from rmtool.ui import SilentUi
@@ -451,6 +453,9 @@ def load_rmtool(spec: Event) -> Score:
     if loaded.padded_reason:
         emit("padded", reason=loaded.padded_reason)
     count = benchlib.TokenCount(loaded.model)
+
+    if spec["compile"]:
+        compiling.LEAST_INFERENCE = 0.0
 
     def score(source: Path) -> tuple[list[float], int]:
         output = Path(spec["scratch"]) / "scored.jsonl"

@@ -79,6 +79,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--liger", choices=("auto", "off"), default="auto", help="rmtool's kernels on a GPU (default auto)"
     )
+    parser.add_argument("--compile", action="store_true", help="compile rmtool's layers, as in long runs on a CPU")
     benchlib.add_peers(parser)
     return parser.parse_args(arguments)
 
@@ -134,6 +135,7 @@ def work_spec(session: Session, args: argparse.Namespace) -> Event:
         **{name: getattr(args, name) for name in ("batch_size", "max_length", "precision", "seed", "tokens_per_pack")},
         "steps": 1 + args.steps,
         "liger": args.liger,
+        "compile": args.compile,
     }
 
 
@@ -380,6 +382,7 @@ def train_with_rmtool(spec: Event) -> None:
     from rmtool.config import DataConfig, ModelConfig, Recipe, TrainConfig
     from rmtool.data.rejects import Rejects
     from rmtool.dataset.split import Split, load_split
+    from rmtool.model.compiling import choose_compiled
     from rmtool.model.loading import training_encoder, training_model
     from rmtool.tokenization.tokenized_dataset import TokenizedDataset
     from rmtool.training.engine import Engine
@@ -402,6 +405,7 @@ def train_with_rmtool(spec: Event) -> None:
             precision=spec["precision"],
             tokens_per_pack=spec["tokens_per_pack"],
             liger=spec["liger"],
+            compile=spec["compile"],
         ),
     )
     accelerator = Accelerator(cpu=spec["device"] == "cpu")
@@ -411,6 +415,7 @@ def train_with_rmtool(spec: Event) -> None:
     engine = Engine.prepare(accelerator, model, build_optimizer(model, recipe.train), recipe.train.max_grad_norm)
     if reason := choose_layout(model, engine.wrapped, encoder.max_length).reason:
         emit("padded", reason=reason)
+    choose_compiled(model, recipe.train.compile, 0, encoder.max_length, engine.dist)
     trainer = Trainer.start(recipe, engine, SilentUi(), folder)
     tracker: Any = Tracker(clock, model)
     clock.start()

@@ -93,6 +93,7 @@ def test_score_takes_the_newest_finished_run(rmtool: Any, model: Path, tmp_path:
         "rows": 4, "responses": 6, "nonfinite": 0, "truncated": 0, "skipped_rows": 0,
         "unread_fields": ["id"], "converted": [], "prefix_sharing": True, "padded_reason": None,
         "precision": "fp32", "fidelity": None, "fp32_packs": 0,
+        "compiled_layers": "off",
     }  # fmt: skip
     # Another template reads conversations otherwise: refused, unless a template is named.
     (run / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")

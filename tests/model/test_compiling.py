@@ -12,9 +12,11 @@ from helpers import FAMILIES, GROUPS, build
 
 from rmtool.dist import SINGLE_PROCESS, DistInfo
 from rmtool.model import compiling
-from rmtool.model.compiling import LEAST_OPERATIONS, choose_compiled, estimate_tokens
+from rmtool.model.compiling import LEAST_TRAINING, choose_compiled, estimate_tokens
+from rmtool.model.fidelity import rewards_with_fidelity
 from rmtool.model.reward_model import RewardModel
-from rmtool.packing.layers import compile_layers, decoder_layers
+from rmtool.packing.layers import compile_layers, decoder_layers, uncompile_layers
+from rmtool.ui import SilentUi
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> RewardModel:
 
 def enough(model: RewardModel) -> float:
     """The tokens from which `auto` compiles."""
-    return LEAST_OPERATIONS / 6 / model.active_matmul_params
+    return LEAST_TRAINING / 6 / model.active_matmul_params
 
 
 def choose(model: RewardModel, setting: Any = "auto", factor: float = 1.01, dist: DistInfo = SINGLE_PROCESS) -> str:
@@ -43,12 +45,30 @@ def compiled(model: RewardModel) -> set[bool]:
 
 
 def test_auto_compiles_long_runs(model: RewardModel) -> None:
-    assert choose(model, factor=0.99).startswith("off (auto: 9.9e+14 operations")
+    assert choose(model, factor=0.99) == compiling.SHORT
     assert compiled(model) == {False}
     assert choose(model) == "2 (auto)"
     assert compiled(model) == {True}
     assert all(parameter.grad is None for parameter in model.parameters())  # the trial leaves none
     model(model.collate(GROUPS)).sum().backward()
+
+
+@pytest.mark.parametrize("factor", [0.99, 1.01])
+def test_long_files_are_scored_with_compiled_layers(
+    factor: float, model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rewards stay those of bf16: 2 in 1,000 of the largest, here in fused operations that round less."""
+    tokens = sum(group.unique_tokens for group in GROUPS)
+    monkeypatch.setattr(compiling, "LEAST_INFERENCE", 2 * model.active_matmul_params * tokens / factor)
+    expected = rewards_with_fidelity(model, GROUPS, 64, SilentUi(), 0)[0]
+    long = factor > 1
+    assert model.compiled == ("2 (auto)" if long else compiling.SHORT)
+    assert compiled(model) == {long}
+    uncompile_layers(model.backbone)
+    monkeypatch.setattr(compiling, "LEAST_INFERENCE", 1e99)
+    plain = rewards_with_fidelity(model, GROUPS, 64, SilentUi(), 0)[0]
+    for one, other in zip(expected, plain, strict=True):
+        assert one == pytest.approx(other, abs=2e-3)
 
 
 def test_a_setting_is_followed(model: RewardModel) -> None:
