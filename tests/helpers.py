@@ -149,6 +149,9 @@ FAMILIES = {
     "gpt_neox": hf.GPTNeoXConfig(**without(TINY, "head_dim", "num_key_value_heads")),
     "qwen2": hf.Qwen2Config(**without(TINY, "head_dim")),
     "phi3": hf.Phi3Config(**without(TINY, "head_dim")),
+    # A soft cap and sinks that change rewards.
+    "gemma2": hf.Gemma2Config(**TINY, sliding_window=WINDOW, query_pre_attn_scalar=8, attn_logit_softcapping=0.5),
+    "gpt_oss": hf.GptOssConfig(**TINY, sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2),
 }
 
 

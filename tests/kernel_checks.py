@@ -16,6 +16,7 @@ from rmtool.packing import attention
 from rmtool.packing.layers import compile_layers
 from rmtool.packing.packs import pack
 from rmtool.packing.transfer import to_device
+from rmtool.packing.written_attention import AttentionParams
 
 HALF_FAMILIES = ("llama", "qwen3", "mistral_window")
 
@@ -55,7 +56,7 @@ def one_call_error(sizes: tuple[int, int], window: int | None, device: str) -> f
             torch.randn(1, heads, tokens, size, device=device, dtype=torch.bfloat16, requires_grad=True)
             for heads, size in ((4, sizes[0]), (2, sizes[0]), (2, sizes[1]))
         )
-        output = kernel(q, k, v, None, window, batch.layout)
+        output = kernel(q, k, v, AttentionParams(None, window), batch.layout)
         (output.float() * torch.linspace(-1, 1, output.numel(), device=device).view_as(output)).sum().backward()
         results.append([output, q.grad, k.grad, v.grad])
     return max(relative(one.float(), other.float()) for one, other in zip(*results, strict=True))

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from rmtool.model import reward_model as models
 from rmtool.packing import attention
 from rmtool.packing.packs import PackedBatch, PackLayout, pack
+from rmtool.packing.written_attention import AttentionParams
 from rmtool.tokenization.response_group import NO_PARENT
 
 Mutate = Callable[[PackedBatch], PackedBatch]
@@ -250,8 +251,8 @@ def install_kernel(monkeypatch: Patch, kernel: Callable[..., Any] = plain_kernel
     """Batches run through the one-kernel path of `attention.py`, with `kernel` in the kernel's place."""
 
     def one_call(module: Any, query: Any, key: Any, value: Any, mask: None, **given: Any) -> Any:
-        window, packed = given.get("sliding_window"), given["packed"]
-        return attention._varlen(query, key, value, given["scaling"], window, packed), None
+        params = AttentionParams(given["scaling"], given.get("sliding_window"))
+        return attention._varlen(query, key, value, params, given["packed"]), None
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     install_attention(one_call, monkeypatch)

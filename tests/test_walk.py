@@ -50,6 +50,7 @@ BESIDE = {
     "evaluation/metrics.py": "metrics",
     "packing/attention.py": "called by transformers' layers",
     "packing/node_attention.py": "called by transformers' layers",
+    "packing/written_attention.py": "called by transformers' layers",
     "model/classifier.py": "names of weights",
     "model/precision.py": "autocast",
     "model/out_of_memory.py": "a pack that does not fit",

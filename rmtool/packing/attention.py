@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 
 from rmtool.packing.node_attention import GatherRows, attend_by_node, product_dtype
 from rmtool.packing.packs import PackLayout
+from rmtool.packing.written_attention import AttentionParams
 
 NAME = "rmtool_packed"
 HALF = (torch.float16, torch.bfloat16)
@@ -29,7 +30,7 @@ HALF = (torch.float16, torch.bfloat16)
 KERNEL_CAPABILITY, KERNEL_WIDTH = (8, 0), 256
 
 # What attention modules pass besides the arguments named in `packed_attention`, and that does not change its result
-# when it is None, False or already applied. Anything else with a value (a soft cap, sinks, a mask) is unsupported.
+# when it is None, False or already applied. Anything else with a value is unsupported.
 HARMLESS = {"position_ids", "use_cache", "output_attentions", "is_causal", "cache_position", "position_embeddings"}
 HARMLESS |= {"output_hidden_states", "output_router_logits", "past_key_values", "past_key_value", "logits_to_keep"}
 
@@ -47,6 +48,8 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     packed: PackLayout | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -58,12 +61,13 @@ def packed_attention(
     if packed is None:
         raise UnsupportedAttentionError("the model does not pass keyword arguments to its attention layers")
     _refuse_unsupported(module, attention_mask, dropout, others)
-    dtype, attend = product_dtype(query_1HTD), attend_by_node
-    if takes_kernel(dtype, _kernel_width(query_1HTD, value_1KTD), _capability(query_1HTD.device)):
+    params = AttentionParams(scaling, sliding_window, softcap, s_aux)
+    dtype, width = product_dtype(query_1HTD), _kernel_width(query_1HTD, value_1KTD)
+    if params.has_kernel and takes_kernel(dtype, width, _capability(query_1HTD.device)):
         # Rotary embedding in fp32 leaves query and key in fp32; autocast knows torch's attention, not the kernel.
         query_1HTD, key_1KTD, value_1KTD = (tensor.to(dtype) for tensor in (query_1HTD, key_1KTD, value_1KTD))
-        attend = _varlen
-    return attend(query_1HTD, key_1KTD, value_1KTD, scaling, sliding_window, packed), None
+        return _varlen(query_1HTD, key_1KTD, value_1KTD, params, packed), None
+    return attend_by_node(query_1HTD, key_1KTD, value_1KTD, params, packed), None
 
 
 def takes_kernel(dtype: torch.dtype, width: int, capability: tuple[int, int] | None) -> bool:
@@ -104,8 +108,7 @@ def _varlen(
     query_1HTD: torch.Tensor,
     key_1KTD: torch.Tensor,
     value_1KTD: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
+    params: AttentionParams,
     packed: PackLayout,
 ) -> torch.Tensor:
     """One kernel call for the pack; its causal mask ends at the last key (tests/packing/test_attention_gpu.py)."""
@@ -125,8 +128,8 @@ def _varlen(
         packed.cu_seqlens_k,
         packed.max_q,
         packed.max_k,
-        scale=size**-0.5 if scaling is None else scaling,
-        window_size=(-1 if window is None else window - 1, 0),
+        scale=params.scale(size),
+        window_size=(-1 if params.window is None else params.window - 1, 0),
         **grouped,
     )
     assert isinstance(output_THD, torch.Tensor)

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rmtool.packing import attention, node_attention
 from rmtool.packing.packs import PackLayout
+from rmtool.packing.written_attention import AttentionParams
 
 NAME = "rmtool_packed_check"
 QUERY_BLOCK = 256  # rows of attention scores held at a time
@@ -64,13 +64,16 @@ class KernelCheck:
         self, got_HQV: torch.Tensor, q_1HQD: torch.Tensor, k: torch.Tensor, v: torch.Tensor, given: dict[str, Any]
     ) -> None:
         """Compare one node's output with attention of its q over k [1, K, P, D] and v [1, K, P, V]."""
-        scaling, gqa = given.get("scaling"), q_1HQD.shape[1] != k.shape[1]
-        mask_QP = node_attention.causal_mask(q_1HQD.shape[2], k.shape[2], given.get("sliding_window"), k.device)
-        blocks = (part.split(QUERY_BLOCK, dim=dim) for part, dim in ((got_HQV, 1), (q_1HQD, 2), (mask_QP, 0)))
-        for got, q, mask in zip(*blocks, strict=True):
-            stock = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=gqa)[0]
+        names = ("scaling", "sliding_window", "softcap", "s_aux")
+        params = AttentionParams(*(given.get(name) for name in names))
+        later = k.shape[2] - q_1HQD.shape[2]
+        for start in range(0, q_1HQD.shape[2], QUERY_BLOCK):
+            q, got = q_1HQD[:, :, start : start + QUERY_BLOCK], got_HQV[:, start : start + QUERY_BLOCK]
+            seen = later + start + q.shape[2]
+            block = q, k[:, :, :seen], v[:, :, :seen]
+            stock = node_attention.attend_node(*block, params)[0]
             with torch.autocast(q.device.type, enabled=False):
-                exact, scale = _in_fp32(q.float(), k.float(), v.float(), mask, scaling)
+                exact, scale = _in_fp32(block[0].float(), block[1].float(), block[2].float(), params)
             rounding = torch.finfo(q.dtype).eps / 2 * scale + (stock.float() - exact).norm(dim=-1)
             error = (got.float() - exact).norm(dim=-1)
             # Where the model itself overflows in half precision, attention has nothing to get right.
@@ -102,11 +105,18 @@ def key_positions(layout: PackLayout) -> Iterator[tuple[torch.Tensor, torch.Tens
 
 
 def _in_fp32(
-    q_1HQD: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_QP: torch.Tensor, scaling: float | None
+    q_1HQD: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: AttentionParams
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out: the outputs [H, Q, V], and the mean length of the values that each averages [H, Q]."""
+    mask_QP = node_attention.causal_mask(q_1HQD.shape[2], k.shape[2], params.window, k.device)
     groups = q_1HQD.shape[1] // k.shape[1]
     k_HPD, v_HPV = (tensor[0].repeat_interleave(groups, dim=0) for tensor in (k, v))
-    scores_HQP = q_1HQD[0] @ k_HPD.transpose(1, 2) * (q_1HQD.shape[-1] ** -0.5 if scaling is None else scaling)
-    weights_HQP = scores_HQP.masked_fill(~mask_QP, -torch.inf).softmax(-1)
+    scores_HQP = q_1HQD[0] @ k_HPD.transpose(1, 2) * params.scale(q_1HQD.shape[-1])
+    if params.softcap is not None:
+        scores_HQP = (scores_HQP / params.softcap).tanh() * params.softcap
+    scores_HQP = scores_HQP.masked_fill(~mask_QP, -torch.inf)
+    if params.sinks is not None:
+        sinks_HQ1 = params.sinks.float()[:, None, None].expand(*scores_HQP.shape[:2], 1)
+        scores_HQP = torch.cat((scores_HQP, sinks_HQ1), dim=-1)
+    weights_HQP = scores_HQP.softmax(-1)[..., : mask_QP.shape[1]]
     return weights_HQP @ v_HPV, (weights_HQP @ v_HPV.norm(dim=-1, keepdim=True))[..., 0]

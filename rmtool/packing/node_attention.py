@@ -1,4 +1,5 @@
-"""Attention of packs, node by node: on CPUs torch's flash kernel and its backward, elsewhere torch's attention.
+"""Attention of packs, node by node: on CPUs torch's flash kernel and its backward, elsewhere torch's attention; with a
+soft cap or sinks, attention written out (`written_attention.py`).
 
 In: queries, keys and values of a pack, and its `PackLayout`. Out: the attention outputs. On a CPU the kernel is called
 directly: through autograd, every node of every layer costs a graph node, copies of its keys and a conversion of its
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rmtool.packing.packs import PackLayout
+from rmtool.packing.written_attention import AttentionParams, written_attention
 
 # A call with a mask computes the scores that the mask hides, so a long node takes several calls.
 QUERIES_PER_CALL = 256
@@ -32,25 +34,23 @@ def attend_by_node(
     query_1HTD: torch.Tensor,
     key_1KTD: torch.Tensor,
     value_1KTD: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
+    params: AttentionParams,
     packed: PackLayout,
 ) -> torch.Tensor:
     """Compute the attention outputs of a pack, [1, T, H, D]."""
     # A plan's fake tensors are on the CPU and stand for a GPU. The kernel takes one head size for all.
-    fake, sizes = isinstance(query_1HTD, FakeTensor), {query_1HTD.shape[-1], value_1KTD.shape[-1]}
-    if query_1HTD.device.type == "cpu" and not fake and len(sizes) == 1:
+    real, sizes = not isinstance(query_1HTD, FakeTensor), {query_1HTD.shape[-1], value_1KTD.shape[-1]}
+    if query_1HTD.device.type == "cpu" and real and len(sizes) == 1 and params.has_kernel:
         heads = (tensor.to(product_dtype(query_1HTD)) for tensor in (query_1HTD, key_1KTD, value_1KTD))
-        return _OnCpu.apply(*heads, scaling, window, packed)
-    return _through_autograd(query_1HTD, key_1KTD, value_1KTD, scaling, window, packed)
+        return _OnCpu.apply(*heads, params.scaling, params.window, packed)
+    return _through_autograd(query_1HTD, key_1KTD, value_1KTD, params, packed)
 
 
 def _through_autograd(
     query_1HTD: torch.Tensor,
     key_1KTD: torch.Tensor,
     value_1KTD: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
+    params: AttentionParams,
     packed: PackLayout,
 ) -> torch.Tensor:
     # One gather and one split for all nodes. No slices: their gradients are tensors of zeros.
@@ -61,7 +61,7 @@ def _through_autograd(
         for part in gathered.split((key_1KTD.shape[-1], value_1KTD.shape[-1]), dim=-1)
     )
     nodes = zip(query_1HTD.split(packed.lengths, dim=2), keys, values, strict=True)
-    outputs = [_one_node(*node, scaling, window) for node in nodes]
+    outputs = [attend_node(*node, params) for node in nodes]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
@@ -71,16 +71,19 @@ def product_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
-def _one_node(
-    q_1HQD: torch.Tensor, k_1KPD: torch.Tensor, v_1KPD: torch.Tensor, scaling: float | None, window: int | None
+def attend_node(
+    q_1HQD: torch.Tensor, k_1KPD: torch.Tensor, v_1KPD: torch.Tensor, params: AttentionParams
 ) -> torch.Tensor:
+    """Compute the attention outputs of one node, [1, H, Q, D], with the keys of its path."""
     q_len, k_len = q_1HQD.shape[2], k_1KPD.shape[2]
-    gqa = q_1HQD.shape[1] != k_1KPD.shape[1]
-    if q_len == k_len and (window is None or k_len <= window):
-        return F.scaled_dot_product_attention(q_1HQD, k_1KPD, v_1KPD, is_causal=True, scale=scaling, enable_gqa=gqa)
+    named: dict[str, Any] = {"scale": params.scaling, "enable_gqa": q_1HQD.shape[1] != k_1KPD.shape[1]}
+    if q_len == k_len and (params.window is None or k_len <= params.window) and params.has_kernel:
+        return F.scaled_dot_product_attention(q_1HQD, k_1KPD, v_1KPD, is_causal=True, **named)
     # The queries are the last q_len of the k_len tokens; is_causal would align them with the first.
-    mask_QP = causal_mask(q_len, k_len, window, q_1HQD.device)
-    return F.scaled_dot_product_attention(q_1HQD, k_1KPD, v_1KPD, attn_mask=mask_QP, scale=scaling, enable_gqa=gqa)
+    mask_QP = causal_mask(q_len, k_len, params.window, q_1HQD.device)
+    if params.has_kernel:
+        return F.scaled_dot_product_attention(q_1HQD, k_1KPD, v_1KPD, attn_mask=mask_QP, **named)
+    return written_attention(q_1HQD, k_1KPD, v_1KPD, mask_QP, params, QUERIES_PER_CALL)
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:

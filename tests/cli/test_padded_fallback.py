@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from helpers import ROOT, pair_rows, save_reward_model, write_jsonl
-from transformers import Gemma2Config
+from transformers import NemotronConfig
 
 from rmtool.checkpoint import Manifest
 from rmtool.cli.train import print_result
@@ -25,38 +25,37 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import bench_score
 import benchlib
 
-OFF = "prefix sharing: off, using padded batches (unsupported attention argument: softcap)"
+REASON = "the model does not pass keyword arguments to its attention layers"
+OFF = f"prefix sharing: off, using padded batches ({REASON})"
 
 
 @pytest.fixture(scope="module")
-def gemma2(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A reward model whose attention has a soft cap."""
-    return save_reward_model(tmp_path_factory.mktemp("gemma2"), Gemma2Config, tokenizer, seed=0)
+def nemotron(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A reward model whose attention layers get no layout."""
+    return save_reward_model(tmp_path_factory.mktemp("nemotron"), NemotronConfig, tokenizer, seed=0)
 
 
-def test_eval_ends_with_it(rmtool: Any, gemma2: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_eval_ends_with_it(rmtool: Any, nemotron: Path, checkpoint: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(3))
-    shown = rmtool("eval", gemma2, "--data", data, "--samples", 0)
+    shown = rmtool("eval", nemotron, "--data", data, "--samples", 0)
     assert shown.err.splitlines()[-1] == f"note: {OFF}"
-    found = json.loads(rmtool("eval", gemma2, "--data", data, "--json").out)
-    assert (found["prefix_sharing"], found["padded_reason"]) == (False, "unsupported attention argument: softcap")
+    found = json.loads(rmtool("eval", nemotron, "--data", data, "--json").out)
+    assert (found["prefix_sharing"], found["padded_reason"]) == (False, REASON)
     shared = rmtool("eval", checkpoint, "--data", data, "--json")
     assert "prefix sharing" not in shared.err
     found = json.loads(shared.out)
     assert (found["prefix_sharing"], found["padded_reason"]) == (True, None)
 
 
-def test_score_ends_with_it(rmtool: Any, gemma2: Path, tmp_path: Path) -> None:
+def test_score_ends_with_it(rmtool: Any, nemotron: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "a", "response": "b"}])
-    shown = rmtool("score", data, "--model", gemma2)
+    shown = rmtool("score", data, "--model", nemotron)
     assert shown.err.splitlines()[-1] == f"note: {OFF}"
-    found = json.loads(rmtool("score", data, "--model", gemma2, "--json", "--overwrite").out)
-    assert (found["prefix_sharing"], found["padded_reason"]) == (False, "unsupported attention argument: softcap")
+    found = json.loads(rmtool("score", data, "--model", nemotron, "--json", "--overwrite").out)
+    assert (found["prefix_sharing"], found["padded_reason"]) == (False, REASON)
 
 
-@pytest.mark.parametrize(
-    ("reason", "line"), [("unsupported attention argument: softcap", OFF), (None, "prefix sharing: on")]
-)
+@pytest.mark.parametrize(("reason", "line"), [(REASON, OFF), (None, "prefix sharing: on")])
 def test_the_result_of_training_ends_with_it(
     reason: str | None, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,9 +64,9 @@ def test_the_result_of_training_ends_with_it(
     assert capsys.readouterr().out.splitlines()[-1] == line
 
 
-def test_a_dry_run_foresees_it(gemma2: Path, checkpoint: Path) -> None:
+def test_a_dry_run_foresees_it(nemotron: Path, checkpoint: Path) -> None:
     recipe = load_recipe("smollm2-135m")
-    for folder, reason in ((gemma2, "unsupported attention argument: softcap"), (checkpoint, None)):
+    for folder, reason in ((nemotron, REASON), (checkpoint, None)):
         seen = estimate_resources(recipe, folder, None, None)
         row = dict(seen.rows())["prefix sharing"]
         assert row == (describe_sharing(reason) if reason else "on (verified when the model is loaded)")
@@ -100,13 +99,13 @@ def test_the_plan_says_which_precision_is_fast_here(
     assert dict(make_plan(recipe, tmp_path / "run").rows())["precision"] == told
 
 
-def test_a_benchmark_measures_it_and_says_so(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_measures_it_and_says_so(nemotron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("rows", "sample"):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "a b c", "responses": ["b", "c d"]}])
-    (tmp_path / "model").symlink_to(gemma2)
+    (tmp_path / "model").symlink_to(nemotron)
     monkeypatch.setattr(benchlib, "_events", events := io.StringIO())
     spec = {"device": "cpu", "folder": str(tmp_path), "scratch": str(tmp_path), "precision": "fp32", "max_length": 64}
-    bench_score.WORKERS["rmtool"]({**spec, "tokens_per_pack": 512, "size": None})
+    bench_score.WORKERS["rmtool"]({**spec, "tokens_per_pack": 512, "compile": False, "size": None})
     told = [json.loads(line) for line in events.getvalue().splitlines()]
     assert [event["event"] for event in told] == ["padded", "scored"]
     [note] = benchlib.layout_notes(benchlib.padded_reason(told))

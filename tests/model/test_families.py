@@ -41,7 +41,7 @@ TYPES = sorted(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
 WITHOUT_CLASS = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(TYPES))
 # What the quick tests go through: every layout, and the families that most reward models are built on.
 QUICK = {"bert", "bloom", "deepseek_v3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "jamba", "llama", "mamba",
-         "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_5", "t5"}  # fmt: skip
+         "mistral", "mixtral", "nemotron", "gpt_oss", "phi3", "qwen2", "qwen3", "qwen3_5", "t5"}  # fmt: skip
 GROUPS = random_groups(3, ((25, (7, 12)), (3, (1, 30, 5)), (0, (11,)), (40, (2, 2, 9, 1))))
 MAX_LENGTH = 256
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_config
-from transformers import AutoModelForSequenceClassification, Gemma2Config, GPT2Config
+from transformers import AutoModelForSequenceClassification, GPT2Config, NemotronConfig
 
 from rmtool.config import LoraConfig, Recipe
 from rmtool.data.record import Message
@@ -372,7 +372,7 @@ def test_the_probe_is_no_longer_than_what_the_model_is_given(positions: int) -> 
 
 def test_padding_is_probed_without_the_rounding_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16 the probe would have to allow so much that a model which padding changes passes."""
-    config = Gemma2Config(**tiny_config(97), num_labels=1)
+    config = NemotronConfig(**tiny_config(97), num_labels=1)
     model = RewardModel(AutoModelForSequenceClassification.from_config(config), pad_id=0, precision="bf16").eval()
     probed: list[Any] = []
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from helpers import FAMILIES, GROUPS, TINY, VOCABULARY, WINDOW, alone, build, gradients, random_groups, relative
+from helpers import FAMILIES, GROUPS, TINY, VOCABULARY, alone, build, gradients, random_groups, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +21,7 @@ from rmtool.packing import node_attention, prefix_sharing
 from rmtool.packing.attention import UnsupportedAttentionError, packed_attention
 from rmtool.packing.layers import compile_layers, decoder_layers
 from rmtool.packing.packs import pack
+from rmtool.packing.written_attention import AttentionParams
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -117,9 +118,10 @@ def test_padded_rewards_and_gradients_equal_one_by_one(family: str) -> None:
         assert relative(gradient, expected_gradients[name]) < 1e-5, name
 
 
-def test_a_model_with_soft_capped_attention_runs_padded_and_says_why() -> None:
-    model = build(hf.Gemma2Config(**TINY, sliding_window=WINDOW, query_pre_attn_scalar=8))
-    assert choose_layout(model, model, 512) == LayoutDecision(False, "unsupported attention argument: softcap")
+def test_a_model_that_passes_no_layout_on_runs_padded_and_says_why() -> None:
+    model = build(hf.NemotronConfig(**TINY))
+    reason = "the model does not pass keyword arguments to its attention layers"
+    assert choose_layout(model, model, 512) == LayoutDecision(False, reason)
     assert relative(model(model.collate(GROUPS)), alone(model, GROUPS)) < 1e-5
 
 
@@ -167,8 +169,11 @@ def subtree_ends(layout: Any) -> torch.Tensor:
     return torch.repeat_interleave(torch.tensor(ends), torch.tensor(layout.lengths))
 
 
-def dense_oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Any, window: int | None) -> torch.Tensor:
+def dense_oracle(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Any, params: AttentionParams
+) -> torch.Tensor:
     """One dense mask over the pack: a token attends to the tokens before it that are on its path."""
+    window = params.window
     at = torch.arange(batch.input_ids.shape[1])
     allowed = (at[None, :] <= at[:, None]) & (at[:, None] < subtree_ends(batch.layout)[None, :])
     if window is not None:
@@ -176,8 +181,13 @@ def dense_oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Any, 
         allowed &= position[None, :] > position[:, None] - window
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q @ k.transpose(-1, -2)) * 0.3
-    return (scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+    scores = (q @ k.transpose(-1, -2)) * params.scaling
+    if params.softcap:
+        scores = params.softcap * (scores / params.softcap).tanh()
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if params.sinks is not None:
+        scores = torch.cat((scores, params.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
+    return (scores.softmax(-1)[..., : k.shape[2]] @ v).transpose(1, 2)
 
 
 SHAPES = st.lists(
@@ -187,9 +197,18 @@ SHAPES = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPES, st.sampled_from([None, 1, 2, 5]), st.integers(0, 2**31), st.sampled_from([4, 5, VOCABULARY]))
-@pytest.mark.parametrize("attend", [node_attention.attend_by_node, node_attention._through_autograd])
+@pytest.mark.parametrize(
+    ("attend", "softcap", "sinks"),
+    [
+        (node_attention.attend_by_node, None, False),
+        (node_attention._through_autograd, None, False),
+        (node_attention.attend_by_node, 0.5, False),
+        (node_attention.attend_by_node, None, True),
+    ],
+    ids=["CPU", "autograd", "soft cap", "sinks"],
+)
 def test_packed_attention_equals_a_dense_mask(
-    attend: Any, shapes: Any, window: int | None, seed: int, last: int
+    attend: Any, softcap: float | None, sinks: bool, shapes: Any, window: int | None, seed: int, last: int
 ) -> None:
     """Outputs and gradients, in as many calls as nodes have tokens and one each."""
     batch = pack(
@@ -198,16 +217,18 @@ def test_packed_attention_equals_a_dense_mask(
     torch.manual_seed(seed)
     tokens = batch.input_ids.shape[1]
     heads = [torch.randn(1, count, tokens, 8, dtype=torch.float64, requires_grad=True) for count in (4, 2, 2)]
-    expected = dense_oracle(*heads, batch, window)
+    params = AttentionParams(0.3, window, softcap, torch.randn(4).double().requires_grad_() if sinks else None)
+    inputs = [*heads, *([params.sinks] if sinks else [])]
+    expected = dense_oracle(*heads, batch, params)
     readout = torch.randn(expected.shape, dtype=torch.float64)
-    gradients = torch.autograd.grad((expected * readout).sum(), heads)
+    gradients = torch.autograd.grad((expected * readout).sum(), inputs)
     for longest in (1, 3, 256):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(node_attention, "QUERIES_PER_CALL", longest)
             batch.layout.masks.clear()
-            got = attend(*heads, 0.3, window, batch.layout)
+            got = attend(*heads, params, batch.layout)
             torch.testing.assert_close(got, expected)
-            torch.testing.assert_close(torch.autograd.grad((got * readout).sum(), heads), gradients)
+            torch.testing.assert_close(torch.autograd.grad((got * readout).sum(), inputs), gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -220,7 +241,7 @@ def test_half_precision_has_its_backward_in_fp32_on_a_cpu(dtype: torch.dtype) ->
     exact = [part.detach().float().requires_grad_() for part in heads]
     with torch.autocast("cpu", dtype):
         got, _ = packed_attention(torch.nn.Identity(), *heads, None, scaling=0.3, packed=batch.layout)
-    expected = dense_oracle(*exact, batch, None)
+    expected = dense_oracle(*exact, batch, AttentionParams(0.3))
     assert got.dtype == dtype
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(got.float(), expected, atol=eps, rtol=eps)
@@ -238,21 +259,21 @@ def test_half_precision_has_its_backward_in_fp32_on_a_cpu(dtype: torch.dtype) ->
         ({"attention_mask": torch.ones(1)}, "custom attention masks"),
         ({"dropout": 0.1}, "attention dropout"),
         ({"is_causal": False}, "attention is not causal"),
-        ({"softcap": 30.0, "s_aux": torch.ones(1)}, "unsupported attention argument: s_aux, softcap"),
+        ({"bias": 30.0, "alibi": torch.ones(1)}, "unsupported attention argument: alibi, bias"),
     ],
 )
 def test_attention_that_is_not_computed_here_is_refused(given: dict[str, Any], reason: str) -> None:
     batch = pack(GROUPS)
     q = torch.randn(1, 4, batch.input_ids.shape[1], 8)
-    arguments = {"attention_mask": None, "packed": batch.layout, "softcap": None} | given
+    arguments = {"attention_mask": None, "packed": batch.layout, "bias": None} | given
     with pytest.raises(UnsupportedAttentionError, match=reason):
         packed_attention(torch.nn.Identity(), q, q, q, **arguments)
 
 
 def test_fewer_queries_than_keys_see_the_last_keys() -> None:
     q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64)
-    whole = node_attention._one_node(q, k, v, None, None)
-    torch.testing.assert_close(node_attention._one_node(q[:, :, 3:], k, v, None, None), whole[:, :, 3:])
+    whole = node_attention.attend_node(q, k, v, AttentionParams())
+    torch.testing.assert_close(node_attention.attend_node(q[:, :, 3:], k, v, AttentionParams()), whole[:, :, 3:])
 
 
 @settings(max_examples=20, deadline=None)

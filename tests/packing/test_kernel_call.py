@@ -27,6 +27,7 @@ from torch.multiprocessing import ProcessRaisedException
 from rmtool.packing.attention import _varlen, takes_kernel
 from rmtool.packing.node_attention import GatherRows, attend_by_node
 from rmtool.packing.packs import pack
+from rmtool.packing.written_attention import AttentionParams
 
 AMPERE, TURING, NO_CUDA = (8, 0), (7, 5), None
 # Multi-head latent attention: values have other head sizes than queries.
@@ -78,7 +79,7 @@ def test_the_kernel_call_computes_what_the_loop_computes(
         q, k, v = (
             torch.randn(1, heads, tokens, size, dtype=torch.float64, requires_grad=True) for heads, size in shapes
         )
-        output = attend(q, k, v, scaling, window, batch.layout)
+        output = attend(q, k, v, AttentionParams(scaling, window), batch.layout)
         (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum().backward()
         results.append((output, q.grad, k.grad, v.grad))
     for got, expected in zip(*results, strict=True):

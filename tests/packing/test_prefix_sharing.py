@@ -23,6 +23,7 @@ from rmtool.model.reward_model import RewardModel
 from rmtool.packing import attention_check, node_attention, prefix_sharing
 from rmtool.packing.attention_check import KernelCheck, key_positions
 from rmtool.packing.packs import pack
+from rmtool.packing.written_attention import AttentionParams
 
 DEEP = hf.LlamaConfig(**(tiny_config(97) | {"num_hidden_layers": 40, "initializer_range": 0.1}), num_labels=1)
 
@@ -171,7 +172,7 @@ def test_the_reference_is_attention_in_fp32(scaling: float | None) -> None:
     q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 6)
     visible = node_attention.causal_mask(3, 7, 4, q.device)
     assert visible.int().tolist() == [[0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1, 1]]
-    output, scale = attention_check._in_fp32(q, k, v, visible, scaling)
+    output, scale = attention_check._in_fp32(q, k, v, AttentionParams(scaling, 4))
     exact = partial(F.scaled_dot_product_attention, attn_mask=visible, scale=scaling, enable_gqa=True)
     torch.testing.assert_close(output, exact(q.double(), k.double(), v.double())[0].float())
     lengths = v.norm(dim=-1, keepdim=True).double()

@@ -216,22 +216,22 @@ def test_the_hash_is_that_of_what_is_learned() -> None:
     assert recipe_hash(recipe()) != recipe_hash(changed)
 
 
-GEMMA_2 = {"vocab_size": 1300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+NEMOTRON = {"vocab_size": 1300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}  # fmt: skip
 
 
 def test_a_model_that_runs_padded_is_foreseen_so(causal_lm: Path, tmp_path: Path) -> None:
-    """Gemma 2's soft cap shows when its attention is called; then a prompt counts for each of its responses."""
-    from transformers import Gemma2Config
+    """That no layout is passed shows when attention is called; then a prompt counts for each of its responses."""
+    from transformers import NemotronConfig
 
-    shutil.copytree(causal_lm, tmp_path / "gemma")
-    Gemma2Config(**GEMMA_2, pad_token_id=0).save_pretrained(tmp_path / "gemma")
+    shutil.copytree(causal_lm, tmp_path / "nemotron")
+    NemotronConfig(**NEMOTRON, pad_token_id=0).save_pretrained(tmp_path / "nemotron")
     write_jsonl(tmp_path / "pairs.jsonl", pair_rows(16))
     made = named("smollm2-135m", f"data.train=[{tmp_path / 'pairs.jsonl'}]", "data.holdout=0", "train.batch_size=16",
                  "train.tokens_per_pack=100000")  # fmt: skip
     encoder, _ = training_encoder(made, causal_lm)
     data = load_split(made, encoder, Rejects(), SilentUi()).train
-    seen = estimate_resources(made, tmp_path / "gemma", data, 10)
+    seen = estimate_resources(made, tmp_path / "nemotron", data, 10)
     assert seen.work is not None
     [units] = epoch_steps(data.metadata, data.groups, made.train.seed, 0, 16)
     rows = [len(ids) for unit in units for ids in unit.group.sequences()]
