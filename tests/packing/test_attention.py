@@ -232,8 +232,15 @@ def test_packed_attention_equals_a_dense_mask(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_has_its_backward_in_fp32_on_a_cpu(dtype: torch.dtype) -> None:
+def test_half_precision_has_its_backward_in_fp32_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients are those of the same numbers in fp32, but for the rounding of the output and their own."""
+    backward, seen = node_attention._flash_backward, set[torch.dtype]()
+
+    def recorded(*given: Any, **named: Any) -> Any:
+        seen.update(each.dtype for each in given if isinstance(each, torch.Tensor))
+        return backward(*given, **named)
+
+    monkeypatch.setattr(node_attention, "_flash_backward", recorded)
     batch = pack(GROUPS)
     rng, tokens = torch.Generator().manual_seed(0), batch.input_ids.shape[1]
     shapes = [(1, heads, tokens, 8) for heads in (4, 2, 2)]
@@ -250,6 +257,15 @@ def test_half_precision_has_its_backward_in_fp32_on_a_cpu(dtype: torch.dtype) ->
     theirs = torch.autograd.grad((expected * readout.to(dtype).float()).sum(), exact)
     for one, other in zip(mine, theirs, strict=True):
         assert relative(one.float(), other) < eps
+    assert seen == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_soft_caps_and_sinks_pass_all_checks(family: str, precision: str) -> None:
+    model = build(FAMILIES[family])
+    model.precision = precision
+    assert choose_layout(model, model, 512) == LayoutDecision(True)
 
 
 @pytest.mark.parametrize(

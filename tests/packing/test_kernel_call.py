@@ -98,6 +98,17 @@ def test_gradients_of_a_prompt_add_up_in_fp32() -> None:
     assert relative(rows.grad.double(), expected) < 3e-3
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_soft_caps_and_sinks_do_not_go_to_the_kernel(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(FAMILIES[family])
+    expected = alone(model, GROUPS)
+    calls = count_calls(plain_kernel, monkeypatch)
+    take_kernel_on_cpu(monkeypatch, torch.float32)
+    model.share_prompts(True)
+    assert relative(model(pack(GROUPS)), expected) < 1e-5
+    assert not calls
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_models_call_the_kernel_once_per_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(MODELS[family])

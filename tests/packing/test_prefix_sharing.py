@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -177,6 +178,19 @@ def test_the_reference_is_attention_in_fp32(scaling: float | None) -> None:
     torch.testing.assert_close(output, exact(q.double(), k.double(), v.double())[0].float())
     lengths = v.norm(dim=-1, keepdim=True).double()
     torch.testing.assert_close(scale, exact(q.double(), k.double(), lengths)[0, ..., 0].float())
+
+
+def test_the_reference_has_soft_caps_and_sinks() -> None:
+    torch.manual_seed(0)
+    q, k, v, sinks = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8), torch.randn(2)
+    output, _ = attention_check._in_fp32(q, k, v, AttentionParams(softcap=0.7, sinks=sinks))
+    for head in range(2):
+        for query in range(3):
+            seen = k[0, head, : 5 + query]
+            scores = [0.7 * math.tanh(float(q[0, head, query] @ key) / 8**0.5 / 0.7) for key in seen]
+            total = sum(map(math.exp, scores)) + math.exp(float(sinks[head]))
+            expected = sum(math.exp(score) / total * value for score, value in zip(scores, v[0, head], strict=False))
+            torch.testing.assert_close(output[head, query], expected)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -247,6 +247,18 @@ def test_weights_are_cast_once_for_all_packs_of_a_step(recipe: Recipe, causal_lm
     assert found[0] != found[1]
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_sharded_weights_are_cast_for_each_pack(
+    engine: str, recipe: Recipe, causal_lm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, _ = trainer(recipe, causal_lm)
+    mine.model.precision = "bf16"
+    assert not isinstance(mine.casting(2), contextlib.nullcontext)
+    assert isinstance(mine.casting(1), contextlib.nullcontext)
+    monkeypatch.setattr(Engine, engine, True)
+    assert isinstance(mine.casting(2), contextlib.nullcontext)
+
+
 def test_a_step_equals_the_obvious_slow_one(recipe: Recipe, causal_lm: Path) -> None:
     """Each response alone through transformers, the mean loss over the step's pairs, one backward."""
     mine, split = trainer(set_(recipe, max_grad_norm=None), causal_lm)
