@@ -22,7 +22,7 @@ from rmtool.tokenization.response_group import ResponseGroup
 # From so many operations of matrix products on, compiling pays several times over: it takes half a minute, and saves an
 # eighth of a training step and a quarter of scoring (scripts/bench/SPEED.md).
 LEAST_TRAINING, LEAST_INFERENCE = 1e15, 1e14
-SHORT = "off (auto: too little to compute)"
+AUTO, SHORT = "(auto)", "off (auto: too little to compute)"
 SAMPLE = 256  # groups whose tokens are counted to estimate those of all
 
 
@@ -43,6 +43,8 @@ def choose_compiled(
         tokens: unique tokens of all steps, or of all responses.
         max_length: tokens of the longest sequence that the model will be given.
     """
+    if model.compiled.endswith(AUTO):
+        return model.compiled  # of an earlier call
     if setting == "auto":
         model.compiled = _choose_auto(model, tokens, max_length, dist, training)
     elif setting:
@@ -62,7 +64,7 @@ def _choose_auto(model: RewardModel, tokens: float, max_length: int, dist: DistI
     layers = compile_layers(model.backbone)
     error = _trial(model, max_length, training) if layers else "unsupported model structure"
     if not dist.max(float(error is not None)):
-        return f"{layers} (auto)"
+        return f"{layers} {AUTO}"
     uncompile_layers(model.backbone)
     return f"off (auto: {error or 'failed on another rank'})"
 

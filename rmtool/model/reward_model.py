@@ -93,10 +93,13 @@ class RewardModel(nn.Module):
 
     @contextlib.contextmanager
     def in_fp32(self) -> Iterator[None]:
-        """Compute in fp32 inside the context, whatever the precision and the weights' dtype; not with gradients."""
+        """Compute in fp32 inside the context, whatever the precision and the weights' dtype; not with gradients.
+
+        Compiled layers are not used: its hooks would have them compiled again.
+        """
         precision, self.precision = self.precision, "fp32"
         try:
-            with fp32_compute(self.backbone):
+            with fp32_compute(self.backbone), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
             self.precision = precision
