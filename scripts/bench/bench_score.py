@@ -8,7 +8,7 @@ In: preference rows (a file, hh or rmb of ../shared), or RMB's folder; for more 
 prompt are grouped, and filled up with responses to other prompts. Out: a table, and with --json every measurement.
 Each system is timed from the JSONL file to the last reward: reading, template, tokenizing and batching included, the
 loading of the model and a short warm-up not (both are shown). They run in turn, a process each, --rounds times:
-  rmtool    `rmtool.scoring.score.score_file`, what `rmtool score` runs
+  rmtool    `rmtool.scoring.score.score_file`, what `rmtool score --fidelity 0` runs
   pipeline  text-classification, at the batch size that was fastest on a sample
   sorted    all texts tokenized, sorted by length, right-padded batches of at most as many tokens as were fastest
 All rewards are compared: where they differ the script says so last and exits with 1.
@@ -459,7 +459,8 @@ def load_rmtool(spec: Event) -> Score:
 
     def score(source: Path) -> tuple[list[float], int]:
         output = Path(spec["scratch"]) / "scored.jsonl"
-        score_file(source, output, loaded, spec["tokens_per_pack"], Rejects(), SilentUi())
+        # Without the sample in fp32, which the others do not compute.
+        score_file(source, output, loaded, spec["tokens_per_pack"], Rejects(), SilentUi(), sample=0)
         rewards = [reward for row in benchlib.read_jsonl(output) for reward in row["rewards"]]
         return [float("nan") if reward is None else reward for reward in rewards], count.take()
 
