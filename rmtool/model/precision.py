@@ -87,23 +87,12 @@ def precision_notices(precision: str, shared: bool = False) -> list[str]:
 
 
 @contextlib.contextmanager
-def computing_in(precision: str, device: torch.device, keep_casts: bool = False) -> Iterator[None]:
-    """Compute forwards in `precision`: half precision by autocast, fp32 without TF32 products, tf32 with them.
-
-    Args:
-        keep_casts: keep half-precision copies of weights for the next forward, inside `keeping_casts`. In one forward
-            none is used twice.
-    """
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Compute forwards in `precision`: half precision by autocast, fp32 without TF32 products, tf32 with them."""
     half = PRECISIONS[precision] != torch.float32
-    autocast = torch.autocast(device.type, PRECISIONS[precision] if half else None, half, cache_enabled=keep_casts)
+    # Autocast's cache would keep a copy of every weight until the end of the forward; none is used twice.
+    autocast = torch.autocast(device.type, PRECISIONS[precision] if half else None, half, cache_enabled=False)
     with autocast, contextlib.nullcontext() if half else _tf32_products(precision == "tf32"):
-        yield
-
-
-@contextlib.contextmanager
-def keeping_casts(device: torch.device) -> Iterator[None]:
-    """Keep the copies of weights that `computing_in` makes until the end of the context: weights must not change."""
-    with torch.autocast(device.type, enabled=False):  # autocast drops its copies at the end of the outermost context
         yield
 
 

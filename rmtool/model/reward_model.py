@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from rmtool.model.classifier import HEAD, ScoreHead, full_shape, is_matrix, matrices
 from rmtool.model.overflow import OverflowGuard
-from rmtool.model.precision import PRECISIONS, computing_in, fp32_compute, keeping_casts
+from rmtool.model.precision import PRECISIONS, computing_in, fp32_compute
 from rmtool.packing import attention
 from rmtool.packing.packs import Batch, PackedBatch, pack, pad
 from rmtool.packing.transfer import to_device
@@ -47,7 +47,6 @@ class RewardModel(nn.Module):
         self.precision = precision
         self.stock_attention = classifier.config._attn_implementation
         self.shares_prompts = False
-        self._keep_casts = False
         self.compiled = "off"  # how many layers are, or why none
         self.overflow_guard = OverflowGuard(self.backbone)
         getattr(classifier, HEAD).__class__ = ScoreHead
@@ -62,7 +61,7 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Compute rewards, float32[N], in the order of the responses given to `pack` or `pad`."""
-        with computing_in(self.precision, self.device, self._keep_casts):
+        with computing_in(self.precision, self.device):
             states_ND = self._last_states(batch)
         with torch.autocast(self.device.type, enabled=False):
             head = getattr(self.classifier, HEAD)
@@ -78,18 +77,6 @@ class RewardModel(nn.Module):
         output = self.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         rows = torch.arange(len(batch.reward_index), device=batch.reward_index.device)
         return output.last_hidden_state[rows, batch.reward_index]
-
-    @contextlib.contextmanager
-    def casting_once(self) -> Iterator[None]:
-        """Cast each weight once for all forwards in the context, not once for each; needs their memory in half
-        precision. Weights must not change in it.
-        """
-        self._keep_casts = True
-        try:
-            with keeping_casts(self.device):
-                yield
-        finally:
-            self._keep_casts = False
 
     @contextlib.contextmanager
     def in_fp32(self) -> Iterator[None]:

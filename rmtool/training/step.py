@@ -81,14 +81,6 @@ class Trainer:
             self.model.precision = training
             guard.release()
 
-    def casting(self, packs: int) -> contextlib.AbstractContextManager[None]:
-        """Context for the packs of a step: on a CPU, weights are cast once for all of them. A GPU must not hold copies
-        longer than their layer runs, and engines that shard weights gather them for each pack.
-        """
-        sharded = self.engine.fsdp or self.engine.deepspeed
-        once = packs > 1 and self.model.device.type == "cpu" and self.model.precision == "bf16" and not sharded
-        return self.model.casting_once() if once else contextlib.nullcontext()
-
     def plan(self, batch: Sequence[BatchItem], tokens_per_pack: int) -> list[list[int]]:
         """Plan the packs of a step."""
         return self.model.plan([item.group for item in batch], tokens_per_pack, self.engine.dist.world_size)
@@ -210,13 +202,7 @@ def accumulate_gradients(trainer: Trainer, batch: Sequence[BatchItem]) -> Gradie
 
     The loss is the sum over the batch's pairs divided by their number, however they are split into packs and ranks.
     """
-    plan = trainer.take_plan(batch)
-    with trainer.casting(len(plan.packs)):
-        return _run_packs(trainer, batch, plan)
-
-
-def _run_packs(trainer: Trainer, batch: Sequence[BatchItem], plan: StepPlan) -> Gradients:
-    world_size = trainer.engine.dist.world_size
+    world_size, plan = trainer.engine.dist.world_size, trainer.take_plan(batch)
     found = Gradients(torch.zeros(len(fields(PairSums)), dtype=torch.float64, device=trainer.model.device))
     for number, own in enumerate(plan.packs, 1):
         # All ranks must take part: one with an empty pack runs an item with weight zero.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections import Counter
@@ -210,53 +209,6 @@ def test_deepspeed_sends_what_is_computed_in(lacks: bool, recipe: Recipe, monkey
     monkeypatch.setattr("rmtool.model.precision.lacks_bf16", lambda: lacks)
     zero = replace(set_(recipe, precision="bf16"), launch=replace(recipe.launch, engine="zero3"))
     assert deepspeed_config(zero)["torch_autocast"]["enabled"] == (not lacks)
-
-
-class CastWeights(TorchDispatchMode):
-    """How often each weight is cast to bf16 while it is on."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.names = {weight.data_ptr(): name for name, weight in model.named_parameters()}
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
-            self.seen.update([self.names[args[0].data_ptr()]] if args[0].data_ptr() in self.names else [])
-        return func(*args, **kwargs or {})
-
-
-def test_weights_are_cast_once_for_all_packs_of_a_step(recipe: Recipe, causal_lm: Path) -> None:
-    """With the same gradients, to the bit; and again in the next step, whose weights are others."""
-    found = []
-    for once in (True, False):
-        mine, split = trainer(set_(recipe, tokens_per_pack=64, max_grad_norm=None), causal_lm)
-        mine.model.precision = "bf16"
-        if not once:
-            mine.casting = lambda packs: contextlib.nullcontext()  # type: ignore[method-assign]
-        steps = epoch_steps(split.train.metadata, split.train.groups, 0, 0, 4)
-        for number, batch in zip(range(2), steps, strict=False):
-            packs = len(mine.plan(batch, 64))
-            assert packs > 1
-            with CastWeights(mine.model) as casts:
-                result = training_step(mine, batch, 1e-2, number)
-            assert set(casts.seen.values()) == {1 if once else packs}
-            assert len(casts.seen) == 14  # of two layers
-            found.append((result.sums.loss, result.grad_norm))
-    assert found[:2] == found[2:]
-    assert found[0] != found[1]
-
-
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-def test_sharded_weights_are_cast_for_each_pack(
-    engine: str, recipe: Recipe, causal_lm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mine, _ = trainer(recipe, causal_lm)
-    mine.model.precision = "bf16"
-    assert not isinstance(mine.casting(2), contextlib.nullcontext)
-    assert isinstance(mine.casting(1), contextlib.nullcontext)
-    monkeypatch.setattr(Engine, engine, True)
-    assert isinstance(mine.casting(2), contextlib.nullcontext)
 
 
 def test_a_step_equals_the_obvious_slow_one(recipe: Recipe, causal_lm: Path) -> None:
