@@ -169,9 +169,14 @@ def experts(x: Any, gate_up: Any, down: Any, index: torch.Tensor, weights: torch
     return out
 
 
-def rotary(name: str, q: Any, k: Any, cos: Any, sin: Any, position_ids: Any, unsqueeze_dim: int) -> tuple[Any, Any]:
-    """Rotate as many leading entries of each head as there are angles."""
+def rotary(
+    name: str, q: Any, k: Any, cos: Any, sin: Any, position_ids: Any, unsqueeze_dim: int, rotary_dim: int | None = None
+) -> tuple[Any, Any]:
+    """Rotate as many leading entries of each head as there are angles, or `rotary_dim` by half as many."""
     assert name == "rope"
+    if rotary_dim is not None:
+        assert rotary_dim == 2 * cos.shape[-1]
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     turned = []
     for part in (q, k):
