@@ -559,7 +559,7 @@ def test_compiled_layers_train_as_others_do(tmp_path: Path) -> None:
         folder.mkdir()
         shown = shell(*arguments, cwd=folder)
         assert shown.returncode == 0, shown.stderr
-        assert re.findall(r"compiled layers +(\S+)", shown.stderr) == ["off" if losses else "2"]
+        assert re.findall(r"compiled layers +│ (\S+)", shown.stderr) == ["off" if losses else "2"]
         rows = [json.loads(line) for line in (folder / "runs/debug/metrics.jsonl").read_text().splitlines()]
         losses.append([[row["train/rm/loss"], row["grad_norm"]] for row in rows])
     assert len(losses[0]) == 3
